@@ -1,0 +1,138 @@
+// ggml-sfi.h: the ggml operations of sfi-local.
+//
+// A *support* is the list of cells one KV head attends to. It has two parts: `always` (sink + recent, shared
+// by all heads) and `selected` (chosen per KV head). Lists hold cell numbers in any order, each cell at most
+// once; an entry outside [0, n_cells) is a pad (write -1) and is skipped. The cost of every operation depends
+// on the length of its lists, never on the size of the cache.
+//
+// Shapes are written as ggml stores them: [ne0, ne1, ne2, ne3], ne0 innermost.
+
+#pragma once
+
+#include "ggml.h"
+
+#ifdef  __cplusplus
+extern "C" {
+#endif
+
+// Attention of each query over its support.
+//
+//   q         F32 [n_embd_k, n_tokens, n_head,    n_stream]
+//   k         *   [n_embd_k, n_cells,  n_head_kv, n_stream]     // n_head % n_head_kv == 0
+//   v         *   [n_embd_v, n_cells,  n_head_kv, n_stream]     !! not transposed !!
+//   always    I32 [n_always, n_tokens | 1, 1, n_stream]         // NULL: no shared part
+//   selected  I32 [n_selected, n_head_kv, n_tokens | 1, n_stream]  // NULL: no per-head part
+//   tail      F32 [n_embd_v + 1, n_head, n_tokens, n_stream]    // NULL: no tail
+//   sinks     F32 [n_head]                                      // NULL: no learned sinks
+//   result    F32 [n_embd_v, n_head, n_tokens, n_stream]        !! permuted, like flash attention !!
+//
+//   * F32, F16, BF16, Q8_0 or Q4_0; n_embd_k and n_embd_v are multiples of 16, at most 512.
+//
+// logit(c) = scale * q.k(c); with logit_softcap > 0: logit_softcap * tanh(scale * q.k(c) / logit_softcap).
+// result = softmax over the support (and the head's learned sink, which has no value) of logit, times v.
+// A tail row is the normalised output for some other cells followed by the log-sum-exp of their logits;
+// it is merged as if those cells had been listed. An empty support gives the tail, or zeros.
+GGML_API struct ggml_tensor * ggml_sparse_attn(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * always,
+        struct ggml_tensor  * selected,
+        struct ggml_tensor  * tail,
+        struct ggml_tensor  * sinks,
+        float                 scale,
+        float                 logit_softcap);
+
+// What evidence is normalised over.
+enum ggml_support_softmax {
+    GGML_SUPPORT_SOFTMAX_VISIBLE    = 0, // every cell the query sees: evidence is true attention mass
+    GGML_SUPPORT_SOFTMAX_CANDIDATES = 1, // the candidates alone (the paper's evidence)
+};
+
+// Evidence: how much attention a few recent queries pay to each candidate cell.
+//
+//   q       F32 [n_embd_k, n_head, n_queries]          // n_queries <= 64, any order
+//   k       *   [n_embd_k, n_cells, n_head_kv]
+//   cells   I32 [n_list]                               // the cells of one sequence in position order
+//   plan    I32 [2 + n_queries] = { j0, j1, n_visible... }  // 0 <= j0 <= j1 <= n_list
+//   result  F32 [n_list, n_head_kv]
+//
+// The candidates are cells[j0 .. j1). Query i sees cells[0 .. n_visible[i]); 0 means the row is not used.
+// With p_r(j) the softmax of row r (a query of a head of the group), result(j) = mean over the used rows of
+// p_r(j)^alpha for candidates j, 0 elsewhere. Pads (-1) among the cells get evidence 0.
+GGML_API struct ggml_tensor * ggml_support_evidence(
+        struct ggml_context     * ctx,
+        struct ggml_tensor      * q,
+        struct ggml_tensor      * k,
+        struct ggml_tensor      * cells,
+        struct ggml_tensor      * plan,
+        float                     scale,
+        float                     logit_softcap,
+        float                     alpha,
+        enum ggml_support_softmax over);
+
+enum ggml_support_selector_kind {
+    GGML_SUPPORT_SELECTOR_TOPK  = 0, // top-K of the pooled evidence
+    GGML_SUPPORT_SELECTOR_PAPER = 1, // arXiv 2603.12038: power mean, prior, fusion, soft NMS, cross-head
+};
+
+struct ggml_support_selector {
+    int32_t kind;        // enum ggml_support_selector_kind
+    int32_t pool_after;  // topk: an important cell also brings this many cells after it ...
+    int32_t pool_before; // topk: ... and this many before it, in position order
+    int32_t nms_radius;  // paper: soft non-maximum suppression looks this many cells to either side
+    float   alpha;       // paper: exponent of the power mean; the evidence must have been made with it
+    float   gamma;       // paper: prior falls with the key's norm to this power
+    float   beta;        // paper: prior falls as exp(-beta u^p), u = rank among the candidates in [0, 1]
+    float   p;           //
+    float   eta;         // paper: prior falls as (1 - u)^eta
+    float   lambda_clip; // paper: largest weight of the prior
+    float   a_soft;      // paper: strength of the soft non-maximum suppression
+    float   a_cross;     // paper: strength of the competition between KV heads (none at <= 2 heads)
+    float   temperature; // paper: temperature of that competition
+};
+
+// Selection: the n_selected best candidates of each KV head.
+//
+//   evidence  F32 [n_list, n_head_kv]
+//   cells     I32 [n_list]
+//   plan      I32 [>= 2] = { j0, j1, ... }
+//   k         *   [n_embd_k, n_cells, n_head_kv]       // paper only (norms of the keys), else NULL
+//   result    I32 [n_selected, n_head_kv]              // order not promised, padded with -1
+//
+// topk: score(j) = max of evidence(i) over the candidates i with j - pool_after <= i <= j + pool_before.
+// Equal scores: the earlier position wins.
+GGML_API struct ggml_tensor * ggml_support_select(
+        struct ggml_context                * ctx,
+        struct ggml_tensor                 * evidence,
+        struct ggml_tensor                 * cells,
+        struct ggml_tensor                 * plan,
+        struct ggml_tensor                 * k,
+        int32_t                              n_selected,
+        const struct ggml_support_selector * selector);
+
+// Support stability: how the new selected set compares with the one before, by the new evidence.
+//
+//   evidence  F32 [n_list, n_head_kv]
+//   cells     I32 [n_list]
+//   plan      I32 [>= 2]
+//   selected  I32 [n_selected, n_head_kv]
+//   previous  I32 [n_selected, n_head_kv]
+//   result    F32 [4, n_head_kv] = { evidence on all candidates, on selected, on previous, jaccard(selected, previous) }
+//
+// Two empty sets have jaccard 1.
+GGML_API struct ggml_tensor * ggml_support_stability(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * evidence,
+        struct ggml_tensor  * cells,
+        struct ggml_tensor  * plan,
+        struct ggml_tensor  * selected,
+        struct ggml_tensor  * previous);
+
+// true if the CPU backend computes this operation with these types and shapes
+GGML_API bool ggml_cpu_sfi_supported(const struct ggml_tensor * op);
+
+#ifdef  __cplusplus
+}
+#endif
