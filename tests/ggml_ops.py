@@ -1,0 +1,214 @@
+"""One ggml operation at a time, from numpy to numpy, on the CPU backend.
+
+    with Graph() as g:
+        q = g.tensor(q_array)                       # float32 or int32, contiguous
+        k = g.cache(encode(k_array, "q8_0"), "q8_0")  # a view of a KV cache, strided the way llama.cpp strides it
+        out = g.compute(g.sparse_attn(q, k, v, None, selected, scale=0.125), n_threads=2)
+
+A ggml tensor [ne0, ne1, ne2, ne3] is a numpy array [ne3, ne2, ne1, ne0].
+"""
+
+import ctypes
+import os
+from ctypes import POINTER, c_bool, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import numpy as np
+
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 8, "i32": 26, "bf16": 30}
+LIB_DIR = Path(os.environ.get("SFI_LIB_DIR") or Path(__file__).resolve().parents[1] / "sfi_local" / "lib")
+MEM_SIZE = 512 << 20  # of a context; only what is touched becomes real
+POISON = 0xFF  # filled into memory no operation may read (NaN in every float type) or must overwrite
+
+
+class InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
+
+
+class Tensor(ctypes.Structure):  # the head of struct ggml_tensor
+    _fields_ = [("type", c_int), ("buffer", c_void_p), ("ne", c_int64 * 4), ("nb", c_size_t * 4)]
+
+
+class Selector(ctypes.Structure):  # struct ggml_support_selector
+    _fields_ = [(name, c_int32) for name in ("kind", "pool_after", "pool_before", "nms_radius")]
+    _fields_ += [(name, c_float) for name in ("alpha", "gamma", "beta", "p", "eta", "lambda_clip", "a_soft", "a_cross",
+                                              "temperature")]
+
+
+class Stranger(Exception):
+    """The libraries are not there, or are not ours."""
+
+
+T, SIZE, F, I = POINTER(Tensor), c_size_t, c_float, c_int
+SIGNATURES = {
+    "ggml_init": (c_void_p, [InitParams]),
+    "ggml_free": (None, [c_void_p]),
+    "ggml_row_size": (SIZE, [I, c_int64]),
+    "ggml_nbytes": (SIZE, [T]),
+    "ggml_get_data": (c_void_p, [T]),
+    "ggml_quantize_chunk": (SIZE, [I, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "ggml_new_tensor_4d": (T, [c_void_p, I] + [c_int64] * 4),
+    "ggml_view_4d": (T, [c_void_p, T] + [c_int64] * 4 + [SIZE] * 4),
+    "ggml_permute": (T, [c_void_p, T] + [I] * 4),
+    "ggml_new_graph": (c_void_p, [c_void_p]),
+    "ggml_build_forward_expand": (None, [c_void_p, T]),
+    "ggml_flash_attn_ext": (T, [c_void_p, T, T, T, T, F, F, F]),
+    "ggml_flash_attn_ext_add_sinks": (None, [T, T]),
+    "ggml_graph_compute_with_ctx": (I, [c_void_p, c_void_p, I]),
+}
+SFI_SIGNATURES = {  # ggml-sfi.h
+    "ggml_sparse_attn": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
+    "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
+    "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
+    "ggml_support_stability": (T, [c_void_p, T, T, T, T, T]),
+    "ggml_cpu_sfi_supported": (c_bool, [T]),
+}
+
+
+class Library:
+    """The functions above, looked up in libggml-base, then in libggml-cpu (whatever the build has put before "ggml")."""
+
+    def __init__(self, lib_dir=LIB_DIR):
+        self.parts = [ctypes.CDLL(str(find_library(lib_dir, part)), mode=ctypes.RTLD_GLOBAL) for part in ("base", "cpu")]
+        for name, signature in SIGNATURES.items():
+            setattr(self, name, self.function(name, *signature))
+        self.has_sfi = all(hasattr(self.parts[0], name) or hasattr(self.parts[1], name) for name in SFI_SIGNATURES)
+        if self.has_sfi:
+            for name, signature in SFI_SIGNATURES.items():
+                setattr(self, name, self.function(name, *signature))
+
+    def function(self, name, restype, argtypes):
+        for part in self.parts:
+            if hasattr(part, name):
+                f = getattr(part, name)
+                f.restype, f.argtypes = restype, argtypes
+                return f
+        raise Stranger(f"{name} is in none of {[p._name for p in self.parts]}: build the native library again")
+
+
+def find_library(lib_dir, part):
+    found = [p for p in sorted(lib_dir.glob(f"*ggml-{part}*")) if p.suffix in (".so", ".dylib", ".dll")]
+    if not found:
+        raise Stranger(f"no *ggml-{part}* in {lib_dir}: build the native library first")
+    return found[0]
+
+
+_library = None
+
+
+def library():
+    global _library
+    if _library is None:
+        _library = Library()
+    return _library
+
+
+def encode(array, kind):
+    """float [..., n] -> uint8 [..., n_bytes]: the rows as ggml stores them."""
+    rows = np.ascontiguousarray(array, np.float32)
+    n = rows.shape[-1]
+    out = np.zeros(rows.shape[:-1] + (library().ggml_row_size(TYPES[kind], n),), np.uint8)
+    if rows.size:
+        library().ggml_quantize_chunk(TYPES[kind], rows.ctypes.data, out.ctypes.data, 0, rows.size // n, n, None)
+    return out
+
+
+class Graph:
+    """A ggml context that holds the inputs of one operation, the operation and its result."""
+
+    def __init__(self):
+        self.lib = library()
+        self.ctx = self.lib.ggml_init(InitParams(MEM_SIZE, None, False))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.lib.ggml_free(self.ctx)
+
+    # -- inputs --
+
+    def new(self, kind, *ne):
+        return self.lib.ggml_new_tensor_4d(self.ctx, TYPES[kind], *ne, *[1] * (4 - len(ne)))
+
+    def tensor(self, array):
+        """A contiguous F32 or I32 tensor. None stays None (a NULL argument)."""
+        if array is None:
+            return None
+        array = np.asarray(array)
+        kind = "i32" if array.dtype.kind == "i" else "f32"
+        array = np.ascontiguousarray(array, np.int32 if kind == "i32" else np.float32)
+        return self.write(self.new(kind, *reversed(array.shape)), array)
+
+    def rows(self, rows, kind):
+        """A contiguous tensor of any type from encoded rows, uint8 [..., n_bytes]."""
+        n_values = rows.shape[-1] * 256 // self.lib.ggml_row_size(TYPES[kind], 256)
+        return self.write(self.new(kind, n_values, *reversed(rows.shape[:-1])), rows)
+
+    def cache(self, rows, kind, n_spare=5):
+        """K or V as llama.cpp passes it: [n_embd, n_cells, n_head_kv, n_stream] permuted out of a cache that stores
+        [n_embd * n_head_kv, n_cells + n_spare, n_stream]. rows: uint8 [n_stream, n_head_kv, n_cells, n_bytes]."""
+        n_stream, n_head_kv, n_cells, n_bytes = rows.shape
+        n_embd = n_bytes * 256 // self.lib.ggml_row_size(TYPES[kind], 256)
+        store = np.full((n_stream, n_cells + n_spare, n_head_kv, n_bytes), POISON, np.uint8)
+        store[:, :n_cells] = rows.transpose(0, 2, 1, 3)
+        whole = self.write(self.new(kind, n_embd * n_head_kv, n_cells + n_spare, n_stream), store)
+        view = self.lib.ggml_view_4d(self.ctx, whole, n_embd, n_head_kv, n_cells, n_stream, n_bytes,
+                                     n_bytes * n_head_kv, n_bytes * n_head_kv * (n_cells + n_spare), 0)
+        return self.lib.ggml_permute(self.ctx, view, 0, 2, 1, 3)
+
+    def permuted(self, array):
+        """float [n3, n2, n1, n0] stored as [n3, n1, n2, n0]: q as llama.cpp passes it."""
+        return self.lib.ggml_permute(self.ctx, self.tensor(np.asarray(array).transpose(0, 2, 1, 3)), 0, 2, 1, 3)
+
+    def strided(self, array, n_spare=3):
+        """float32 or int32, every row followed by n_spare entries that nobody may read."""
+        array = np.asarray(array)
+        shape = (1,) * (4 - array.ndim) + array.shape
+        wide = np.full(shape[:-1] + (shape[-1] + n_spare,), -1, np.int32)
+        wide = wide if array.dtype.kind == "i" else wide.view(np.float32)
+        wide[..., :shape[-1]] = array.reshape(shape)
+        t = self.tensor(wide)
+        return self.lib.ggml_view_4d(self.ctx, t, *reversed(shape), *t.contents.nb[1:], 0)
+
+    def write(self, t, array):
+        array = np.ascontiguousarray(array)
+        assert array.nbytes == self.lib.ggml_nbytes(t)
+        if array.nbytes:
+            ctypes.memmove(self.lib.ggml_get_data(t), array.ctypes.data, array.nbytes)
+        return t
+
+    # -- operations: a method per function of ggml-sfi.h, without the context --
+
+    def sparse_attn(self, q, k, v, always=None, selected=None, tail=None, sinks=None, scale=1.0, logit_softcap=0.0):
+        return self.lib.ggml_sparse_attn(self.ctx, q, k, v, always, selected, tail, sinks, scale, logit_softcap)
+
+    def support_evidence(self, q, k, cells, plan, scale=1.0, logit_softcap=0.0, alpha=1.0, over=0):
+        return self.lib.ggml_support_evidence(self.ctx, q, k, cells, plan, scale, logit_softcap, alpha, over)
+
+    def support_select(self, evidence, cells, plan, k, n_selected, **selector):
+        return self.lib.ggml_support_select(self.ctx, evidence, cells, plan, k, n_selected, Selector(**selector))
+
+    def support_stability(self, evidence, cells, plan, selected, previous):
+        return self.lib.ggml_support_stability(self.ctx, evidence, cells, plan, selected, previous)
+
+    def flash_attn(self, q, k, v, mask=None, sinks=None, scale=1.0, logit_softcap=0.0):
+        out = self.lib.ggml_flash_attn_ext(self.ctx, q, k, v, mask, scale, 0.0, logit_softcap)
+        self.lib.ggml_flash_attn_ext_add_sinks(out, sinks)
+        return out
+
+    # -- result --
+
+    def supported(self, out):
+        return self.lib.ggml_cpu_sfi_supported(out)
+
+    def compute(self, out, n_threads=1):
+        """The F32 or I32 result as an array. It is poisoned first, so what the operation does not write is seen."""
+        data, n_bytes = self.lib.ggml_get_data(out), self.lib.ggml_nbytes(out)
+        ctypes.memset(data, POISON, n_bytes)
+        graph = self.lib.ggml_new_graph(self.ctx)
+        self.lib.ggml_build_forward_expand(graph, out)
+        status = self.lib.ggml_graph_compute_with_ctx(self.ctx, graph, n_threads)
+        assert status == 0, f"ggml status {status}"
+        dtype = np.int32 if out.contents.type == TYPES["i32"] else np.float32
+        return np.frombuffer(ctypes.string_at(data, n_bytes), dtype).reshape(tuple(reversed(out.contents.ne)))

@@ -1,0 +1,312 @@
+"""The specification of sfi-local's operations: numpy, float64, no cleverness. Fast kernels are judged only against it.
+
+Arrays are indexed the way C nests loops, so a ggml tensor [ne0, ne1, ne2, ne3] is an array [ne3, ne2, ne1, ne0].
+
+    q         [n_stream, n_head,    n_tokens, n_embd_k]
+    k         [n_stream, n_head_kv, n_cells,  n_embd_k]      n_head % n_head_kv == 0
+    v         [n_stream, n_head_kv, n_cells,  n_embd_v]
+    always    [n_stream, n_tokens | 1, n_always]             cells; an entry outside [0, n_cells) is a pad
+    selected  [n_stream, n_tokens | 1, n_head_kv, n_selected]
+    tail      [n_stream, n_tokens, n_head, n_embd_v + 1]     normalised output of other cells, then their log-sum-exp
+    sinks     [n_head]                                       learned logits without a value
+    result    [n_stream, n_tokens, n_head, n_embd_v]
+
+Where an order is not promised (a support, a selection) the reference scrambles it, so that nobody comes to rely on it.
+"""
+
+import numpy as np
+
+EPS = 1e-8  # of the paper's selector
+PAD = -1
+
+# ---- storage types: what a kernel reads when it reads a row of K or V ---------------------------------------------
+
+
+def dequantise(kind, rows):
+    """uint8 [..., n_bytes] -> float64 [..., n_values], for rows stored as f32, f16, bf16, q8_0 or q4_0."""
+    rows = np.ascontiguousarray(rows)
+    if kind == "f32":
+        return rows.view(np.float32).astype(np.float64)
+    if kind == "f16":
+        return rows.view(np.float16).astype(np.float64)
+    if kind == "bf16":  # the upper half of a float32
+        return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+    block_bytes = {"q8_0": 2 + 32, "q4_0": 2 + 16}[kind]  # a float16 scale, then 32 small integers
+    blocks = rows.reshape(*rows.shape[:-1], -1, block_bytes)  # [..., n_blocks, block_bytes]
+    scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float64)  # [..., n_blocks, 1]
+    if kind == "q8_0":
+        values = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
+    else:  # low halves are values 0..15, high halves values 16..31
+        values = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1).astype(np.int8) - 8
+    return (scale * values).reshape(*rows.shape[:-1], -1)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def logits(q, k, scale, logit_softcap=0.0):
+    """q [n_embd_k], k [n, n_embd_k] -> [n]"""
+    x = scale * (k @ q)
+    return logit_softcap * np.tanh(x / logit_softcap) if logit_softcap > 0 else x
+
+
+def attend(q, k, v, scale, logit_softcap=0.0, tail=None, sink=None):
+    """One query over the n cells it is given: q [n_embd_k], k [n, n_embd_k], v [n, n_embd_v] -> [n_embd_v].
+
+    Nothing to attend to gives zeros.
+    """
+    # pass 1: the logit of every cell, and the largest of all logits so that no exp overflows
+    x = logits(q, k, scale, logit_softcap)  # [n]
+    top = np.max(x, initial=-np.inf)
+    if tail is not None:
+        top = max(top, tail[-1])
+    if sink is not None:
+        top = max(top, sink)
+    if top == -np.inf:
+        return np.zeros(v.shape[1])
+
+    # pass 2: weights, not normalised yet
+    w = np.exp(x - top)  # [n]
+    out, total = w @ v, w.sum()
+
+    # pass 3: the tail counts as the cells it stands for, the sink takes weight and gives nothing
+    if tail is not None:
+        w_tail = np.exp(tail[-1] - top)
+        out, total = out + w_tail * tail[:-1], total + w_tail
+    if sink is not None:
+        total += np.exp(sink - top)
+
+    # pass 4: normalise
+    return out / total
+
+
+def tail_of(q, k, v, scale, logit_softcap=0.0):
+    """The exact tail row that stands for the given cells: [n_embd_v + 1]. No cells: zeros and -inf."""
+    x = logits(q, k, scale, logit_softcap)
+    if x.size == 0:
+        return np.append(np.zeros(v.shape[1]), -np.inf)
+    return np.append(attend(q, k, v, scale, logit_softcap), x.max() + np.log(np.exp(x - x.max()).sum()))
+
+
+def sparse_attn(q, k, v, always, selected, scale, logit_softcap=0.0, tail=None, sinks=None):
+    """Attention of each query over its support -> [n_stream, n_tokens, n_head, n_embd_v]."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    n_stream, n_head, n_tokens, _ = q.shape
+    _, n_head_kv, n_cells, n_embd_v = v.shape
+    group = n_head // n_head_kv  # GQA: query heads h*group ... h*group + group-1 share KV head h
+
+    out = np.zeros((n_stream, n_tokens, n_head, n_embd_v))
+    for s in range(n_stream):
+        for t in range(n_tokens):
+            for h in range(n_head):
+                cells = support_of(always, selected, s, t, h // group, n_cells)
+                out[s, t, h] = attend(
+                    q[s, h, t], k[s, h // group, cells], v[s, h // group, cells], scale, logit_softcap,
+                    None if tail is None else np.asarray(tail[s, t, h], np.float64),
+                    None if sinks is None else float(sinks[h]))
+    return out
+
+
+def support_of(always, selected, s, t, h_kv, n_cells):
+    """The cells that KV head h_kv attends to for token t of stream s: both lists without their pads.
+
+    Lists made for one token serve all of them.
+    """
+    parts = []
+    if always is not None:
+        parts.append(always[s, t if always.shape[1] > 1 else 0])
+    if selected is not None:
+        parts.append(selected[s, t if selected.shape[1] > 1 else 0, h_kv])
+    cells = np.concatenate(parts) if parts else np.zeros(0)
+    cells = cells.astype(np.int64)
+    return cells[(cells >= 0) & (cells < n_cells)]
+
+
+def dense_attn(q, k, v, scale, logit_softcap=0.0, sinks=None, visible=None):
+    """Attention over every cell, or over visible [n_tokens, n_cells]: what a slow step computes."""
+    n_stream, _, n_tokens, _ = q.shape
+    n_cells = k.shape[2]
+    seen = np.ones((n_tokens, n_cells), bool) if visible is None else visible
+    always = np.where(seen, np.arange(n_cells), PAD)
+    return sparse_attn(q, k, v, np.broadcast_to(always, (n_stream, n_tokens, n_cells)), None, scale, logit_softcap,
+                       sinks=sinks)
+
+
+# ---- support ------------------------------------------------------------------------------------------------------
+
+
+def candidates(n_list, n_sink, n_recent):
+    """(j0, j1) of the cells a selector may rank: all cells of the sequence minus sink minus recent."""
+    j0 = min(n_sink, n_list)
+    return j0, max(j0, n_list - n_recent)
+
+
+def support(cells, n_sink, n_recent, selected, seed=0):
+    """sink + recent + selected, each cell once, in no order. cells: those of one sequence in position order."""
+    j0, j1 = candidates(len(cells), n_sink, n_recent)
+    chosen = [c for c in selected if c >= 0]
+    return scramble(np.unique(np.concatenate([cells[:j0], cells[j1:], chosen]).astype(np.int32)), seed)
+
+
+def scramble(cells, seed):
+    return np.random.default_rng(seed).permutation(cells)
+
+
+# ---- evidence -----------------------------------------------------------------------------------------------------
+
+VISIBLE, CANDIDATES = 0, 1  # what the softmax runs over
+
+
+def evidence(q, k, cells, j0, j1, n_visible, scale, logit_softcap=0.0, alpha=1.0, over=VISIBLE):
+    """How much attention a few queries pay to each candidate -> [n_head_kv, n_list], zero outside [j0, j1).
+
+    q [n_queries, n_head, n_embd_k], k [n_head_kv, n_cells, n_embd_k], cells [n_list] in position order, -1 is a pad.
+    Query i sees cells[0 .. n_visible[i]); 0 means it is not used. A row is a query of a head of the group.
+    """
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    n_head, n_head_kv, n_list = q.shape[1], k.shape[0], len(cells)
+    group = n_head // n_head_kv
+    place = np.arange(n_list)
+    is_cell = cells >= 0
+    is_candidate = is_cell & (place >= j0) & (place < j1)
+
+    out = np.zeros((n_head_kv, n_list))
+    for h_kv in range(n_head_kv):
+        n_rows = 0
+        for i in range(len(q)):
+            if n_visible[i] == 0:
+                continue
+            seen = is_cell & (place < n_visible[i])  # [n_list]
+            if over == CANDIDATES:
+                seen &= is_candidate
+            for h in range(h_kv * group, (h_kv + 1) * group):
+                n_rows += 1
+                p = np.zeros(n_list)
+                if seen.any():
+                    x = logits(q[i, h], k[h_kv, cells[seen]], scale, logit_softcap)
+                    w = np.exp(x - x.max())
+                    p[seen] = w / w.sum()
+                out[h_kv] += np.where(is_candidate, p**alpha, 0.0)
+        out[h_kv] /= max(n_rows, 1)
+    return out
+
+
+# ---- selection ----------------------------------------------------------------------------------------------------
+
+
+def windowed_max(x, before, after):
+    """y[j] = max of x[j - before .. j + after], the window cut at both ends."""
+    return np.array([x[max(0, j - before):j + after + 1].max() for j in range(len(x))])
+
+
+def pool(evidence, j0, j1, pool_after, pool_before):
+    """An important cell also brings the pool_after cells after it and the pool_before before it.
+
+    evidence [n_head_kv, n_list] -> score [n_head_kv, j1 - j0]
+    """
+    e = np.asarray(evidence, np.float64)[:, j0:j1]
+    return np.array([windowed_max(row, before=pool_after, after=pool_before) for row in e]).reshape(e.shape)
+
+
+def take_best(score, cells, n_selected, seed=0):
+    """The n_selected best cells of each head -> [n_head_kv, n_selected], padded with -1, in no order.
+
+    score [n_head_kv, n] for cells [n] in position order. Equal scores: the earlier position wins. Pads are never chosen.
+    """
+    out = np.full((len(score), n_selected), PAD, np.int32)
+    for h, z in enumerate(score):
+        ranked = np.argsort(-z, kind="stable")  # best first, ties in position order
+        best = cells[ranked][cells[ranked] >= 0][:n_selected]
+        out[h, :len(best)] = best
+        out[h] = scramble(out[h], seed + h)
+    return out
+
+
+def select_topk(evidence, cells, j0, j1, n_selected, pool_after=0, pool_before=0, seed=0):
+    """top-K of the pooled evidence -> [n_head_kv, n_selected]"""
+    return take_best(pool(evidence, j0, j1, pool_after, pool_before), cells[j0:j1], n_selected, seed)
+
+
+def select_paper(evidence, cells, j0, j1, k, n_selected, seed=0, **params):
+    """The selector of arXiv 2603.12038 -> [n_head_kv, n_selected]"""
+    return take_best(paper_score(evidence, cells, j0, j1, k, **params), cells[j0:j1], n_selected, seed)
+
+
+def paper_score(evidence, cells, j0, j1, k, *, alpha, gamma, beta, p, eta, lambda_clip, nms_radius, a_soft, a_cross,
+                temperature):
+    """Score of every candidate, [n_head_kv, n] with n = j1 - j0.
+
+    evidence [n_head_kv, n_list] made with the same alpha, k [n_head_kv, n_cells, n_embd_k].
+    A pad keeps its place in the ranks but has neither evidence nor prior.
+    """
+    m = np.asarray(evidence, np.float64)[:, j0:j1]  # [n_head_kv, n]
+    n_head_kv, n = m.shape
+    if n == 0:
+        return m
+    is_cell = cells[j0:j1] >= 0
+    m = np.where(is_cell, m, 0.0)
+    norm = np.linalg.norm(np.asarray(k, np.float64)[:, np.where(is_cell, cells[j0:j1], 0)], axis=-1)  # [n_head_kv, n]
+
+    z = np.zeros((n_head_kv, n))
+    for h in range(n_head_kv):
+        # pass 1: evidence, as a distribution
+        f = power_mean(m[h], alpha)
+        # pass 2: prior from the keys' norms and the age
+        r = prior(norm[h], is_cell, gamma, beta, p, eta)
+        # pass 3: fusion
+        weight = prior_weight(f, r, lambda_clip)
+        s = (1 - weight) * f + weight * r
+        # pass 4: log score, and a step down for whoever stands beside somebody better
+        z[h] = np.log(s + EPS)
+        z[h] -= a_soft * np.maximum(0.0, windowed_max(z[h], nms_radius, nms_radius) - z[h])
+
+    # pass 5: KV heads compete for cells
+    if n_head_kv > 2:
+        z = z + a_cross * log_softmax(z / temperature, axis=0)
+    return z
+
+
+def power_mean(m, alpha):
+    """f(j) = m(j)^(1/alpha) / sum. m: means of p^alpha over the rows. No evidence at all stays 0."""
+    f = m ** (1 / alpha)
+    return f / f.sum() if f.sum() > 0 else f
+
+
+def prior(norm, is_cell, gamma, beta, p, eta):
+    """r(j) proportional to (|k_j| + eps)^-gamma exp(-beta u^p) (1 - u + eps)^eta, u = rank in [0, 1]; sums to 1."""
+    n = len(norm)
+    u = np.arange(n) / (n - 1) if n > 1 else np.zeros(n)
+    r = np.where(is_cell, (norm + EPS) ** -gamma * np.exp(-beta * u**p) * (1 - u + EPS) ** eta, 0.0)
+    return r / r.sum() if r.sum() > 0 else r
+
+
+def prior_weight(f, r, lambda_clip):
+    """lambda = clip((|f|^2 - f.r) / (|f|^2 - 2 f.r + |r|^2), 0, lambda_clip); 0 where f and r agree."""
+    denominator = f @ f - 2 * (f @ r) + r @ r
+    return float(np.clip((f @ f - f @ r) / denominator, 0.0, lambda_clip)) if denominator > 0 else 0.0
+
+
+def log_softmax(x, axis):
+    x = x - x.max(axis=axis, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=axis, keepdims=True))
+
+
+# ---- support stability --------------------------------------------------------------------------------------------
+
+
+def stability(evidence, cells, j0, j1, selected, previous):
+    """[n_head_kv, 4] = evidence on all candidates, on selected, on previous, jaccard(selected, previous).
+
+    evidence [n_head_kv, n_list]; selected and previous [n_head_kv, n_selected] with pads. A cell of `previous` that is
+    no candidate any more holds no evidence, but it counts in the jaccard. Two empty sets have jaccard 1.
+    """
+    out = np.zeros((len(evidence), 4))
+    for h, row in enumerate(np.asarray(evidence, np.float64)):
+        mass = {int(c): e for c, e in zip(cells[j0:j1], row[j0:j1]) if c >= 0}
+        now, before = ({int(c) for c in x[h] if c >= 0} for x in (selected, previous))
+        out[h, 0] = sum(mass.values())
+        out[h, 1] = sum(mass.get(c, 0.0) for c in now)
+        out[h, 2] = sum(mass.get(c, 0.0) for c in before)
+        out[h, 3] = len(now & before) / len(now | before) if now | before else 1.0
+    return out
