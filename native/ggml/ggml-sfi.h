@@ -130,9 +130,6 @@ GGML_API struct ggml_tensor * ggml_support_stability(
         struct ggml_tensor  * selected,
         struct ggml_tensor  * previous);
 
-// true if the CPU backend computes this operation with these types and shapes
-GGML_API bool ggml_cpu_sfi_supported(const struct ggml_tensor * op);
-
 #ifdef  __cplusplus
 }
 #endif

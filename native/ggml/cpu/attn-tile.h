@@ -1,0 +1,41 @@
+// The two inner loops of attention over a tile of rows gathered from the cache, and the table that
+// picks their instruction set and row type once per operation.
+
+#pragma once
+
+#include "simd.h"
+
+namespace sfi {
+
+// out[g*ld + c] = q_g . k_c      for g < n_q rows of q [n_q, n_embd] and c < n_rows gathered rows
+using dot_fn = void (*)(const float * q, int n_q, int n_embd, const char * const * rows, int n_rows, float * out, int ld);
+
+// o[g*ld_o + d] += sum_c p[g*ld + c] v_c[d]   for g < n_q, d < n_embd
+using mad_fn = void (*)(const float * p, int ld, int n_q, int n_embd, const char * const * rows, int n_rows,
+                        float * o, int64_t ld_o);
+
+// x[i] = exp(x[i] - max), returns the sum; n is rounded up to a vector, the excess must be -INFINITY
+using exp_fn = float (*)(float * x, int n, float max);
+
+// out [n_embd, ld] = the gathered rows, transposed, in F32; rows beyond n_rows are zero up to a vector
+using transpose_fn = void (*)(int n_embd, const char * const * rows, int n_rows, float * out, int ld, float * scratch);
+
+// out[g*ld + c] = sum_d q[g*n_embd + d] * kt[d*ld + c]   for c < n (rounded up to a vector)
+using gemm_fn = void (*)(const float * q, int n_q, int n_embd, const float * kt, int n, float * out, int ld);
+
+struct tile_ops {
+    dot_fn       dot;
+    mad_fn       mad;
+    exp_fn       exp;
+    transpose_fn transpose;
+    gemm_fn      gemm;
+};
+
+// rows of type_k feed dot and transpose, rows of type_v feed mad; reference: the scalar path
+bool     tile_ops_supported(ggml_type type);
+tile_ops tile_ops_for(ggml_type type_k, ggml_type type_v, bool reference);
+
+// the widest vector any path uses, in floats: pad tiles to a multiple of it
+constexpr int max_vector = 16;
+
+} // namespace sfi

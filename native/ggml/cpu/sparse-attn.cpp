@@ -1,0 +1,300 @@
+// GGML_OP_SPARSE_ATTN on the CPU.
+//
+// The support is cut into blocks of cells. A block of `always` serves every head, so its rows are read once and in
+// full; a block of `selected` serves one KV head. Each block yields, per query head, a partial output with its
+// softmax maximum and sum; the partials are merged in block order, so the result does not depend on the number of
+// threads or on which thread took which block.
+//
+//   pass 1  gather the rows of a tile of cells
+//   pass 2  logits of the whole GQA group, each K row read once
+//   pass 3  online softmax
+//   pass 4  accumulate V
+//   pass 5  merge the partials, the tail and the learned sink
+
+#include "sfi-ops.h"
+
+#include "attn-tile.h"
+#include "ggml-cpu-impl.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+
+constexpr int tile_cells  = 64;             // logits of a group and the rows' addresses stay in L1
+constexpr int block_cells = 4*tile_cells;   // the unit of work that a thread takes
+
+int64_t n_blocks(int64_t n) {
+    return (n + block_cells - 1)/block_cells;
+}
+
+// A partial: output [n_embd_v], maximum, sum.
+struct layout {
+    int64_t n_tokens, n_head, n_head_kv, group, n_stream;
+    int64_t n_embd_k, n_embd_v;
+    int64_t n_always, n_selected;
+    int64_t always_blocks, selected_blocks; // per token; per token and KV head
+    int64_t partial;                        // floats of one partial
+    int64_t per_head;                       // partials of one query head
+
+    explicit layout(const ggml_tensor * dst) {
+        const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
+        const ggml_tensor * always = dst->src[3], * selected = dst->src[4];
+        n_embd_k  = q->ne[0];
+        n_tokens  = q->ne[1];
+        n_head    = q->ne[2];
+        n_stream  = q->ne[3];
+        n_head_kv = k->ne[2];
+        n_embd_v  = v->ne[0];
+        group     = n_head/n_head_kv;
+        n_always   = always   ? always->ne[0]   : 0;
+        n_selected = selected ? selected->ne[0] : 0;
+        always_blocks   = n_blocks(n_always);
+        selected_blocks = n_blocks(n_selected);
+        partial  = n_embd_v + 2;
+        per_head = always_blocks + selected_blocks;
+    }
+
+    int64_t n_partials() const { return n_stream*n_tokens*n_head*per_head; }
+    int64_t n_items()    const { return n_stream*n_tokens*(always_blocks + n_head_kv*selected_blocks); }
+    // a thread's logits and scaled queries of one group
+    int64_t scratch()    const { return group*(tile_cells + n_embd_k) + 16; }
+};
+
+struct task {
+    const ggml_tensor * dst, * q, * k, * v, * always, * selected, * tail, * sinks;
+    layout        l;
+    sfi::tile_ops ops;
+    float         scale, softcap;
+    float       * partials;
+
+    explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
+        dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), always(dst->src[3]), selected(dst->src[4]),
+        tail(dst->src[5]), sinks(dst->src[6]), l(dst),
+        ops(sfi::tile_ops_for(k->type, v->type, params->use_ref)),
+        scale(ggml_get_op_params_f32(dst, 0)), softcap(ggml_get_op_params_f32(dst, 1)),
+        partials((float *) params->wdata) {}
+
+    float * partial(int64_t s, int64_t t, int64_t h, int64_t block) const {
+        return partials + (((s*l.n_tokens + t)*l.n_head + h)*l.per_head + block)*l.partial;
+    }
+};
+
+const int32_t * list_of(const ggml_tensor * t, int64_t i1, int64_t i2, int64_t i3) {
+    return (const int32_t *) ((const char *) t->data
+            + (t->ne[1] == 1 ? 0 : i1)*t->nb[1] + (t->ne[2] == 1 ? 0 : i2)*t->nb[2] + i3*t->nb[3]);
+}
+
+void load_queries(const task & a, int64_t s, int64_t t, int64_t h_kv, float * q) {
+    const float scale = a.softcap > 0.0f ? a.scale/a.softcap : a.scale;
+    for (int64_t g = 0; g < a.l.group; ++g) {
+        const float * from = (const float *) ((const char *) a.q->data
+                + t*a.q->nb[1] + (h_kv*a.l.group + g)*a.q->nb[2] + s*a.q->nb[3]);
+        for (int64_t i = 0; i < a.l.n_embd_k; ++i) {
+            q[g*a.l.n_embd_k + i] = scale*from[i];
+        }
+    }
+}
+
+struct tile {
+    int32_t      cells[tile_cells];
+    const char * k[tile_cells];
+    const char * v[tile_cells];
+    int          n;
+
+    // pass 1: drop the pads
+    void gather(const int32_t * list, int64_t n_list, int64_t n_cells) {
+        n = 0;
+        for (int64_t i = 0; i < n_list; ++i) {
+            if ((uint64_t) list[i] < (uint64_t) n_cells) { // negative cells are huge
+                cells[n++] = list[i];
+            }
+        }
+    }
+
+    void address(const task & a, int64_t s, int64_t h_kv) {
+        const char * k0 = (const char *) a.k->data + h_kv*a.k->nb[2] + s*a.k->nb[3];
+        const char * v0 = (const char *) a.v->data + h_kv*a.v->nb[2] + s*a.v->nb[3];
+        for (int i = 0; i < n; ++i) {
+            k[i] = k0 + cells[i]*a.k->nb[1];
+            v[i] = v0 + cells[i]*a.v->nb[1];
+        }
+    }
+
+    void prefetch_v(size_t row_size) const {
+        for (int i = 0; i < n; ++i) {
+            for (size_t j = 0; j < row_size; j += 64) {
+                sfi::prefetch(v[i] + j);
+            }
+        }
+    }
+};
+
+// One tile for the query heads of one KV head; `stride` is the distance between their partials.
+void attend(const task & a, const tile & t, const float * q, float * logits, float * partial, int64_t stride) {
+    const int group = (int) a.l.group;
+    const int n_pad = (int) GGML_PAD(t.n, sfi::max_vector);
+
+    // pass 2
+    a.ops.dot(q, group, (int) a.l.n_embd_k, t.k, t.n, logits, tile_cells);
+    t.prefetch_v(ggml_row_size(a.v->type, a.l.n_embd_v));
+
+    // pass 3
+    for (int g = 0; g < group; ++g) {
+        float * x = logits + g*tile_cells;
+        float * o = partial + g*stride;
+        float & max = o[a.l.n_embd_v], & sum = o[a.l.n_embd_v + 1];
+
+        float tile_max = -INFINITY;
+        for (int c = 0; c < t.n; ++c) {
+            if (a.softcap > 0.0f) {
+                x[c] = a.softcap*tanhf(x[c]);
+            }
+            tile_max = std::max(tile_max, x[c]);
+        }
+        std::fill(x + t.n, x + n_pad, -INFINITY);
+
+        if (tile_max > max) {
+            const float shrink = expf(max - tile_max);
+            sum *= shrink;
+            for (int64_t i = 0; i < a.l.n_embd_v; ++i) {
+                o[i] *= shrink;
+            }
+            max = tile_max;
+        }
+        sum += max == -INFINITY ? 0.0f : a.ops.exp(x, n_pad, max);
+    }
+
+    // pass 4
+    a.ops.mad(logits, tile_cells, group, (int) a.l.n_embd_v, t.v, t.n, partial, stride);
+}
+
+void clear(const task & a, float * partial) {
+    std::fill(partial, partial + a.l.n_embd_v, 0.0f);
+    partial[a.l.n_embd_v]     = -INFINITY;
+    partial[a.l.n_embd_v + 1] = 0.0f;
+}
+
+// Passes 1 to 4 for one block of a list, for the KV heads [h0, h1) that share it.
+void attend_block(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1,
+                  const int32_t * list, int64_t n_list, int64_t block, int64_t slot, float * scratch) {
+    const int64_t stride = a.l.per_head*a.l.partial;
+    const int64_t begin  = block*block_cells;
+    const int64_t end    = std::min(begin + block_cells, n_list);
+
+    float * logits = scratch;
+    float * q      = scratch + a.l.group*tile_cells;
+
+    for (int64_t h = h0*a.l.group; h < h1*a.l.group; ++h) {
+        clear(a, a.partial(s, t, h, slot));
+    }
+
+    tile cur;
+    for (int64_t i = begin; i < end; i += tile_cells) {
+        cur.gather(list + i, std::min<int64_t>(tile_cells, end - i), a.k->ne[1]);
+        if (cur.n == 0) {
+            continue;
+        }
+        for (int64_t h = h0; h < h1; ++h) {
+            cur.address(a, s, h);
+            load_queries(a, s, t, h, q);
+            attend(a, cur, q, logits, a.partial(s, t, h*a.l.group, slot), stride);
+        }
+    }
+}
+
+// Item i of a token: first the blocks of `always`, then those of each KV head's `selected`.
+void attend_item(const task & a, int64_t i, float * scratch) {
+    const layout & l = a.l;
+    const int64_t per_token = l.always_blocks + l.n_head_kv*l.selected_blocks;
+    const int64_t s = i/(per_token*l.n_tokens);
+    const int64_t t = i/per_token % l.n_tokens;
+    int64_t       b = i % per_token;
+
+    if (b < l.always_blocks) {
+        attend_block(a, s, t, 0, l.n_head_kv, list_of(a.always, t, 0, s), l.n_always, b, b, scratch);
+        return;
+    }
+    b -= l.always_blocks;
+    const int64_t h = b/l.selected_blocks;
+    b %= l.selected_blocks;
+    attend_block(a, s, t, h, h + 1, list_of(a.selected, h, t, s), l.n_selected, b, l.always_blocks + b, scratch);
+}
+
+// pass 5, one query head of one token
+void merge(const task & a, int64_t s, int64_t t, int64_t h) {
+    const layout & l = a.l;
+    const int64_t n = l.n_embd_v;
+    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1] + t*a.dst->nb[2] + s*a.dst->nb[3]);
+
+    const float * tail = a.tail
+        ? (const float *) ((const char *) a.tail->data + h*a.tail->nb[1] + t*a.tail->nb[2] + s*a.tail->nb[3])
+        : nullptr;
+    const float sink = a.sinks ? ((const float *) a.sinks->data)[h] : -INFINITY;
+
+    float max = std::max(sink, tail ? tail[n] : -INFINITY);
+    for (int64_t b = 0; b < l.per_head; ++b) {
+        max = std::max(max, a.partial(s, t, h, b)[n]);
+    }
+
+    std::fill(out, out + n, 0.0f);
+    if (max == -INFINITY) {
+        return; // nothing to attend to
+    }
+
+    float sum = expf(sink - max);
+    for (int64_t b = 0; b < l.per_head; ++b) {
+        const float * p = a.partial(s, t, h, b);
+        const float weight = expf(p[n] - max);
+        sum += weight*p[n + 1];
+        for (int64_t i = 0; i < n && weight > 0.0f; ++i) {
+            out[i] += weight*p[i];
+        }
+    }
+    if (tail) {
+        const float weight = expf(tail[n] - max);
+        sum += weight;
+        for (int64_t i = 0; i < n && weight > 0.0f; ++i) {
+            out[i] += weight*tail[i];
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        out[i] /= sum;
+    }
+}
+
+} // namespace
+
+void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    const task a(params, dst);
+    const layout & l = a.l;
+
+    // blocks go to whichever thread is free: cores are rarely equally fast or equally idle
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    float * scratch = a.partials + l.n_partials()*l.partial + params->ith*l.scratch();
+    for (int64_t i = params->ith; i < l.n_items(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        attend_item(a, i, scratch);
+    }
+    ggml_barrier(params->threadpool);
+
+    const int64_t n_rows = l.n_stream*l.n_tokens*l.n_head;
+    for (int64_t i = params->ith; i < n_rows; i += params->nth) {
+        merge(a, i/(l.n_head*l.n_tokens), i/l.n_head % l.n_tokens, i % l.n_head);
+    }
+}
+
+size_t sfi::sparse_attn_work_size(const ggml_tensor * dst, int n_threads) {
+    const layout l(dst);
+    return (l.n_partials()*l.partial + n_threads*l.scratch())*sizeof(float);
+}
+
+bool sfi::sparse_attn_supported(const ggml_tensor * dst) {
+    const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
+    return q->ne[0] % 16 == 0 && q->ne[0] <= 512 && v->ne[0] % 16 == 0 && v->ne[0] <= 512
+        && k->ne[0] % ggml_blck_size(k->type) == 0 && v->ne[0] % ggml_blck_size(v->type) == 0
+        && tile_ops_supported(k->type) && tile_ops_supported(v->type);
+}

@@ -1,0 +1,226 @@
+// GGML_OP_SUPPORT_EVIDENCE on the CPU.
+//
+// Rows are the used queries times the heads of a group. One KV head after the other:
+//
+//   pass 1  logits of all rows for a block of cells, and each row's maximum and sum over it
+//   pass 2  each row's log-sum-exp over all blocks
+//   pass 3  evidence of a cell: the mean over the rows of p^alpha
+//
+// Blocks are shared out between the threads; a barrier separates the passes.
+
+#include "sfi-ops.h"
+
+#include "attn-tile.h"
+#include "ggml-cpu-impl.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+
+constexpr int block_cells = 64; // K of a block, transposed to F32, stays in L2
+
+struct task {
+    const ggml_tensor * dst, * q, * k;
+    const int32_t * cells, * plan;
+    int64_t n_list, n_embd, n_head_kv, group;
+    int64_t n_queries;            // used ones
+    int64_t rows, max_rows;       // used queries * group; what the buffers are sized for
+    int64_t n_blocks;
+    int64_t j0, j1, n_visible;    // candidates; cells that any row sees
+    int32_t query[64];            // the used queries
+    sfi::tile_ops ops;
+    float scale, softcap, alpha;
+    bool  candidates_only;
+
+    float * logits;               // [rows, n_blocks*block_cells]
+    float * row_max, * row_sum;   // [n_blocks, max_rows]
+    float * row_lse;              // [max_rows]
+    float * scratch;              // of this thread
+
+    int64_t ld() const { return n_blocks*block_cells; }
+
+    task(const ggml_compute_params * params, ggml_tensor * dst) :
+            dst(dst), q(dst->src[0]), k(dst->src[1]),
+            cells((const int32_t *) dst->src[2]->data), plan((const int32_t *) dst->src[3]->data),
+            ops(sfi::tile_ops_for(k->type, k->type, params->use_ref)) {
+        n_list    = dst->ne[0];
+        n_embd    = q->ne[0];
+        n_head_kv = k->ne[2];
+        group     = q->ne[1]/n_head_kv;
+        n_blocks  = (n_list + block_cells - 1)/block_cells;
+        max_rows  = group*q->ne[2];
+
+        scale   = ggml_get_op_params_f32(dst, 0);
+        softcap = ggml_get_op_params_f32(dst, 1);
+        alpha   = ggml_get_op_params_f32(dst, 2);
+        candidates_only = ggml_get_op_params_i32(dst, 3) == GGML_SUPPORT_SOFTMAX_CANDIDATES;
+
+        j0 = std::clamp<int64_t>(plan[0], 0, n_list);
+        j1 = std::clamp<int64_t>(plan[1], j0, n_list);
+        n_queries = n_visible = 0;
+        for (int i = 0; i < q->ne[2]; ++i) {
+            if (plan[2 + i] > 0) {
+                query[n_queries++] = i;
+                n_visible = std::max<int64_t>(n_visible, plan[2 + i]);
+            }
+        }
+        n_visible = std::min(n_visible, n_list);
+        rows = n_queries*group;
+
+        float * p = (float *) params->wdata;
+        logits  = p; p += max_rows*ld();
+        row_max = p; p += max_rows*n_blocks;
+        row_sum = p; p += max_rows*n_blocks;
+        row_lse = p; p += max_rows;
+        scratch = p + params->ith*scratch_size(n_embd, max_rows);
+    }
+
+    // queries [rows, n_embd], keys [n_embd, block_cells], keys before transposing
+    static int64_t scratch_size(int64_t n_embd, int64_t max_rows) {
+        return max_rows*n_embd + n_embd*block_cells + n_embd*sfi::max_vector + 16;
+    }
+
+    int64_t visible(int64_t row) const { return std::min<int64_t>(plan[2 + query[row/group]], n_list); }
+};
+
+void load_queries(const task & a, int64_t h_kv, float * to) {
+    const float scale = a.softcap > 0.0f ? a.scale/a.softcap : a.scale;
+    for (int64_t r = 0; r < a.rows; ++r) {
+        const float * from = (const float *) ((const char *) a.q->data
+                + (h_kv*a.group + r % a.group)*a.q->nb[1] + a.query[r/a.group]*a.q->nb[2]);
+        for (int64_t i = 0; i < a.n_embd; ++i) {
+            to[r*a.n_embd + i] = scale*from[i];
+        }
+    }
+}
+
+// pass 1
+void block_logits(const task & a, int64_t h_kv, int64_t block, const float * q) {
+    const int64_t begin = block*block_cells;
+    const int     n     = (int) std::min<int64_t>(block_cells, a.n_list - begin);
+
+    float * kt  = a.scratch + a.max_rows*a.n_embd;
+    float * tmp = kt + a.n_embd*block_cells;
+
+    const char * rows[block_cells];
+    for (int i = 0; i < n; ++i) {
+        const int32_t cell = a.cells[begin + i];
+        const bool    pad  = (uint64_t) cell >= (uint64_t) a.k->ne[1];
+        rows[i] = (const char *) a.k->data + h_kv*a.k->nb[2] + (pad ? 0 : cell)*a.k->nb[1];
+    }
+
+    float * out = a.logits + begin;
+    a.ops.transpose((int) a.n_embd, rows, n, kt, block_cells, tmp);
+    a.ops.gemm(q, (int) a.rows, (int) a.n_embd, kt, (int) GGML_PAD(n, sfi::max_vector), out, (int) a.ld());
+
+    for (int64_t r = 0; r < a.rows; ++r) {
+        float * x = out + r*a.ld();
+        for (int i = 0; i < n && a.softcap > 0.0f; ++i) {
+            x[i] = a.softcap*tanhf(x[i]);
+        }
+        // what the row does not see, or does not count
+        const int64_t first = a.candidates_only ? a.j0 : 0;
+        const int64_t last  = std::min(a.visible(r), a.candidates_only ? a.j1 : a.n_list);
+        const int b = (int) std::clamp<int64_t>(first - begin, 0, n);
+        const int e = (int) std::clamp<int64_t>(last  - begin, b, n);
+        std::fill(x, x + b, -INFINITY);
+        std::fill(x + e, x + block_cells, -INFINITY);
+        float max = -INFINITY;
+        for (int i = b; i < e; ++i) {
+            if ((uint64_t) a.cells[begin + i] >= (uint64_t) a.k->ne[1]) {
+                x[i] = -INFINITY;
+            }
+            max = std::max(max, x[i]);
+        }
+        float sum = 0.0f;
+        if (max > -INFINITY) {
+            float y[block_cells];
+            std::copy(x, x + block_cells, y);
+            sum = a.ops.exp(y, block_cells, max);
+        }
+        a.row_max[block*a.max_rows + r] = max;
+        a.row_sum[block*a.max_rows + r] = sum;
+    }
+}
+
+// pass 2
+float log_sum_exp(const task & a, int64_t n_blocks, int64_t r) {
+    float max = -INFINITY;
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        max = std::max(max, a.row_max[b*a.max_rows + r]);
+    }
+    if (max == -INFINITY) {
+        return INFINITY; // the row sees nothing: exp(x - INFINITY) = 0
+    }
+    double sum = 0.0;
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        sum += a.row_sum[b*a.max_rows + r]*expf(a.row_max[b*a.max_rows + r] - max);
+    }
+    return max + (float) std::log(sum);
+}
+
+// pass 3
+void block_evidence(const task & a, int64_t h_kv, int64_t block) {
+    const int64_t begin = block*block_cells;
+    float mean[block_cells] = {};
+    for (int64_t r = 0; r < a.rows; ++r) {
+        float x[block_cells];
+        const float * from = a.logits + r*a.ld() + begin;
+        for (int i = 0; i < block_cells; ++i) {
+            x[i] = a.alpha*(from[i] - a.row_lse[r]);
+        }
+        a.ops.exp(x, block_cells, 0.0f);
+        for (int i = 0; i < block_cells; ++i) {
+            mean[i] += x[i];
+        }
+    }
+    float * out = (float *) ((char *) a.dst->data + h_kv*a.dst->nb[1]);
+    for (int64_t j = begin; j < std::min(begin + block_cells, a.n_list); ++j) {
+        out[j] = j >= a.j0 && j < a.j1 && a.rows > 0 ? mean[j - begin]/a.rows : 0.0f;
+    }
+}
+
+} // namespace
+
+void sfi::support_evidence(const ggml_compute_params * params, ggml_tensor * dst) {
+    const task a(params, dst);
+    const int ith = params->ith, nth = params->nth;
+    const int64_t n_seen = (a.n_visible + block_cells - 1)/block_cells;
+
+    for (int64_t h = 0; h < a.n_head_kv; ++h) {
+        float * q = a.scratch;
+        load_queries(a, h, q);
+
+        for (int64_t b = ith; b < n_seen; b += nth) {
+            block_logits(a, h, b, q);
+        }
+        ggml_barrier(params->threadpool);
+
+        for (int64_t r = ith; r < a.rows; r += nth) {
+            a.row_lse[r] = log_sum_exp(a, n_seen, r);
+        }
+        ggml_barrier(params->threadpool);
+
+        for (int64_t b = ith; b < n_seen; b += nth) {
+            block_evidence(a, h, b);
+        }
+        float * out = (float *) ((char *) dst->data + h*dst->nb[1]);
+        for (int64_t j = n_seen*block_cells + ith; j < a.n_list; j += nth) {
+            out[j] = 0.0f;
+        }
+        ggml_barrier(params->threadpool);
+    }
+}
+
+size_t sfi::support_evidence_work_size(const ggml_tensor * dst, int n_threads) {
+    const ggml_tensor * q = dst->src[0];
+    const int64_t max_rows = q->ne[1]/dst->ne[1]*q->ne[2];
+    const int64_t n_blocks = (dst->ne[0] + block_cells - 1)/block_cells;
+    return (max_rows*(n_blocks*(block_cells + 2) + 1) + n_threads*task::scratch_size(q->ne[0], max_rows))*sizeof(float);
+}
+
+bool sfi::support_evidence_supported(const ggml_tensor * dst) {
+    const ggml_tensor * k = dst->src[1];
+    return k->ne[0] % 16 == 0 && k->ne[0] <= 512 && k->ne[0] % ggml_blck_size(k->type) == 0 && tile_ops_supported(k->type);
+}

@@ -1,0 +1,187 @@
+// Constructors of the sfi operations: the contract of ggml-sfi.h as asserts.
+
+#include "ggml-sfi.h"
+
+#include "ggml-impl.h"
+
+static bool has_rows(const struct ggml_tensor * t) {
+    return t->nb[0] == ggml_type_size(t->type);
+}
+
+static void assert_cells(const struct ggml_tensor * t) {
+    GGML_ASSERT(t->type == GGML_TYPE_I32);
+    GGML_ASSERT(has_rows(t));
+}
+
+struct ggml_tensor * ggml_sparse_attn(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * always,
+        struct ggml_tensor  * selected,
+        struct ggml_tensor  * tail,
+        struct ggml_tensor  * sinks,
+        float                 scale,
+        float                 logit_softcap) {
+    const int64_t n_tokens  = q->ne[1];
+    const int64_t n_head    = q->ne[2];
+    const int64_t n_head_kv = k->ne[2];
+    const int64_t n_stream  = q->ne[3];
+
+    GGML_ASSERT(q->type == GGML_TYPE_F32);
+    GGML_ASSERT(has_rows(q) && has_rows(k) && has_rows(v));
+    GGML_ASSERT(q->ne[0] == k->ne[0]);
+    GGML_ASSERT(k->ne[1] == v->ne[1]);
+    GGML_ASSERT(k->ne[2] == v->ne[2]);
+    GGML_ASSERT(k->ne[3] == n_stream && v->ne[3] == n_stream);
+    GGML_ASSERT(n_head % n_head_kv == 0);
+    GGML_ASSERT(logit_softcap >= 0.0f);
+
+    if (always) {
+        assert_cells(always);
+        GGML_ASSERT(always->ne[1] == n_tokens || always->ne[1] == 1);
+        GGML_ASSERT(always->ne[2] == 1);
+        GGML_ASSERT(always->ne[3] == n_stream);
+    }
+    if (selected) {
+        assert_cells(selected);
+        GGML_ASSERT(selected->ne[1] == n_head_kv);
+        GGML_ASSERT(selected->ne[2] == n_tokens || selected->ne[2] == 1);
+        GGML_ASSERT(selected->ne[3] == n_stream);
+    }
+    if (tail) {
+        GGML_ASSERT(tail->type == GGML_TYPE_F32 && has_rows(tail));
+        GGML_ASSERT(tail->ne[0] == v->ne[0] + 1);
+        GGML_ASSERT(tail->ne[1] == n_head);
+        GGML_ASSERT(tail->ne[2] == n_tokens);
+        GGML_ASSERT(tail->ne[3] == n_stream);
+    }
+    if (sinks) {
+        GGML_ASSERT(sinks->type == GGML_TYPE_F32 && has_rows(sinks));
+        GGML_ASSERT(sinks->ne[0] == n_head);
+    }
+
+    // permuted, like flash attention: heads before tokens
+    const int64_t ne[4] = { v->ne[0], n_head, n_tokens, n_stream };
+    struct ggml_tensor * result = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne);
+
+    const float params[] = { scale, logit_softcap };
+    ggml_set_op_params(result, params, sizeof(params));
+
+    result->op     = GGML_OP_SPARSE_ATTN;
+    result->src[0] = q;
+    result->src[1] = k;
+    result->src[2] = v;
+    result->src[3] = always;
+    result->src[4] = selected;
+    result->src[5] = tail;
+    result->src[6] = sinks;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_support_evidence(
+        struct ggml_context     * ctx,
+        struct ggml_tensor      * q,
+        struct ggml_tensor      * k,
+        struct ggml_tensor      * cells,
+        struct ggml_tensor      * plan,
+        float                     scale,
+        float                     logit_softcap,
+        float                     alpha,
+        enum ggml_support_softmax over) {
+    GGML_ASSERT(q->type == GGML_TYPE_F32);
+    GGML_ASSERT(has_rows(q) && has_rows(k));
+    GGML_ASSERT(q->ne[0] == k->ne[0]);
+    GGML_ASSERT(q->ne[1] % k->ne[2] == 0);
+    GGML_ASSERT(q->ne[2] >= 1 && q->ne[2] <= 64);
+    GGML_ASSERT(q->ne[3] == 1 && k->ne[3] == 1);
+    assert_cells(cells);
+    assert_cells(plan);
+    GGML_ASSERT(plan->ne[0] == 2 + q->ne[2]);
+    GGML_ASSERT(logit_softcap >= 0.0f && alpha > 0.0f);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cells->ne[0], k->ne[2]);
+
+    const float params[] = { scale, logit_softcap, alpha };
+    ggml_set_op_params(result, params, sizeof(params));
+    ggml_set_op_params_i32(result, 3, (int32_t) over);
+
+    result->op     = GGML_OP_SUPPORT_EVIDENCE;
+    result->src[0] = q;
+    result->src[1] = k;
+    result->src[2] = cells;
+    result->src[3] = plan;
+
+    return result;
+}
+
+static void assert_evidence(
+        const struct ggml_tensor * evidence,
+        const struct ggml_tensor * cells,
+        const struct ggml_tensor * plan) {
+    GGML_ASSERT(evidence->type == GGML_TYPE_F32 && has_rows(evidence));
+    assert_cells(cells);
+    assert_cells(plan);
+    GGML_ASSERT(evidence->ne[0] == cells->ne[0]);
+    GGML_ASSERT(plan->ne[0] >= 2);
+}
+
+struct ggml_tensor * ggml_support_select(
+        struct ggml_context                * ctx,
+        struct ggml_tensor                 * evidence,
+        struct ggml_tensor                 * cells,
+        struct ggml_tensor                 * plan,
+        struct ggml_tensor                 * k,
+        int32_t                              n_selected,
+        const struct ggml_support_selector * selector) {
+    assert_evidence(evidence, cells, plan);
+    GGML_ASSERT(n_selected >= 1);
+    GGML_ASSERT(selector->pool_after >= 0 && selector->pool_before >= 0 && selector->nms_radius >= 0);
+
+    const bool paper = selector->kind == GGML_SUPPORT_SELECTOR_PAPER;
+    GGML_ASSERT(paper == (k != NULL));
+    if (paper) {
+        GGML_ASSERT(has_rows(k));
+        GGML_ASSERT(k->ne[2] == evidence->ne[1]);
+        GGML_ASSERT(selector->alpha > 0.0f && selector->temperature > 0.0f);
+    }
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, evidence->ne[1]);
+
+    ggml_set_op_params(result, selector, sizeof(*selector));
+
+    result->op     = GGML_OP_SUPPORT_SELECT;
+    result->src[0] = evidence;
+    result->src[1] = cells;
+    result->src[2] = plan;
+    result->src[3] = k;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_support_stability(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * evidence,
+        struct ggml_tensor  * cells,
+        struct ggml_tensor  * plan,
+        struct ggml_tensor  * selected,
+        struct ggml_tensor  * previous) {
+    assert_evidence(evidence, cells, plan);
+    assert_cells(selected);
+    assert_cells(previous);
+    GGML_ASSERT(selected->ne[1] == evidence->ne[1]);
+    GGML_ASSERT(previous->ne[1] == evidence->ne[1]);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 4, evidence->ne[1]);
+
+    result->op     = GGML_OP_SUPPORT_STABILITY;
+    result->src[0] = evidence;
+    result->src[1] = cells;
+    result->src[2] = plan;
+    result->src[3] = selected;
+    result->src[4] = previous;
+
+    return result;
+}
