@@ -55,13 +55,14 @@ SIGNATURES = {
     "ggml_flash_attn_ext": (T, [c_void_p, T, T, T, T, F, F, F]),
     "ggml_flash_attn_ext_add_sinks": (None, [T, T]),
     "ggml_graph_compute_with_ctx": (I, [c_void_p, c_void_p, I]),
+    "ggml_backend_cpu_init": (c_void_p, []),
+    "ggml_backend_supports_op": (c_bool, [c_void_p, T]),
 }
 SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
     "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
     "ggml_support_stability": (T, [c_void_p, T, T, T, T, T]),
-    "ggml_cpu_sfi_supported": (c_bool, [T]),
 }
 
 
@@ -72,6 +73,7 @@ class Library:
         self.parts = [ctypes.CDLL(str(find_library(lib_dir, part)), mode=ctypes.RTLD_GLOBAL) for part in ("base", "cpu")]
         for name, signature in SIGNATURES.items():
             setattr(self, name, self.function(name, *signature))
+        self.cpu = self.ggml_backend_cpu_init()
         self.has_sfi = all(hasattr(self.parts[0], name) or hasattr(self.parts[1], name) for name in SFI_SIGNATURES)
         if self.has_sfi:
             for name, signature in SFI_SIGNATURES.items():
@@ -200,7 +202,7 @@ class Graph:
     # -- result --
 
     def supported(self, out):
-        return self.lib.ggml_cpu_sfi_supported(out)
+        return self.lib.ggml_backend_supports_op(self.lib.cpu, out)
 
     def compute(self, out, n_threads=1):
         """The F32 or I32 result as an array. It is poisoned first, so what the operation does not write is seen."""
