@@ -1,0 +1,132 @@
+# Upstream's targets with our sources added to them.
+
+set(BUILD_SHARED_LIBS      ON  CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_COMMON     OFF CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_TESTS      OFF CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_TOOLS      OFF CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_EXAMPLES   OFF CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_SERVER     OFF CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_APP        OFF CACHE BOOL "" FORCE)
+set(LLAMA_OPENSSL          OFF CACHE BOOL "" FORCE)
+set(GGML_CCACHE            OFF CACHE BOOL "" FORCE)  # we set the launcher
+
+# A portable build carries one CPU library per feature set and picks one when it starts.
+set(GGML_BACKEND_DL        ${SFI_PORTABLE} CACHE BOOL "" FORCE)
+set(GGML_CPU_ALL_VARIANTS  ${SFI_PORTABLE} CACHE BOOL "" FORCE)
+if (SFI_PORTABLE)
+    set(GGML_NATIVE OFF CACHE BOOL "" FORCE)
+else()
+    set(GGML_NATIVE ON  CACHE BOOL "")
+endif()
+
+# Upstream asks git for its commit and would find ours, or that of the repository it happens to lie in.
+file(STRINGS "${SFI_ROOT}/patches/upstream" SFI_PIN REGEX "^[a-z_]+=")
+foreach (line IN LISTS SFI_PIN)
+    if (line MATCHES "^([a-z_]+)=(.*)$")
+        set(SFI_PIN_${CMAKE_MATCH_1} "${CMAKE_MATCH_2}")
+    endif()
+endforeach()
+set(LLAMA_BUILD_COMMIT "${SFI_PIN_llama_commit}")
+set(LLAMA_BUILD_NUMBER 0)
+
+set(SFI_SAVED_GIT_DIR "$ENV{GIT_DIR}")
+set(ENV{GIT_DIR} "${CMAKE_BINARY_DIR}/no-git-here")
+add_subdirectory("${SFI_TREE}" "${CMAKE_BINARY_DIR}/llama" EXCLUDE_FROM_ALL)
+if (SFI_SAVED_GIT_DIR STREQUAL "")
+    unset(ENV{GIT_DIR})
+else()
+    set(ENV{GIT_DIR} "${SFI_SAVED_GIT_DIR}")
+endif()
+
+# ---- the targets ----------------------------------------------------------------------------------------------
+
+get_property(targets DIRECTORY "${SFI_TREE}/ggml/src" PROPERTY BUILDSYSTEM_TARGETS)
+set(SFI_CPU_TARGETS "")
+set(SFI_BACKEND_TARGETS "")
+foreach (target IN LISTS targets)
+    get_target_property(type ${target} TYPE)
+    if (type STREQUAL "SHARED_LIBRARY" OR type STREQUAL "MODULE_LIBRARY")
+        if (target MATCHES "^ggml-cpu(-|$)")
+            list(APPEND SFI_CPU_TARGETS ${target})
+        elseif (NOT target MATCHES "^ggml(-base)?$")
+            list(APPEND SFI_BACKEND_TARGETS ${target})
+        endif()
+    endif()
+endforeach()
+foreach (backend cuda metal vulkan blas hip sycl opencl rpc)  # backends live in directories of their own
+    if (TARGET ggml-${backend})
+        list(APPEND SFI_BACKEND_TARGETS ggml-${backend})
+    endif()
+endforeach()
+list(REMOVE_DUPLICATES SFI_BACKEND_TARGETS)
+set(SFI_LIBRARIES llama ggml ggml-base ${SFI_CPU_TARGETS} ${SFI_BACKEND_TARGETS})
+
+# ---- our sources ----------------------------------------------------------------------------------------------
+
+set(native "${CMAKE_CURRENT_SOURCE_DIR}")
+file(GLOB SFI_GGML_SOURCES  CONFIGURE_DEPENDS "${native}/ggml/*.c"       "${native}/ggml/*.cpp")
+file(GLOB SFI_CPU_SOURCES   CONFIGURE_DEPENDS "${native}/ggml/cpu/*.c"   "${native}/ggml/cpu/*.cpp")
+file(GLOB SFI_LLAMA_SOURCES CONFIGURE_DEPENDS "${native}/llama/*.cpp"    "${native}/*.cpp")
+
+if (SFI_GGML_SOURCES)
+    target_sources(ggml-base PRIVATE ${SFI_GGML_SOURCES})
+endif()
+target_include_directories(ggml-base PUBLIC "$<BUILD_INTERFACE:${native}/ggml>")
+
+# in upstream's CPU targets ours are compiled with the same instruction-set flags
+foreach (target IN LISTS SFI_CPU_TARGETS)
+    if (SFI_CPU_SOURCES)
+        target_sources(${target} PRIVATE ${SFI_CPU_SOURCES})
+    endif()
+    target_include_directories(${target} PRIVATE "${native}/ggml" "${native}/ggml/cpu" "${SFI_TREE}/ggml/src" "${SFI_TREE}/ggml/src/ggml-cpu")
+endforeach()
+
+# sfi-source-id.h is written at build time, so that an edit recompiles the one file that includes it
+set(SFI_GENERATED "${CMAKE_BINARY_DIR}/generated")
+file(MAKE_DIRECTORY "${SFI_GENERATED}")
+if (SFI_LLAMA_SOURCES)
+    target_sources(llama PRIVATE ${SFI_LLAMA_SOURCES})
+    set_source_files_properties(${SFI_LLAMA_SOURCES} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+endif()
+target_include_directories(llama
+    PUBLIC  "$<BUILD_INTERFACE:${native}/include>"
+    PRIVATE "${native}/llama" "${native}/ggml" "${SFI_GENERATED}")
+target_compile_definitions(llama PRIVATE SFI_BUILD)
+target_compile_features(llama PRIVATE cxx_std_17)
+
+# ---- names: neither shadow another llama.cpp nor be shadowed by one -----------------------------------------------
+
+# upstream finds the libraries of a portable build by their file names, and Windows its DLLs
+set(SFI_RENAMED "")
+if (NOT WIN32)
+    set(SFI_RENAMED llama ggml ggml-base)
+    if (NOT SFI_PORTABLE)
+        list(APPEND SFI_RENAMED ${SFI_CPU_TARGETS} ${SFI_BACKEND_TARGETS})
+    endif()
+endif()
+foreach (target IN LISTS SFI_RENAMED)
+    set_target_properties(${target} PROPERTIES OUTPUT_NAME "sfi-${target}")
+endforeach()
+
+if (APPLE)
+    set(SFI_ORIGIN "@loader_path")
+else()
+    set(SFI_ORIGIN "$ORIGIN")
+endif()
+foreach (target IN LISTS SFI_LIBRARIES)
+    set_property(TARGET ${target} PROPERTY VERSION)    # wheels cannot carry the links that
+    set_property(TARGET ${target} PROPERTY SOVERSION)  # versioned names need
+    set_property(TARGET ${target} PROPERTY PUBLIC_HEADER)
+    set_target_properties(${target} PROPERTIES
+        EXCLUDE_FROM_ALL         OFF
+        BUILD_WITH_INSTALL_RPATH ON
+        INSTALL_RPATH            "${SFI_ORIGIN}"
+        LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin"
+        RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+    if (UNIX AND NOT APPLE)
+        target_link_options(${target} PRIVATE "LINKER:-Bsymbolic")
+    endif()
+endforeach()
+if (WIN32)
+    set_target_properties(llama PROPERTIES WINDOWS_EXPORT_ALL_SYMBOLS ON)
+endif()

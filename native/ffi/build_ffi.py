@@ -1,0 +1,65 @@
+"""Generate the C source of sfi_local._sfi from sfi.h, the one place where the C API is declared.
+
+usage: build_ffi.py SFI_H OUT_C
+
+cffi wants declarations without preprocessor. Values of enums and lengths of arrays are left to the C compiler
+("..."), so a stale cdef cannot exist: what does not match the header does not compile.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+MODULE = "sfi_local._sfi"
+
+# what sfi.h takes from llama.h, and the little else that Python calls directly
+PRELUDE = """
+struct llama_context;
+typedef int32_t llama_token;
+typedef int32_t llama_seq_id;
+void ggml_backend_load_all_from_path(const char * dir_path);
+"""
+
+# a sfi_progress_fn implemented in Python with @ffi.def_extern()
+CALLBACKS = """
+extern "Python" bool sfi_progress_py(void * user, int32_t n_done, int32_t n_total);
+"""
+
+SOURCE = """
+#include "sfi.h"
+#include "ggml-backend.h"
+"""
+
+
+def without_comments(header: str) -> str:
+    return re.sub(r"/\*.*?\*/|//[^\n]*", "", header, flags=re.DOTALL)
+
+
+def without_preprocessor(header: str) -> str:
+    """Drop the directives, and the extern "C" braces that stand between two of them."""
+    header = re.sub(r"#ifdef __cplusplus\n.*?#endif", "", header, flags=re.DOTALL)
+    return re.sub(r"^[ \t]*#(?:\\\n|[^\n])*\n", "", header, flags=re.MULTILINE)
+
+
+def cdef(header: str) -> str:
+    """The declarations of sfi.h as cffi reads them."""
+    text = without_preprocessor(without_comments(header)).replace("SFI_API ", "")
+    text = re.sub(r"\b(SFI_[A-Z0-9_]+)\s*=\s*-?\d+", r"\1 = ...", text)
+    text = re.sub(r"\[SFI_[A-Z0-9_]+\]", "[...]", text)
+    return PRELUDE + text + CALLBACKS
+
+
+def main(header: str, out: str) -> None:
+    from cffi import FFI
+
+    ffi = FFI()
+    ffi.cdef(cdef(Path(header).read_text(encoding="utf-8")))
+    ffi.set_source(MODULE, SOURCE)
+    ffi.emit_c_code(out)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except ImportError:
+        sys.exit("cffi is missing: pip install cffi, or build with 'pip install .', which brings it.")
