@@ -85,3 +85,4 @@ install(TARGETS ${SFI_LIBRARIES} ${SFI_STUBS}
 install(TARGETS sfi-ffi LIBRARY DESTINATION sfi_local RUNTIME DESTINATION sfi_local)
 install(FILES "${CMAKE_BINARY_DIR}/package/_build_info.py" DESTINATION sfi_local)
 install(DIRECTORY "${SFI_ROOT}/models/" DESTINATION sfi_local/models FILES_MATCHING PATTERN "*.json")
+install(FILES "${SFI_TREE}/LICENSE" DESTINATION sfi_local/lib RENAME LICENSE-llama.cpp)

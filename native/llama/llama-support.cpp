@@ -1,0 +1,421 @@
+#include "llama-support.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <new>
+
+// The list of all cells is padded to this, so that a graph fits many depths.
+static constexpr int64_t list_pad = 1024;
+
+// ---- layers and their memory -------------------------------------------------------------------------------------------
+
+static std::string why_dense(const llama_model & model, const llama_kv_cache & kv, const std::vector<uint32_t> & kv_layers, int32_t il) {
+    const auto & hparams = model.hparams;
+    if (!hparams.has_kv(il)) {
+        return "has no KV cache of its own";
+    }
+    if (hparams.is_swa(il)) {
+        return "attends to a sliding window only";
+    }
+    if (std::find(kv_layers.begin(), kv_layers.end(), (uint32_t) il) == kv_layers.end()) {
+        return "keeps its state elsewhere than in the KV cache";
+    }
+    if (hparams.is_mla()) {
+        return "uses multi-head latent attention";
+    }
+    if (hparams.use_alibi || hparams.f_max_alibi_bias != 0.0f) {
+        return "uses ALiBi position bias";
+    }
+    if (hparams.n_head(il) % std::max(hparams.n_head_kv(il), 1u) != 0) {
+        return "has a number of heads that is no multiple of its KV heads";
+    }
+    const uint32_t d_k = hparams.n_embd_head_k(il), d_v = hparams.n_embd_head_v(il);
+    if (d_k % 16 != 0 || d_v % 16 != 0 || d_k > 512 || d_v > 512) {
+        return "has a head size that is no multiple of 16 (or above 512)";
+    }
+    if (d_k % ggml_blck_size(kv.type_k()) != 0 || d_v % ggml_blck_size(kv.type_v()) != 0) {
+        return "has a head size that does not fit the blocks of this KV type";
+    }
+    return "";
+}
+
+llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, const llama_support_params & params) :
+        kv(kv), params(params), layers(model.hparams.n_layer()), streams(kv->get_n_stream()) {
+    const auto kv_layers = kv->get_layer_ids();
+    for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
+        layers[il].why = why_dense(model, *kv, kv_layers, il);
+    }
+    for (auto & st : streams) {
+        st.query_pos.assign(params.n_queries, -1);
+    }
+    if (params.n_selected > 0) {
+        allocate(model);
+    }
+}
+
+void llama_support::allocate(const llama_model & model) {
+    const auto & hparams = model.hparams;
+    std::map<ggml_backend_buffer_type_t, ggml_context *> contexts;
+
+    const auto context_of = [&](ggml_backend_buffer_type_t buft) {
+        auto & ctx = contexts[buft];
+        if (!ctx) {
+            ctx = ggml_init({ 3*layers.size()*ggml_tensor_overhead(), nullptr, true });
+            if (!ctx) {
+                throw std::bad_alloc();
+            }
+            buffers.emplace_back(ggml_context_ptr(ctx), nullptr);
+        }
+        return ctx;
+    };
+
+    const int64_t n_stream = streams.size();
+    for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
+        if (!is_sparse(il)) {
+            continue;
+        }
+        ggml_context * ctx = context_of(ggml_backend_buffer_get_type(kv->get_k_storage(il)->buffer));
+        const int64_t n_head_kv = hparams.n_head_kv(il);
+        const int64_t n_embd_q  = (int64_t) hparams.n_embd_head_k(il)*hparams.n_head(il);
+
+        auto & layer = layers[il];
+        layer.queries   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_q, params.n_queries, n_stream);
+        layer.selected  = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, params.n_selected, n_head_kv, n_stream);
+        layer.stability = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 4, n_head_kv, n_stream);
+    }
+    for (auto & [buft, ctx] : contexts) {
+        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
+        if (!buffer) {
+            throw std::bad_alloc();
+        }
+        ggml_backend_buffer_clear(buffer, 0xff); // selected: -1
+        const auto mine = [ctx = ctx](const auto & b) { return b.first.get() == ctx; };
+        std::find_if(buffers.begin(), buffers.end(), mine)->second.reset(buffer);
+    }
+}
+
+size_t llama_support::memory() const {
+    size_t size = 0;
+    for (const auto & b : buffers) {
+        size += ggml_backend_buffer_get_size(b.second.get());
+    }
+    return size;
+}
+
+// ---- validity ----------------------------------------------------------------------------------------------------------
+
+void llama_support::invalidate(uint32_t s) {
+    auto & st = streams[s];
+    st.edited   = st.edited || st.valid;
+    st.valid    = false;
+    st.mirrored = false;
+    std::fill(st.query_pos.begin(), st.query_pos.end(), -1);
+}
+
+void llama_support::invalidate_all() {
+    for (uint32_t s = 0; s < streams.size(); ++s) {
+        invalidate(s);
+    }
+}
+
+llama_support_guard::llama_support_guard(llama_support * support, const llama_kv_cells_vec & cells, int64_t edited) :
+        support(support), cells(cells), edited(edited) {
+    for (size_t s = 0; support && s < cells.size(); ++s) {
+        n_used.push_back(cells[s].get_used());
+    }
+}
+
+llama_support_guard::~llama_support_guard() {
+    for (size_t s = 0; s < n_used.size(); ++s) {
+        if (edited == LLAMA_SUPPORT_ALL_STREAMS || edited == (int64_t) s || cells[s].get_used() != n_used[s]) {
+            support->invalidate(s);
+        }
+    }
+}
+
+void llama_support::on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo) {
+    const bool ours = kind != LLAMA_SUPPORT_NONE && sinfo.n_stream() == 1 && (uint32_t) sinfo.strm[0] == stream
+        && (int32_t) ubatch.n_tokens <= n_left;
+    if (!ours) {
+        ubatch_kind = LLAMA_SUPPORT_NONE;
+        for (const auto s : sinfo.strm) {
+            invalidate(s);
+        }
+        return;
+    }
+    n_left -= ubatch.n_tokens;
+    ubatch_kind    = kind;
+    ubatch_refresh = refresh && n_left == 0;
+    ubatch_stored  = std::min<int32_t>(ubatch.n_tokens, params.n_queries);
+    place(streams[stream], ubatch, sinfo.idxs[0]);
+}
+
+// Follow the cache: the new cells go to the end of the list, their queries into the ring.
+void llama_support::place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs) {
+    const llama_seq_id seq = ubatch.seq_id[0][0];
+    if (st.mirrored && ubatch.pos[0] > st.last_pos) {
+        st.cells.insert(st.cells.end(), idxs.begin(), idxs.end());
+    } else {
+        st.cells.clear();
+        for (const auto & [pos, cell] : kv->get_cells(seq).seq_pos_get(seq)) {
+            st.cells.push_back((int32_t) cell);
+        }
+        st.mirrored = true;
+    }
+    st.last_pos = ubatch.pos[ubatch.n_tokens - 1];
+    for (uint32_t i = ubatch.n_tokens - ubatch_stored; i < ubatch.n_tokens; ++i) {
+        st.query_pos[ubatch.pos[i] % params.n_queries] = ubatch.pos[i];
+    }
+}
+
+// ---- steps -------------------------------------------------------------------------------------------------------------
+
+void llama_support::announce(uint32_t s, llama_support_kind new_kind, int32_t n_tokens, bool new_refresh) {
+    stream  = s;
+    kind    = new_kind;
+    n_left  = n_tokens;
+    refresh = new_refresh;
+}
+
+void llama_support::finish(bool ok) {
+    auto & st = streams[stream];
+    if (!ok || n_left > 0) {
+        invalidate(stream);
+    } else if (refresh) {
+        const int32_t n = (int32_t) st.cells.size();
+        st.j0 = std::min(params.n_sink, n);
+        st.j1 = std::max(st.j0, n - params.n_recent);
+        st.valid  = true;
+        st.edited = false;
+        st.span   = 0;
+        ++st.n_refresh;
+    } else if (kind == LLAMA_SUPPORT_FAST) {
+        ++st.span;
+    }
+    kind = ubatch_kind = LLAMA_SUPPORT_NONE;
+}
+
+bool llama_support::valid(uint32_t s) const {
+    return streams[s].valid;
+}
+
+bool llama_support::was_edited(uint32_t s) const {
+    return streams[s].edited;
+}
+
+bool llama_support::window_full(uint32_t s) const {
+    const auto & st = streams[s];
+    return st.valid && st.j0 + ((int64_t) st.cells.size() + 1 - st.j1) > always_size();
+}
+
+int32_t llama_support::n_fast_cells(uint32_t s) const {
+    const auto & st = streams[s];
+    return st.j0 + ((int32_t) st.cells.size() - st.j1) + std::min(params.n_selected, st.j1 - st.j0);
+}
+
+int32_t llama_support::span(uint32_t s) const {
+    return streams[s].span;
+}
+
+int32_t llama_support::depth(uint32_t s) const {
+    const auto & st = streams[s];
+    if (st.mirrored) {
+        return (int32_t) st.cells.size();
+    }
+    const llama_seq_id seq = (llama_seq_id) s; // one sequence per stream
+    return (int32_t) kv->get_cells(seq).seq_pos_get(seq).size();
+}
+
+// ---- the graph input ---------------------------------------------------------------------------------------------------
+
+int64_t llama_support::list_size() const {
+    const int64_t n = streams[stream].cells.size();
+    return std::min<int64_t>(GGML_PAD(n, list_pad), kv->get_size());
+}
+
+llama_support::key llama_support::graph_key() const {
+    key k;
+    k.kind = ubatch_kind;
+    if (ubatch_kind != LLAMA_SUPPORT_NONE) {
+        const bool lists_all = ubatch_kind == LLAMA_SUPPORT_DENSE || ubatch_kind == LLAMA_SUPPORT_SLOW || ubatch_refresh;
+        k.refresh  = ubatch_refresh && params.n_selected > 0;
+        k.stream   = stream;
+        k.n_list   = lists_all ? list_size() : 0;
+        k.n_stored = params.n_selected > 0 ? ubatch_stored : 0;
+    }
+    return k;
+}
+
+llama_support_input::llama_support_input(std::shared_ptr<llama_support> support) :
+        support(std::move(support)), built(this->support->graph_key()) {}
+
+static void set_list(ggml_tensor * dst, const int32_t * from, size_t n) {
+    std::vector<int32_t> list(dst->ne[0], -1);
+    GGML_ASSERT(n <= list.size());
+    std::copy(from, from + n, list.begin());
+    ggml_backend_tensor_set(dst, list.data(), 0, ggml_nbytes(dst));
+}
+
+static bool is_used(const ggml_tensor * t) {
+    return t && t->buffer;
+}
+
+void llama_support_input::set_input(const llama_ubatch * ubatch) {
+    const auto & st     = support->streams[built.stream];
+    const auto & params = support->params;
+    const int32_t n     = (int32_t) st.cells.size();
+
+    if (is_used(always)) {
+        std::vector<int32_t> list(st.cells.begin(), st.cells.begin() + st.j0);
+        list.insert(list.end(), st.cells.begin() + st.j1, st.cells.end());
+        set_list(always, list.data(), list.size());
+    }
+    if (is_used(cells)) {
+        set_list(cells, st.cells.data(), st.cells.size());
+    }
+    if (is_used(plan)) {
+        const int32_t j0 = std::min(params.n_sink, n);
+        std::vector<int32_t> values = { j0, std::max(j0, n - params.n_recent) };
+        for (const llama_pos pos : st.query_pos) {
+            const llama_pos age = st.last_pos - pos;
+            values.push_back(pos < 0 || age >= params.n_evidence ? 0 : std::max(0, n - age));
+        }
+        ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
+    }
+    if (is_used(rows)) {
+        std::vector<int64_t> values;
+        for (uint32_t i = ubatch->n_tokens - built.n_stored; i < ubatch->n_tokens; ++i) {
+            values.push_back(ubatch->pos[i] % params.n_queries);
+        }
+        ggml_backend_tensor_set(rows, values.data(), 0, ggml_nbytes(rows));
+    }
+}
+
+bool llama_support_input::can_reuse(const llm_graph_params &) {
+    return built == support->graph_key();
+}
+
+bool llama_support_can_reuse(const llama_support_input * inp, const std::shared_ptr<llama_support> & support) {
+    if (!inp) {
+        return !support || support->graph_key().kind == LLAMA_SUPPORT_NONE;
+    }
+    return inp->support == support;
+}
+
+static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t n, const char * name) {
+    ggml_tensor * t = ggml_new_tensor_1d(g.ctx0, type, n);
+    ggml_set_input(t);
+    ggml_set_name(t, name);
+    return t;
+}
+
+llama_support_input * llama_support_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
+    if (!support || support->graph_key().kind == LLAMA_SUPPORT_NONE) {
+        return nullptr;
+    }
+    auto inp = std::make_unique<llama_support_input>(support);
+    const auto & key    = inp->built;
+    const auto & params = support->get_params();
+
+    if (key.kind == LLAMA_SUPPORT_FAST) {
+        const int64_t n = params.n_sink + params.n_recent + params.max_span + 1;
+        inp->always = new_input(g, GGML_TYPE_I32, n, "support_always");
+    }
+    if (key.n_list > 0) {
+        inp->cells = new_input(g, GGML_TYPE_I32, key.n_list, "support_cells");
+    }
+    if (key.refresh) {
+        inp->plan = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
+    }
+    if (key.n_stored > 0) {
+        inp->rows = new_input(g, GGML_TYPE_I64, key.n_stored, "support_rows");
+    }
+    return (llama_support_input *) g.res->add_input(std::move(inp));
+}
+
+// ---- the graph of a layer ----------------------------------------------------------------------------------------------
+
+// a stream of a tensor [ne0, ne1, n_stream]
+static ggml_tensor * stream_of(ggml_context * ctx, ggml_tensor * t, uint32_t stream) {
+    return ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], stream*t->nb[2]);
+}
+
+// all cells of the stream that `view` (one of get_k() / get_v()) shows, as [n_embd_head, n_cells, n_head_kv]
+static ggml_tensor * all_cells(ggml_context * ctx, const ggml_tensor * view) {
+    ggml_tensor * cache = view->view_src;
+    ggml_tensor * all = ggml_view_3d(ctx, cache, view->ne[0], view->ne[1], cache->ne[1], view->nb[1], view->nb[2], view->view_offs);
+    return ggml_permute(ctx, all, 0, 2, 1, 3);
+}
+
+static void store_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer, ggml_tensor * q) {
+    const int64_t n = inp->built.n_stored;
+    ggml_tensor * last = ggml_view_3d(g.ctx0, q, q->ne[0], q->ne[1], n, q->nb[1], q->nb[2], (q->ne[2] - n)*q->nb[2]);
+    last = ggml_cont_2d(g.ctx0, last, q->ne[0]*q->ne[1], n);
+    ggml_build_forward_expand(g.gf, ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows));
+}
+
+// evidence -> selected, and how stable it is; the previous set is read before the new one replaces it
+static void refresh_support(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                            ggml_tensor * k, int64_t n_head, float kq_scale, float softcap, int il) {
+    ggml_context * ctx = g.ctx0;
+    const auto & params = inp->support->get_params();
+    const bool   paper  = params.selector.kind == GGML_SUPPORT_SELECTOR_PAPER;
+    const auto   stream = inp->built.stream;
+
+    ggml_tensor * q = stream_of(ctx, layer.queries, stream);
+    q = ggml_reshape_3d(ctx, q, k->ne[0], n_head, params.n_queries);
+
+    ggml_tensor * evidence = ggml_support_evidence(ctx, q, k, inp->cells, inp->plan, kq_scale, softcap,
+            paper ? params.selector.alpha : 1.0f,
+            paper ? GGML_SUPPORT_SOFTMAX_CANDIDATES : GGML_SUPPORT_SOFTMAX_VISIBLE);
+    g.cb(evidence, "support_evidence", il);
+
+    ggml_tensor * selected = ggml_support_select(ctx, evidence, inp->cells, inp->plan, paper ? k : nullptr,
+            params.n_selected, &params.selector);
+    g.cb(selected, "support_selected", il);
+
+    ggml_tensor * previous  = stream_of(ctx, layer.selected, stream);
+    ggml_tensor * stability = ggml_support_stability(ctx, evidence, inp->cells, inp->plan, selected, previous);
+    g.cb(stability, "support_stability", il);
+
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, stability, stream_of(ctx, layer.stability, stream)));
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, previous));
+}
+
+ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_support_input * inp,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+    if (!inp || kq_b || !inp->support->is_sparse(il)) {
+        return nullptr;
+    }
+    ggml_context * ctx = g.ctx0;
+    const auto & key   = inp->built;
+    const auto & layer = inp->support->layer(il);
+    const float softcap = g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f;
+
+    k = all_cells(ctx, k);
+    v = all_cells(ctx, v);
+
+    if (key.n_stored > 0) {
+        store_queries(g, inp, layer, q);
+    }
+    if (key.refresh) {
+        refresh_support(g, inp, layer, k, q->ne[1], kq_scale, softcap, il);
+    }
+    if (key.kind == LLAMA_SUPPORT_PREFILL) {
+        return nullptr;
+    }
+
+    const bool fast = key.kind == LLAMA_SUPPORT_FAST;
+    ggml_tensor * selected = fast && layer.selected ? stream_of(ctx, layer.selected, key.stream) : nullptr;
+
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);
+    ggml_tensor * cur = ggml_sparse_attn(ctx, q, k, v, fast ? inp->always : inp->cells, selected, nullptr, sinks, kq_scale, softcap);
+    g.cb(cur, "sparse_attn", il);
+    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    ggml_build_forward_expand(g.gf, cur);
+    return cur;
+}

@@ -1,0 +1,181 @@
+// The support of each sequence: where it lives, when it is valid, and its part of the compute graph.
+//
+// A llama_kv_cache owns at most one llama_support (sfi_attach() gives it one) and tells it about every edit of its
+// cells; whatever was not announced by sfi_step() or sfi_prefill() makes the support of that stream invalid.
+// One sequence per stream: supports are kept per stream.
+
+#pragma once
+
+#include "llama-kv-cache.h"
+#include "ggml-sfi.h"
+#include "ggml-cpp.h"
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+struct llama_model;
+struct llama_support_input;
+
+// What the next ubatch does with its attention.
+enum llama_support_kind {
+    LLAMA_SUPPORT_NONE,    // upstream's own path
+    LLAMA_SUPPORT_PREFILL, // upstream's own path; the last queries are kept, the last ubatch refreshes
+    LLAMA_SUPPORT_DENSE,   // every cell, our kernel
+    LLAMA_SUPPORT_SLOW,    // every cell, our kernel, then a refresh
+    LLAMA_SUPPORT_FAST,    // the support alone
+};
+
+struct llama_support_params {
+    int32_t n_sink     = 4;
+    int32_t n_recent   = 256;
+    int32_t n_selected = 2048; // 0: always only (policy window)
+    int32_t max_span   = 64;
+    int32_t n_queries  = 16;   // how many are kept
+    int32_t n_evidence = 16;   // how many give evidence (the last ones)
+    ggml_support_selector selector = {};
+};
+
+// A layer's tensors, in the memory of the backend that holds its K.
+struct llama_support_layer {
+    std::string   why;                 // why the layer stays dense; empty if it is sparse
+    ggml_tensor * queries   = nullptr; // F32 [n_embd_head_k*n_head, n_queries, n_stream], a ring
+    ggml_tensor * selected  = nullptr; // I32 [n_selected, n_head_kv, n_stream]
+    ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
+};
+
+class llama_support {
+public:
+    // throws std::bad_alloc if the buffers cannot be had
+    llama_support(llama_kv_cache * kv, const llama_model & model, const llama_support_params & params);
+
+    // ---- validity, called by the KV cache --------------------------------------------------------------------
+
+    void invalidate(uint32_t stream);
+    void invalidate_all();
+
+    // a ubatch has got its cells and is about to be computed
+    void on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo);
+
+    // ---- steps, called by sfi.cpp ------------------------------------------------------------------------------
+
+    // the next n_tokens tokens of this stream are ours; with refresh the last ubatch of a prefill chooses the support
+    void announce(uint32_t stream, llama_support_kind kind, int32_t n_tokens, bool refresh);
+    void finish(bool ok);
+
+    bool    valid       (uint32_t stream) const; // a fast step is possible
+    bool    was_edited  (uint32_t stream) const; // there was a support, and an edit made it invalid
+    bool    window_full (uint32_t stream) const; // the pinned window cannot grow by another cell
+    int32_t n_fast_cells(uint32_t stream) const; // always + selected, with one more cell in the window
+    int32_t span        (uint32_t stream) const; // fast steps since the refresh
+    int32_t depth       (uint32_t stream) const; // cells of the sequence
+
+    // ---- the graph ---------------------------------------------------------------------------------------------
+
+    // what a graph depends on; two ubatches with equal keys can share one
+    struct key {
+        llama_support_kind kind = LLAMA_SUPPORT_NONE;
+        bool     refresh  = false;
+        uint32_t stream   = 0;
+        int64_t  n_list   = 0; // length of the list of all cells
+        int64_t  n_stored = 0; // queries written to the ring
+
+        bool operator==(const key & o) const {
+            return kind == o.kind && refresh == o.refresh && stream == o.stream && n_list == o.n_list
+                && n_stored == o.n_stored;
+        }
+    };
+    key graph_key() const;
+
+    // ---- inspection --------------------------------------------------------------------------------------------
+
+    const llama_support_params & get_params() const { return params; }
+    const llama_support_layer  & layer(int32_t il) const { return layers[il]; }
+    bool                 is_sparse(int32_t il)     const { return layers[il].why.empty(); }
+    size_t               memory()                  const; // bytes of the buffers
+    int64_t              n_refresh(uint32_t stream) const { return streams[stream].n_refresh; }
+    llama_kv_cache     * get_kv()                  const { return kv; }
+    const std::vector<llama_support_layer> & get_layers() const { return layers; }
+
+private:
+    friend struct llama_support_input;
+
+    struct stream_state {
+        bool     mirrored = false;      // `cells` is what the cache holds
+        std::vector<int32_t>   cells;   // in position order
+        std::vector<llama_pos> query_pos; // position of each row of the ring, -1 if unused
+        llama_pos last_pos = -1;
+
+        bool     valid     = false;
+        bool     edited    = false;
+        int32_t  j0 = 0, j1 = 0;        // the candidates of the refresh were cells[j0 .. j1)
+        int32_t  span      = 0;
+        int64_t  n_refresh = 0;
+    };
+
+    llama_kv_cache     * kv;
+    llama_support_params params;
+    std::vector<llama_support_layer> layers;
+    std::vector<stream_state>        streams;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
+
+    // the announced work, and the ubatch of it that is being computed
+    llama_support_kind kind    = LLAMA_SUPPORT_NONE;
+    uint32_t           stream  = 0;
+    int32_t            n_left  = 0;
+    bool               refresh = false;
+    llama_support_kind ubatch_kind    = LLAMA_SUPPORT_NONE;
+    bool               ubatch_refresh = false;
+    int32_t            ubatch_stored  = 0;
+
+    void    allocate(const llama_model & model);
+    void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
+    int64_t list_size() const;
+    int64_t always_size() const { return params.n_sink + params.n_recent + params.max_span + 1; }
+};
+
+enum : int64_t {
+    LLAMA_SUPPORT_NO_STREAM   = -1,
+    LLAMA_SUPPORT_ALL_STREAMS = -2,
+};
+
+// Stands in a function that edits the cells of a cache. When it leaves, streams with another number of cells than
+// before are invalid, and `edited` in any case: edits like a shift change no numbers. `support` may be null.
+class llama_support_guard {
+public:
+    llama_support_guard(llama_support * support, const llama_kv_cells_vec & cells, int64_t edited = LLAMA_SUPPORT_NO_STREAM);
+    ~llama_support_guard();
+private:
+    llama_support            * support;
+    const llama_kv_cells_vec & cells;
+    int64_t                    edited;
+    std::vector<uint32_t> n_used;
+};
+
+// The graph input that carries lists and plan; created with the attention input, null without a support.
+struct llama_support_input : public llm_graph_input_i {
+    explicit llama_support_input(std::shared_ptr<llama_support> support);
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
+
+    std::shared_ptr<llama_support> support;
+    const llama_support::key       built;
+
+    ggml_tensor * always = nullptr; // I32 [always_size]    fast
+    ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, refreshing prefill
+    ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh
+    ggml_tensor * rows   = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes
+};
+
+// Adds the input to the graph if the next ubatch is ours; null otherwise.
+llama_support_input * llama_support_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support);
+
+// True if a graph built with this input (or none) fits the next ubatch of the cache.
+bool llama_support_can_reuse(const llama_support_input * inp, const std::shared_ptr<llama_support> & support);
+
+// Attention of one layer. Null: the layer or the ubatch takes upstream's own path.
+//   q [n_embd_head_k, n_head, n_tokens], k and v as llama_kv_cache::get_k() and get_v() return them
+ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_support_input * inp,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);

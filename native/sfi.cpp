@@ -1,0 +1,788 @@
+// The C API: validates, picks the kind of each step, and hands it to llama_decode().
+
+#include "sfi.h"
+
+#include "boundary.h"
+#include "schedule.h"
+#include "sfi-source-id.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-model.h"
+#include "llama-support.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+struct sfi {
+    llama_context              * lctx = nullptr;
+    std::weak_ptr<llama_support> support;      // gone when the KV cache is
+    const llama_kv_cache       * kv_swa = nullptr;
+    sfi_params                   params;
+    std::vector<slowfast::token_class>       tokens;    // by token id
+    std::vector<slowfast::boundary_detector> detectors; // by stream
+    sfi_stats                    stats = {};
+    mutable std::atomic<bool>    busy{false};
+};
+
+// ---- errors --------------------------------------------------------------------------------------------------------------
+
+static std::string & last_error() {
+    static thread_local std::string text;
+    return text;
+}
+
+static int fail(int status, const char * format, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof(text), format, args);
+    va_end(args);
+    last_error() = text;
+    return status;
+}
+
+const char * sfi_last_error(void) {
+    return last_error().c_str();
+}
+
+const char * sfi_status_name(int status) {
+    switch (status) {
+        case SFI_OK:             return "SFI_OK";
+        case SFI_ERR_ARGUMENT:   return "SFI_ERR_ARGUMENT";
+        case SFI_ERR_MODEL:      return "SFI_ERR_MODEL";
+        case SFI_ERR_CONTEXT:    return "SFI_ERR_CONTEXT";
+        case SFI_ERR_KV_TYPE:    return "SFI_ERR_KV_TYPE";
+        case SFI_ERR_BACKEND:    return "SFI_ERR_BACKEND";
+        case SFI_ERR_FULL:       return "SFI_ERR_FULL";
+        case SFI_ERR_MEMORY:     return "SFI_ERR_MEMORY";
+        case SFI_ERR_DECODE:     return "SFI_ERR_DECODE";
+        case SFI_ERR_ABORTED:    return "SFI_ERR_ABORTED";
+        case SFI_ERR_NO_SUPPORT: return "SFI_ERR_NO_SUPPORT";
+        case SFI_ERR_BUSY:       return "SFI_ERR_BUSY";
+        case SFI_ERR_DETACHED:   return "SFI_ERR_DETACHED";
+        default:                 return "unknown status";
+    }
+}
+
+const char * sfi_kind_name(enum sfi_step_kind kind) {
+    switch (kind) {
+        case SFI_STEP_AUTO:  return "auto";
+        case SFI_STEP_SLOW:  return "slow";
+        case SFI_STEP_FAST:  return "fast";
+        case SFI_STEP_DENSE: return "dense";
+    }
+    return "unknown";
+}
+
+const char * sfi_reason_name(enum sfi_reason reason) {
+    switch (reason) {
+        case SFI_REASON_NONE:        return "none";
+        case SFI_REASON_FIRST:       return "first";
+        case SFI_REASON_BOUNDARY:    return "boundary";
+        case SFI_REASON_MAX_SPAN:    return "max_span";
+        case SFI_REASON_UNSTABLE:    return "unstable";
+        case SFI_REASON_INVALIDATED: return "invalidated";
+        case SFI_REASON_FORCED:      return "forced";
+        case SFI_REASON_SHORT:       return "short";
+        case SFI_REASON_COUNT:       break;
+    }
+    return "unknown";
+}
+
+const char * sfi_source_id(void) {
+    return SFI_SOURCE_ID;
+}
+
+// Entry into a context: one thread at a time, and only while its KV cache lives. No exception leaves the library.
+template <class F>
+static int guarded(const sfi * s, F && f) {
+    if (!s) {
+        return fail(SFI_ERR_ARGUMENT, "The sfi context is NULL.");
+    }
+    if (s->busy.exchange(true)) {
+        return fail(SFI_ERR_BUSY, "Another thread is inside this context; give each thread its own, or take turns.");
+    }
+    struct leave { const sfi * s; ~leave() { s->busy = false; } } on_exit{s};
+
+    const std::shared_ptr<llama_support> support = s->support.lock();
+    if (!support) {
+        return fail(SFI_ERR_DETACHED, "The llama_context that this was attached to has been freed.");
+    }
+    try {
+        return f(*support);
+    } catch (const std::bad_alloc &) {
+        return fail(SFI_ERR_MEMORY, "Out of memory; use a smaller context or a smaller KV type.");
+    } catch (const std::exception & e) {
+        return fail(SFI_ERR_DECODE, "llama.cpp failed: %s", e.what());
+    }
+}
+
+// ---- parameters ----------------------------------------------------------------------------------------------------------
+
+struct sfi_params sfi_default_params(void) {
+    sfi_params p = {};
+    p.struct_size = sizeof(p);
+    p.policy      = SFI_POLICY_FROZEN;
+    p.selector    = SFI_SELECTOR_TOPK;
+    p.n_sink      = 4;
+    p.n_recent    = 256;
+    p.n_selected  = 2048;
+    p.max_span    = 64;
+    p.min_span    = 16;
+    p.boundary    = true;
+    p.auto_depth  = 0;
+    p.n_queries   = 16;
+    p.pool_after  = 16;
+    p.pool_before = 2;
+    // the authors' code; the paper gives lambda_clip 0.02, a_soft 0.5, a_cross 0.35 and no others
+    p.alpha       = 0.5f;
+    p.gamma       = 0.5f;
+    p.beta        = 0.568f;
+    p.p           = 1.8f;
+    p.eta         = 0.4f;
+    p.lambda_clip = 0.02f;
+    p.a_soft      = 0.5f;
+    p.a_cross     = 0.35f;
+    p.temperature = 2.0f;
+    p.nms_radius  = 16;
+    return p;
+}
+
+static int check_range(const char * name, int32_t value, int32_t min, int32_t max) {
+    if (value < min || value > max) {
+        return fail(SFI_ERR_ARGUMENT, "%s is %d, but must be from %d to %d.", name, value, min, max);
+    }
+    return SFI_OK;
+}
+
+static int check_params(const sfi_params & p) {
+    if (p.struct_size != sizeof(sfi_params)) {
+        return fail(SFI_ERR_ARGUMENT, "struct sfi_params has another size than this library's; fill it with "
+                "sfi_default_params() and build against this library's sfi.h (source id %s).", SFI_SOURCE_ID);
+    }
+    const int32_t many = 1 << 24;
+    const struct { const char * name; int32_t value, min, max; } ranges[] = {
+        { "policy",      p.policy,      SFI_POLICY_FROZEN, SFI_POLICY_WINDOW },
+        { "selector",    p.selector,    SFI_SELECTOR_TOPK, SFI_SELECTOR_PAPER },
+        { "n_sink",      p.n_sink,      0, many },
+        { "n_queries",   p.n_queries,   1, 64 },
+        { "n_recent",    p.n_recent,    p.n_queries, many },
+        { "n_selected",  p.n_selected,  1, many },
+        { "max_span",    p.max_span,    1, many },
+        { "min_span",    p.min_span,    0, many },
+        { "auto_depth",  p.auto_depth,  0, INT32_MAX },
+        { "pool_after",  p.pool_after,  0, 4096 },
+        { "pool_before", p.pool_before, 0, 4096 },
+        { "nms_radius",  p.nms_radius,  0, 4096 },
+    };
+    for (const auto & r : ranges) {
+        if (const int err = check_range(r.name, r.value, r.min, r.max)) {
+            return err;
+        }
+    }
+    if (!(p.alpha > 0.0f) || !(p.temperature > 0.0f) || !(p.lambda_clip >= 0.0f && p.lambda_clip <= 1.0f)) {
+        return fail(SFI_ERR_ARGUMENT, "alpha and temperature must be above 0, lambda_clip from 0 to 1.");
+    }
+    return SFI_OK;
+}
+
+static llama_support_params support_params(const sfi_params & p) {
+    llama_support_params sp;
+    sp.n_sink     = p.n_sink;
+    sp.n_recent   = p.n_recent;
+    sp.n_selected = p.policy == SFI_POLICY_WINDOW ? 0 : p.n_selected;
+    sp.max_span   = p.max_span;
+    sp.n_queries  = p.n_queries;
+    sp.n_evidence = p.selector == SFI_SELECTOR_PAPER ? 1 : p.n_queries; // the paper: the slow step's query alone
+    sp.selector.kind        = p.selector == SFI_SELECTOR_PAPER ? GGML_SUPPORT_SELECTOR_PAPER : GGML_SUPPORT_SELECTOR_TOPK;
+    sp.selector.pool_after  = p.pool_after;
+    sp.selector.pool_before = p.pool_before;
+    sp.selector.nms_radius  = p.nms_radius;
+    sp.selector.alpha       = p.alpha;
+    sp.selector.gamma       = p.gamma;
+    sp.selector.beta        = p.beta;
+    sp.selector.p           = p.p;
+    sp.selector.eta         = p.eta;
+    sp.selector.lambda_clip = p.lambda_clip;
+    sp.selector.a_soft      = p.a_soft;
+    sp.selector.a_cross     = p.a_cross;
+    sp.selector.temperature = p.temperature;
+    return sp;
+}
+
+int sfi_get_params(const struct sfi * s, struct sfi_params * params) {
+    return guarded(s, [&](llama_support &) {
+        if (!params) {
+            return fail(SFI_ERR_ARGUMENT, "params is NULL.");
+        }
+        *params = s->params;
+        return (int) SFI_OK;
+    });
+}
+
+// ---- attach --------------------------------------------------------------------------------------------------------------
+
+static bool kv_type_supported(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32: case GGML_TYPE_F16: case GGML_TYPE_BF16: case GGML_TYPE_Q8_0: case GGML_TYPE_Q4_0: return true;
+        default: return false;
+    }
+}
+
+static int check_context(const llama_context & lctx) {
+    const auto & cparams = lctx.get_cparams();
+    if (cparams.embeddings || !cparams.causal_attn) {
+        return fail(SFI_ERR_CONTEXT, "This context computes embeddings; slow-fast decoding generates text. Make one without embeddings.");
+    }
+    if (!cparams.flash_attn) {
+        return fail(SFI_ERR_CONTEXT, "This context stores V transposed; make it with flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED.");
+    }
+    if (cparams.n_seq_max > 1 && cparams.kv_unified) {
+        return fail(SFI_ERR_CONTEXT, "This context keeps %u sequences in one unified KV cache; make it with kv_unified = false.", cparams.n_seq_max);
+    }
+    return SFI_OK;
+}
+
+// The KV cache whose layers can be sparse; null if the model keeps its state elsewhere.
+static llama_kv_cache * sparse_cache(llama_memory_t memory, const llama_kv_cache ** kv_swa) {
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        *kv_swa = iswa->get_swa();
+        return iswa->get_base();
+    }
+    *kv_swa = nullptr;
+    return dynamic_cast<llama_kv_cache *>(memory);
+}
+
+// Would this layer's device compute our operations? Asked with tensors of the layer's shapes, without data.
+static bool device_supports(ggml_tensor * k_cache, const llama_hparams & hparams, ggml_type type_v, int32_t il, const llama_support_params & p) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k_cache->buffer));
+    if (!dev) {
+        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
+    std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }), ggml_free);
+    if (!ctx || !dev) {
+        return false;
+    }
+    const int64_t n_head = hparams.n_head(il), n_head_kv = hparams.n_head_kv(il), n = 256;
+    const int64_t d_k = hparams.n_embd_head_k(il), d_v = hparams.n_embd_head_v(il);
+    ggml_context * c = ctx.get();
+    ggml_tensor * q     = ggml_new_tensor_4d(c, GGML_TYPE_F32, d_k, 1, n_head, 1);
+    ggml_tensor * k     = ggml_new_tensor_4d(c, k_cache->type, d_k, n, n_head_kv, 1);
+    ggml_tensor * v     = ggml_new_tensor_4d(c, type_v, d_v, n, n_head_kv, 1);
+    ggml_tensor * cells = ggml_new_tensor_1d(c, GGML_TYPE_I32, n);
+    ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
+    ggml_tensor * last  = ggml_new_tensor_3d(c, GGML_TYPE_F32, d_k, n_head, 1);
+
+    ggml_tensor * attn = ggml_sparse_attn(c, q, k, v, cells, nullptr, nullptr, nullptr, 1.0f, 0.0f);
+    ggml_tensor * evidence = ggml_support_evidence(c, last, k, cells, plan, 1.0f, 0.0f, 1.0f, GGML_SUPPORT_SOFTMAX_VISIBLE);
+    ggml_tensor * selected = ggml_support_select(c, evidence, cells, plan,
+            p.selector.kind == GGML_SUPPORT_SELECTOR_PAPER ? k : nullptr, std::max(p.n_selected, 1), &p.selector);
+    ggml_tensor * stability = ggml_support_stability(c, evidence, cells, plan, selected, selected);
+    for (ggml_tensor * op : { attn, evidence, selected, stability }) {
+        if (!ggml_backend_dev_supports_op(dev, op)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static int check_layers(const llama_support & support, const llama_model & model, const llama_support_params & p) {
+    const auto & layers = support.get_layers();
+    const llama_kv_cache * kv = support.get_kv();
+    bool any = false;
+    for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
+        if (!support.is_sparse(il)) {
+            continue;
+        }
+        any = true;
+        if (!device_supports(kv->get_k_storage(il), model.hparams, kv->type_v(), il, p)) {
+            return fail(SFI_ERR_BACKEND, "Layer %d lives on a device without the sparse-attention operations; keep it on the CPU "
+                    "(n_gpu_layers = 0) or use mode dense or stock.", il);
+        }
+    }
+    if (!any) {
+        return fail(SFI_ERR_MODEL, "No layer of this model can be sparse: layer 0 %s. Use mode stock.",
+                layers.empty() ? "does not exist" : layers[0].why.c_str());
+    }
+    return SFI_OK;
+}
+
+static std::vector<slowfast::token_class> classify_tokens(const llama_vocab * vocab) {
+    std::vector<slowfast::token_class> classes(llama_vocab_n_tokens(vocab));
+    std::string piece(256, '\0');
+    for (llama_token id = 0; id < (llama_token) classes.size(); ++id) {
+        const int32_t n = llama_token_to_piece(vocab, id, piece.data(), (int32_t) piece.size(), 0, false);
+        if (n > 0) {
+            classes[id] = slowfast::classify(piece.substr(0, n));
+        }
+    }
+    return classes;
+}
+
+static int attach(llama_context * lctx, const sfi_params & params, std::unique_ptr<sfi> & out) {
+    if (const int err = check_params(params)) {
+        return err;
+    }
+    if (const int err = check_context(*lctx)) {
+        return err;
+    }
+    const llama_kv_cache * kv_swa = nullptr;
+    llama_kv_cache * kv = sparse_cache(lctx->get_memory(), &kv_swa);
+    if (!kv || kv->get_layer_ids().empty()) {
+        return fail(SFI_ERR_MODEL, "This model keeps its state elsewhere than in a plain KV cache, so no layer can be sparse. Use mode stock.");
+    }
+    if (kv->support) {
+        return fail(SFI_ERR_ARGUMENT, "Something is attached to this context already; free it with sfi_free() first.");
+    }
+    for (const ggml_type type : { kv->type_k(), kv->type_v() }) {
+        if (!kv_type_supported(type)) {
+            return fail(SFI_ERR_KV_TYPE, "There is no sparse-attention kernel for KV type %s; use f32, f16, bf16, q8_0 or q4_0.", ggml_type_name(type));
+        }
+    }
+    const auto & model = lctx->get_model();
+    const auto   sp    = support_params(params);
+    auto support = std::make_shared<llama_support>(kv, model, sp);
+    if (const int err = check_layers(*support, model, sp)) {
+        return err;
+    }
+    auto s = std::make_unique<sfi>();
+    s->lctx    = lctx;
+    s->support = support;
+    s->kv_swa  = kv_swa;
+    s->params  = params;
+    s->tokens  = classify_tokens(llama_model_get_vocab(&model));
+    s->detectors.resize(kv->get_n_stream());
+    kv->support = std::move(support);
+    out = std::move(s);
+    return SFI_OK;
+}
+
+int sfi_attach(struct llama_context * lctx, const struct sfi_params * params, struct sfi ** out) {
+    if (!lctx || !params || !out) {
+        return fail(SFI_ERR_ARGUMENT, "%s is NULL.", !lctx ? "lctx" : !params ? "params" : "out");
+    }
+    *out = nullptr;
+    try {
+        std::unique_ptr<sfi> s;
+        const int err = attach(lctx, *params, s);
+        *out = s.release();
+        return err;
+    } catch (const std::bad_alloc &) {
+        return fail(SFI_ERR_MEMORY, "There is not enough memory for the support of this context; use a smaller n_selected or fewer sequences.");
+    } catch (const std::exception & e) {
+        return fail(SFI_ERR_CONTEXT, "Could not attach: %s", e.what());
+    }
+}
+
+void sfi_free(struct sfi * s) {
+    if (!s) {
+        return;
+    }
+    if (const auto support = s->support.lock()) {
+        llama_synchronize(s->lctx);
+        support->get_kv()->support.reset();
+    }
+    delete s;
+}
+
+int sfi_set_params(struct sfi * s, const struct sfi_params * params) {
+    return guarded(s, [&](llama_support & support) {
+        if (!params) {
+            return fail(SFI_ERR_ARGUMENT, "params is NULL.");
+        }
+        if (const int err = check_params(*params)) {
+            return err;
+        }
+        llama_kv_cache * kv = support.get_kv();
+        const auto & model = s->lctx->get_model();
+        const auto   sp    = support_params(*params);
+        auto fresh = std::make_shared<llama_support>(kv, model, sp);
+        if (const int err = check_layers(*fresh, model, sp)) {
+            return err;
+        }
+        llama_synchronize(s->lctx);
+        s->support  = fresh;
+        s->params   = *params;
+        kv->support = std::move(fresh); // `support` stays alive until guarded() returns
+        return (int) SFI_OK;
+    });
+}
+
+// ---- steps ---------------------------------------------------------------------------------------------------------------
+
+static int check_seq(const llama_support & support, llama_seq_id seq) {
+    const uint32_t n = support.get_kv()->get_n_stream();
+    if (seq < 0 || (uint32_t) seq >= n) {
+        return fail(SFI_ERR_ARGUMENT, "Sequence %d does not exist; this context has sequences 0 to %u.", seq, n - 1);
+    }
+    return SFI_OK;
+}
+
+static int check_tokens(const sfi * s, const llama_token * tokens, int32_t n) {
+    for (int32_t i = 0; i < n; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= (llama_token) s->tokens.size()) {
+            return fail(SFI_ERR_ARGUMENT, "Token %d is not in the vocabulary (0 to %zu).", tokens[i], s->tokens.size() - 1);
+        }
+    }
+    return SFI_OK;
+}
+
+static int check_room(const llama_support & support, llama_seq_id seq, int32_t n) {
+    const int32_t depth = support.depth(seq), size = (int32_t) support.get_kv()->get_size();
+    if (n > size - depth) {
+        return fail(SFI_ERR_FULL, "%d tokens do not fit: the context has %d cells and %d are in use. Make it larger, or remove some.", n, size, depth);
+    }
+    return SFI_OK;
+}
+
+static slowfast::decision decide(const sfi * s, const llama_support & support, llama_seq_id seq, llama_token token, sfi_step_kind asked) {
+    slowfast::schedule_input in;
+    in.depth       = support.depth(seq);
+    in.span        = support.span(seq);
+    in.valid       = support.valid(seq);
+    in.edited      = support.was_edited(seq);
+    in.window_full = support.window_full(seq);
+    in.boundary    = s->detectors[seq].peek(s->tokens[token]);
+    return slowfast::decide(s->params, in, asked);
+}
+
+static int decode_status(int ret) {
+    switch (ret) {
+        case 0:  return SFI_OK;
+        case 1:  return fail(SFI_ERR_FULL, "The KV cache has no free cell; make the context larger.");
+        case 2:  return fail(SFI_ERR_ABORTED, "Stopped by the abort callback.");
+        default: return fail(SFI_ERR_DECODE, "llama_decode() failed with code %d; its log says why.", ret);
+    }
+}
+
+// One llama_decode() of tokens at the end of a sequence; the logits of the last one are kept if asked.
+static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n,
+                  llama_support_kind kind, bool refresh, bool logits) {
+    std::unique_ptr<llama_batch, void (*)(llama_batch *)> batch(new llama_batch(llama_batch_init(n, 0, 1)),
+            [](llama_batch * b) { llama_batch_free(*b); delete b; });
+    const llama_pos pos = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq) + 1;
+    batch->n_tokens = n;
+    for (int32_t i = 0; i < n; ++i) {
+        batch->token[i]     = tokens[i];
+        batch->pos[i]       = pos + i;
+        batch->n_seq_id[i]  = 1;
+        batch->seq_id[i][0] = seq;
+        batch->logits[i]    = logits && i == n - 1;
+    }
+    support.announce(seq, kind, n, refresh);
+    const int ret = llama_decode(s->lctx, *batch);
+    llama_synchronize(s->lctx);
+    support.finish(ret == 0);
+    return decode_status(ret);
+}
+
+int sfi_prefill(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
+    return guarded(s, [&](llama_support & support) {
+        if (!tokens || n < 1) {
+            return fail(SFI_ERR_ARGUMENT, "There are no tokens to prefill.");
+        }
+        for (const int err : { check_seq(support, seq), check_tokens(s, tokens, n) }) {
+            if (err) {
+                return err;
+            }
+        }
+        if (const int err = check_room(support, seq, n)) {
+            return err;
+        }
+        const int32_t n_batch = (int32_t) llama_n_batch(s->lctx);
+        const bool    refresh = support.depth(seq) + n >= s->params.auto_depth;
+        const int64_t start   = ggml_time_us();
+        for (int32_t i = 0; i < n; i += n_batch) {
+            const int32_t m    = std::min(n_batch, n - i);
+            const bool    last = i + m == n;
+            if (const int err = decode(s, support, seq, tokens + i, m, LLAMA_SUPPORT_PREFILL, refresh && last, last)) {
+                return err;
+            }
+            s->stats.n_prefill += m;
+            if (progress && !progress(user, i + m, n) && !last) {
+                return fail(SFI_ERR_ABORTED, "Prefill was stopped after %d of %d tokens; they stay in the cache.", i + m, n);
+            }
+        }
+        s->stats.us_prefill += ggml_time_us() - start;
+        auto & detector = s->detectors[seq];
+        detector.reset();
+        for (int32_t i = std::max(0, n - 8); i < n; ++i) {
+            detector.feed(s->tokens[tokens[i]]);
+        }
+        return (int) SFI_OK;
+    });
+}
+
+// Bytes of K and V of one cell in the layers that a fast step makes sparse.
+static int64_t sparse_cell_bytes(const llama_support & support, const llama_hparams & hparams, bool keys_only) {
+    const llama_kv_cache * kv = support.get_kv();
+    int64_t size = 0;
+    for (int32_t il = 0; il < (int32_t) support.get_layers().size(); ++il) {
+        if (support.is_sparse(il)) {
+            size += ggml_row_size(kv->type_k(), hparams.n_embd_k_gqa(il));
+            size += keys_only ? 0 : ggml_row_size(kv->type_v(), hparams.n_embd_v_gqa(il));
+        }
+    }
+    return size;
+}
+
+// Bytes that the other layers read at a depth, whatever the kind of step.
+static int64_t other_bytes(const sfi * s, const llama_support & support, const llama_hparams & hparams, int64_t depth) {
+    int64_t size = 0;
+    const auto add = [&](const llama_kv_cache * kv, bool swa) {
+        for (const uint32_t il : kv->get_layer_ids()) {
+            if (il < support.get_layers().size() && !(kv == support.get_kv() && support.is_sparse(il))) {
+                const int64_t n = swa ? std::min<int64_t>(depth, hparams.n_swa) : depth;
+                size += n*(ggml_row_size(kv->type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_v_gqa(il)));
+            }
+        }
+    };
+    add(support.get_kv(), false);
+    if (s->kv_swa) {
+        add(s->kv_swa, true);
+    }
+    return size;
+}
+
+static void count(sfi * s, const llama_support & support, const sfi_step_info & info) {
+    auto & stats = s->stats;
+    const auto & hparams = s->lctx->get_model().hparams;
+    const int64_t cell  = sparse_cell_bytes(support, hparams, false);
+    const int64_t other = other_bytes(s, support, hparams, info.depth);
+
+    stats.kv_dense += cell*info.depth + other;
+    stats.kv_read  += cell*info.n_cells + other;
+    if (info.reason != SFI_REASON_NONE) {
+        ++stats.n_reason[info.reason];
+    }
+    switch (info.kind) {
+        case SFI_STEP_SLOW:
+            ++stats.n_slow;
+            stats.us_slow += info.t_us;
+            // evidence reads the keys once more
+            stats.kv_read += s->params.policy == SFI_POLICY_WINDOW ? 0 : sparse_cell_bytes(support, hparams, true)*info.depth;
+            break;
+        case SFI_STEP_FAST:
+            ++stats.n_fast;
+            stats.us_fast += info.t_us;
+            break;
+        default:
+            ++stats.n_dense;
+            stats.us_dense += info.t_us;
+    }
+}
+
+static llama_support_kind support_kind(sfi_step_kind kind) {
+    switch (kind) {
+        case SFI_STEP_SLOW: return LLAMA_SUPPORT_SLOW;
+        case SFI_STEP_FAST: return LLAMA_SUPPORT_FAST;
+        default:            return LLAMA_SUPPORT_DENSE;
+    }
+}
+
+int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_kind kind, struct sfi_step_info * info) {
+    return guarded(s, [&](llama_support & support) {
+        for (const int err : { check_seq(support, seq), check_tokens(s, &token, 1), check_range("kind", kind, SFI_STEP_AUTO, SFI_STEP_DENSE) }) {
+            if (err) {
+                return err;
+            }
+        }
+        if (const int err = check_room(support, seq, 1)) {
+            return err;
+        }
+        const auto d = decide(s, support, seq, token, kind);
+        if (d.kind == SFI_STEP_AUTO) {
+            return fail(SFI_ERR_NO_SUPPORT, "A fast step needs a support: prefill, or take a slow step first.");
+        }
+        const int64_t start = ggml_time_us();
+        if (const int err = decode(s, support, seq, &token, 1, support_kind(d.kind), d.kind == SFI_STEP_SLOW, true)) {
+            return err;
+        }
+        s->detectors[seq].feed(s->tokens[token]);
+
+        sfi_step_info done = {};
+        done.kind    = d.kind;
+        done.reason  = d.reason;
+        done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
+        done.depth   = support.depth(seq);
+        done.n_cells = d.kind == SFI_STEP_FAST ? support.n_fast_cells(seq) : done.depth;
+        done.t_us    = ggml_time_us() - start;
+        count(s, support, done);
+        if (info) {
+            *info = done;
+        }
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_peek(const struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_kind * kind, enum sfi_reason * reason) {
+    return guarded(s, [&](llama_support & support) {
+        for (const int err : { check_seq(support, seq), check_tokens(s, &token, 1) }) {
+            if (err) {
+                return err;
+            }
+        }
+        const auto d = decide(s, support, seq, token, SFI_STEP_AUTO);
+        if (kind) {
+            *kind = d.kind;
+        }
+        if (reason) {
+            *reason = d.reason;
+        }
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_invalidate(struct sfi * s, llama_seq_id seq) {
+    return guarded(s, [&](llama_support & support) {
+        if (const int err = check_seq(support, seq)) {
+            return err;
+        }
+        support.invalidate(seq);
+        return (int) SFI_OK;
+    });
+}
+
+// ---- inspection ----------------------------------------------------------------------------------------------------------
+
+int32_t sfi_n_layer(const struct sfi * s) {
+    int32_t n = 0;
+    const int err = guarded(s, [&](llama_support & support) {
+        n = (int32_t) support.get_layers().size();
+        return (int) SFI_OK;
+    });
+    return err ? err : n;
+}
+
+static int check_layer(const llama_support & support, int32_t il) {
+    return check_range("layer", il, 0, (int32_t) support.get_layers().size() - 1);
+}
+
+int sfi_get_layer(const struct sfi * s, int32_t il, struct sfi_layer * layer) {
+    return guarded(s, [&](llama_support & support) {
+        if (!layer) {
+            return fail(SFI_ERR_ARGUMENT, "layer is NULL.");
+        }
+        if (const int err = check_layer(support, il)) {
+            return err;
+        }
+        const auto & hparams = s->lctx->get_model().hparams;
+        const llama_kv_cache * kv = support.get_kv();
+        layer->sparse        = support.is_sparse(il);
+        layer->n_head        = hparams.n_head(il);
+        layer->n_head_kv     = hparams.n_head_kv(il);
+        layer->n_embd_head_k = hparams.n_embd_head_k(il);
+        layer->n_embd_head_v = hparams.n_embd_head_v(il);
+        layer->kv_cell_bytes = ggml_row_size(kv->type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_v_gqa(il));
+        layer->why           = support.layer(il).why.c_str();
+        return (int) SFI_OK;
+    });
+}
+
+size_t sfi_memory(const struct sfi * s) {
+    size_t size = 0;
+    guarded(s, [&](llama_support & support) {
+        size = support.memory();
+        return (int) SFI_OK;
+    });
+    return size;
+}
+
+static int check_head(const sfi * s, const llama_support & support, llama_seq_id seq, int32_t il, int32_t head_kv) {
+    if (const int err = check_seq(support, seq)) {
+        return err;
+    }
+    if (const int err = check_layer(support, il)) {
+        return err;
+    }
+    if (const int err = check_range("head_kv", head_kv, 0, (int32_t) s->lctx->get_model().hparams.n_head_kv(il) - 1)) {
+        return err;
+    }
+    if (!support.is_sparse(il) || !support.layer(il).selected) {
+        return fail(SFI_ERR_NO_SUPPORT, "Layer %d selects nothing: it %s.", il,
+                support.is_sparse(il) ? "keeps sink and recent cells only (policy window)" : support.layer(il).why.c_str());
+    }
+    if (support.n_refresh(seq) == 0) {
+        return fail(SFI_ERR_NO_SUPPORT, "Nothing has been selected yet: prefill, or take a slow step first.");
+    }
+    return SFI_OK;
+}
+
+static size_t head_offset(const ggml_tensor * t, llama_seq_id seq, int32_t head_kv) {
+    return seq*t->nb[2] + head_kv*t->nb[1];
+}
+
+int sfi_get_selected(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t head_kv, int32_t * cells, int32_t * positions, int32_t n_max) {
+    return guarded(s, [&](llama_support & support) {
+        if (const int err = check_head(s, support, seq, il, head_kv)) {
+            return err;
+        }
+        const ggml_tensor * t = support.layer(il).selected;
+        std::vector<int32_t> list(t->ne[0]);
+        llama_synchronize(s->lctx);
+        ggml_backend_tensor_get(t, list.data(), head_offset(t, seq, head_kv), t->nb[1]);
+        list.erase(std::remove_if(list.begin(), list.end(), [](int32_t cell) { return cell < 0; }), list.end());
+
+        const auto & kv_cells = support.get_kv()->get_cells(seq);
+        for (int32_t i = 0; i < std::min<int32_t>(n_max, (int32_t) list.size()); ++i) {
+            if (cells) {
+                cells[i] = list[i];
+            }
+            if (positions) {
+                positions[i] = kv_cells.is_empty(list[i]) ? -1 : kv_cells.pos_get(list[i]);
+            }
+        }
+        return (int) list.size();
+    });
+}
+
+int sfi_get_stability(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t head_kv, struct sfi_stability * out) {
+    return guarded(s, [&](llama_support & support) {
+        if (!out) {
+            return fail(SFI_ERR_ARGUMENT, "stability is NULL.");
+        }
+        if (const int err = check_head(s, support, seq, il, head_kv)) {
+            return err;
+        }
+        const ggml_tensor * t = support.layer(il).stability, * selected = support.layer(il).selected;
+        float x[4];
+        std::vector<int32_t> list(selected->ne[0]);
+        llama_synchronize(s->lctx);
+        ggml_backend_tensor_get(t, x, head_offset(t, seq, head_kv), sizeof(x));
+        ggml_backend_tensor_get(selected, list.data(), head_offset(selected, seq, head_kv), selected->nb[1]);
+
+        const bool first = support.n_refresh(seq) == 1;
+        out->n_selected = (int32_t) std::count_if(list.begin(), list.end(), [](int32_t cell) { return cell >= 0; });
+        out->evidence   = x[0];
+        out->mass       = x[0] > 0.0f ? x[1]/x[0] : 1.0f;
+        out->mass_prev  = first ? NAN : x[0] > 0.0f ? x[2]/x[0] : 1.0f;
+        out->jaccard    = first ? NAN : x[3];
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_get_stats(const struct sfi * s, struct sfi_stats * stats) {
+    return guarded(s, [&](llama_support &) {
+        if (!stats) {
+            return fail(SFI_ERR_ARGUMENT, "stats is NULL.");
+        }
+        *stats = s->stats;
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_reset_stats(struct sfi * s) {
+    return guarded(s, [&](llama_support &) {
+        s->stats = {};
+        return (int) SFI_OK;
+    });
+}
