@@ -9,14 +9,15 @@ A ggml tensor [ne0, ne1, ne2, ne3] is a numpy array [ne3, ne2, ne1, ne0].
 """
 
 import ctypes
+import importlib.util
 import os
-from ctypes import POINTER, c_bool, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 import numpy as np
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 8, "i32": 26, "bf16": 30}
-LIB_DIR = Path(os.environ.get("SFI_LIB_DIR") or Path(__file__).resolve().parents[1] / "sfi_local" / "lib")
+DEVICE_CPU = 0  # enum ggml_backend_dev_type
 MEM_SIZE = 512 << 20  # of a context; only what is touched becomes real
 POISON = 0xFF  # filled into memory no operation may read (NaN in every float type) or must overwrite
 
@@ -54,9 +55,14 @@ SIGNATURES = {
     "ggml_build_forward_expand": (None, [c_void_p, T]),
     "ggml_flash_attn_ext": (T, [c_void_p, T, T, T, T, F, F, F]),
     "ggml_flash_attn_ext_add_sinks": (None, [T, T]),
-    "ggml_graph_compute_with_ctx": (I, [c_void_p, c_void_p, I]),
-    "ggml_backend_cpu_init": (c_void_p, []),
+    "ggml_backend_dev_count": (SIZE, []),
+    "ggml_backend_load_all_from_path": (None, [c_char_p]),
+    "ggml_backend_init_by_type": (c_void_p, [I, c_char_p]),
+    "ggml_backend_get_device": (c_void_p, [c_void_p]),
+    "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
+    "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_supports_op": (c_bool, [c_void_p, T]),
+    "ggml_backend_graph_compute": (I, [c_void_p, c_void_p]),
 }
 SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
@@ -67,17 +73,19 @@ SFI_SIGNATURES = {  # ggml-sfi.h
 
 
 class Library:
-    """The functions above, looked up in libggml-base, then in libggml-cpu (whatever the build has put before "ggml")."""
+    """The functions above, and the CPU backend: the only one of this build, or the best of a portable one."""
 
-    def __init__(self, lib_dir=LIB_DIR):
-        self.parts = [ctypes.CDLL(str(find_library(lib_dir, part)), mode=ctypes.RTLD_GLOBAL) for part in ("base", "cpu")]
-        for name, signature in SIGNATURES.items():
+    def __init__(self, lib_dir):
+        # base first: "ggml" needs it, and a global one is found without a search path
+        self.parts = [ctypes.CDLL(str(find_library(lib_dir, part)), ctypes.RTLD_GLOBAL) for part in ("ggml-base", "ggml")]
+        for name, signature in {**SIGNATURES, **SFI_SIGNATURES}.items():
             setattr(self, name, self.function(name, *signature))
-        self.cpu = self.ggml_backend_cpu_init()
-        self.has_sfi = all(hasattr(self.parts[0], name) or hasattr(self.parts[1], name) for name in SFI_SIGNATURES)
-        if self.has_sfi:
-            for name, signature in SFI_SIGNATURES.items():
-                setattr(self, name, self.function(name, *signature))
+        if self.ggml_backend_dev_count() == 0:
+            self.ggml_backend_load_all_from_path(str(lib_dir).encode())
+        self.cpu = self.ggml_backend_init_by_type(DEVICE_CPU, None)
+        reg = self.ggml_backend_dev_backend_reg(self.ggml_backend_get_device(self.cpu))
+        address = self.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
+        self.set_n_threads = ctypes.CFUNCTYPE(None, c_void_p, I)(address)
 
     def function(self, name, restype, argtypes):
         for part in self.parts:
@@ -88,11 +96,18 @@ class Library:
         raise Stranger(f"{name} is in none of {[p._name for p in self.parts]}: build the native library again")
 
 
-def find_library(lib_dir, part):
-    found = [p for p in sorted(lib_dir.glob(f"*ggml-{part}*")) if p.suffix in (".so", ".dylib", ".dll")]
+def find_library(lib_dir, name):
+    found = [p for p in sorted(lib_dir.glob(f"*sfi-{name}.*")) if p.suffix in (".so", ".dylib", ".dll")]
     if not found:
-        raise Stranger(f"no *ggml-{part}* in {lib_dir}: build the native library first")
+        raise Stranger(f"there is no *sfi-{name} in {lib_dir}: build the native library first")
     return found[0]
+
+
+def library_dir():
+    """sfi_local/lib, of the package that would be imported or else of this tree."""
+    spec = importlib.util.find_spec("sfi_local")
+    package = Path(spec.origin).parent if spec and spec.origin else Path(__file__).resolve().parents[1] / "sfi_local"
+    return Path(os.environ.get("SFI_LIB_DIR") or package / "lib")
 
 
 _library = None
@@ -101,7 +116,7 @@ _library = None
 def library():
     global _library
     if _library is None:
-        _library = Library()
+        _library = Library(library_dir())
     return _library
 
 
@@ -210,7 +225,8 @@ class Graph:
         ctypes.memset(data, POISON, n_bytes)
         graph = self.lib.ggml_new_graph(self.ctx)
         self.lib.ggml_build_forward_expand(graph, out)
-        status = self.lib.ggml_graph_compute_with_ctx(self.ctx, graph, n_threads)
+        self.lib.set_n_threads(self.lib.cpu, n_threads)
+        status = self.lib.ggml_backend_graph_compute(self.lib.cpu, graph)
         assert status == 0, f"ggml status {status}"
         dtype = np.int32 if out.contents.type == TYPES["i32"] else np.float32
         return np.frombuffer(ctypes.string_at(data, n_bytes), dtype).reshape(tuple(reversed(out.contents.ne)))
