@@ -13,7 +13,7 @@ usage: patchset.py COMMAND [...]
     source-id        print "<llama.cpp commit>+<hash of the series and native/>"
 
 SFI_LLAMA_DIR names a llama.cpp tree, pristine or patched, to copy instead of the archive; it is never changed.
-SFI_CACHE_DIR names the directory for downloads. The patched tree needs Python only; checkout, export and check
+SFI_LOCAL_CACHE names the directory for downloads. The patched tree needs Python only; checkout, export and check
 need git.
 """
 
@@ -69,10 +69,11 @@ def unix_bytes(path: Path) -> bytes:
 
 
 def patch_bytes(slug: str) -> bytes:
+    """The patch as it is: a carriage return in it is the upstream file's own."""
     path = PATCHES / f"{slug}.patch"
     if not path.exists():
         raise PatchsetError(f"patches/series lists {slug}, but patches/{slug}.patch does not exist.")
-    return unix_bytes(path)
+    return path.read_bytes()
 
 
 def native_sources() -> list[Path]:
@@ -104,8 +105,8 @@ def write_if_changed(path: Path, content: str | bytes) -> None:
 
 def cache_dir() -> Path:
     """Where downloads are kept for this user."""
-    if os.environ.get("SFI_CACHE_DIR"):
-        return Path(os.environ["SFI_CACHE_DIR"])
+    if os.environ.get("SFI_LOCAL_CACHE"):
+        return Path(os.environ["SFI_LOCAL_CACHE"])
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "sfi-local"
     if sys.platform == "darwin":
@@ -395,7 +396,7 @@ class Message:
 
     @classmethod
     def of_patch(cls, patch: bytes) -> Message:
-        header = patch.decode().partition("\n---\n")[0]
+        header = patch.partition(b"\n---\n")[0].decode()
         fields: dict[str, str] = {}
         name = ""
         for line in header.splitlines():

@@ -1,4 +1,5 @@
-# What the Python package holds: lib/ with the libraries and the stubs, the cffi extension, _build_info.py.
+# What the Python package holds: lib/ with the libraries and the stubs, include/ with the headers a C embedder needs,
+# the cffi extension, _build_info.py and the catalogue of models.
 
 # ---- the stubs llama-cpp-python looks for ------------------------------------------------------------------------
 
@@ -15,7 +16,7 @@ if (NOT WIN32)
             INSTALL_RPATH            "${SFI_ORIGIN}"
             LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
         if (NOT APPLE)
-            set_property(TARGET sfi-stub-${name} APPEND PROPERTY LINK_OPTIONS "LINKER:--no-as-needed")
+            set_property(TARGET sfi-stub-${name} APPEND PROPERTY LINK_OPTIONS "LINKER:--no-as-needed" ${SFI_RPATH_FIRST})
         endif()
         list(APPEND SFI_STUBS sfi-stub-${name})
     endforeach()
@@ -41,6 +42,7 @@ add_custom_command(
 
 Python_add_library(sfi-ffi MODULE "${SFI_GENERATED}/_sfi.c")
 target_link_libraries(sfi-ffi PRIVATE llama)
+target_link_options(sfi-ffi PRIVATE ${SFI_RPATH_FIRST})
 if (SFI_FFI_SUFFIX STREQUAL ".abi3")
     target_compile_definitions(sfi-ffi PRIVATE Py_LIMITED_API=0x030A0000)
 endif()
@@ -85,4 +87,6 @@ install(TARGETS ${SFI_LIBRARIES} ${SFI_STUBS}
 install(TARGETS sfi-ffi LIBRARY DESTINATION sfi_local RUNTIME DESTINATION sfi_local)
 install(FILES "${CMAKE_BINARY_DIR}/package/_build_info.py" DESTINATION sfi_local)
 install(DIRECTORY "${SFI_ROOT}/models/" DESTINATION sfi_local/models FILES_MATCHING PATTERN "*.json")
+install(FILES "${SFI_HEADER}" DESTINATION sfi_local/include)
+install(DIRECTORY "${SFI_TREE}/include/" "${SFI_TREE}/ggml/include/" DESTINATION sfi_local/include FILES_MATCHING PATTERN "*.h")
 install(FILES "${SFI_TREE}/LICENSE" DESTINATION sfi_local/lib RENAME LICENSE-llama.cpp)

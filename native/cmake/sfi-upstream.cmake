@@ -108,10 +108,14 @@ foreach (target IN LISTS SFI_RENAMED)
     set_target_properties(${target} PROPERTIES OUTPUT_NAME "sfi-${target}")
 endforeach()
 
+set(SFI_RPATH_FIRST "")
 if (APPLE)
     set(SFI_ORIGIN "@loader_path")
 else()
     set(SFI_ORIGIN "$ORIGIN")
+    if (UNIX)
+        set(SFI_RPATH_FIRST "LINKER:--disable-new-dtags")  # look beside the library before LD_LIBRARY_PATH
+    endif()
 endif()
 foreach (target IN LISTS SFI_LIBRARIES)
     set_property(TARGET ${target} PROPERTY VERSION)    # wheels cannot carry the links that
@@ -124,7 +128,7 @@ foreach (target IN LISTS SFI_LIBRARIES)
         LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin"
         RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
     if (UNIX AND NOT APPLE)
-        target_link_options(${target} PRIVATE "LINKER:-Bsymbolic")
+        target_link_options(${target} PRIVATE "LINKER:-Bsymbolic" ${SFI_RPATH_FIRST})
     endif()
 endforeach()
 if (WIN32)
