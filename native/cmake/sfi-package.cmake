@@ -1,25 +1,20 @@
-# What the Python package holds: lib/ with the libraries and the stubs, include/ with the headers a C embedder needs,
+# What the Python package holds: lib/ with the libraries and a stub, include/ with the headers a C embedder needs,
 # the cffi extension, _build_info.py and the catalogue of models.
 
-# ---- the stubs llama-cpp-python looks for ------------------------------------------------------------------------
+# ---- the stub llama-cpp-python looks for -------------------------------------------------------------------------
 
-set(SFI_STUBS "")
+set(SFI_STUB "")
 if (NOT WIN32)
-    foreach (name llama ggml)
-        add_library(sfi-stub-${name} SHARED cmake/stub.c)
-        target_link_libraries(sfi-stub-${name} PRIVATE ${name})
-        set_target_properties(sfi-stub-${name} PROPERTIES
-            OUTPUT_NAME              ${name}
-            NO_SONAME                ON   # nobody else's "libllama.so" shall be satisfied by this one
-            LINKER_LANGUAGE          C
-            BUILD_WITH_INSTALL_RPATH ON
-            INSTALL_RPATH            "${SFI_ORIGIN}"
-            LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
-        if (NOT APPLE)
-            set_property(TARGET sfi-stub-${name} APPEND PROPERTY LINK_OPTIONS "LINKER:--no-as-needed" ${SFI_RPATH_FIRST})
-        endif()
-        list(APPEND SFI_STUBS sfi-stub-${name})
-    endforeach()
+    set(SFI_STUB sfi-stub)
+    add_library(sfi-stub SHARED cmake/stub.c)
+    target_link_libraries(sfi-stub PRIVATE llama)
+    target_link_options(sfi-stub PRIVATE ${SFI_RPATH_FIRST} "$<$<NOT:$<PLATFORM_ID:Darwin>>:LINKER:--no-as-needed>")
+    set_target_properties(sfi-stub PROPERTIES
+        OUTPUT_NAME              llama
+        NO_SONAME                ON   # nobody else's "libllama.so" shall be satisfied by this one
+        BUILD_WITH_INSTALL_RPATH ON
+        INSTALL_RPATH            "${SFI_ORIGIN}"
+        LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
 endif()
 
 # ---- the source id -------------------------------------------------------------------------------------------------
@@ -80,7 +75,7 @@ add_custom_target(sfi-build-info ALL
 
 # ---- install -------------------------------------------------------------------------------------------------------
 
-install(TARGETS ${SFI_LIBRARIES} ${SFI_STUBS}
+install(TARGETS ${SFI_LIBRARIES} ${SFI_STUB}
     LIBRARY DESTINATION sfi_local/lib
     RUNTIME DESTINATION sfi_local/lib
     ARCHIVE DESTINATION sfi_local/lib EXCLUDE_FROM_ALL)

@@ -1,4 +1,4 @@
-/* llama-cpp-python asks for libraries named llama and ggml. This file, compiled twice under those names, holds nothing
- * but the need for the real ones: a symbol looked up in it is found in them. */
+/* llama-cpp-python asks for a library named llama. This one holds nothing but the need for the real one: a symbol
+ * looked up in it is found there. */
 extern int sfi_stub;
 int sfi_stub = 0;

@@ -56,6 +56,7 @@ def main(header: str, out: str) -> None:
     ffi.cdef(cdef(Path(header).read_text(encoding="utf-8")))
     ffi.set_source(MODULE, SOURCE)
     ffi.emit_c_code(out)
+    Path(out).touch()  # cffi leaves an equal file alone, and make would try again for ever
 
 
 if __name__ == "__main__":
