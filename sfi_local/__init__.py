@@ -1,0 +1,38 @@
+"""sfi-local: slow-fast decoding of GGUF models.
+
+    import sfi_local
+
+    with sfi_local.load("smollm2-135m", mode="sfi") as model:
+        for step in model.generate([{"role": "user", "content": "Name three rivers."}]):
+            print(step.text, end="", flush=True)     # step.kind: slow, fast, dense ...; step.reason: why
+
+    from sfi_local import SlowFastLlama as Llama     # llama-cpp-python's Llama, decoding slow-fast
+
+Nothing native is loaded before the first use. Programs that use llama_cpp as well import from sfi_local first, so
+that both run on one library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "load": "model", "Model": "model", "Step": "step", "Tally": "step", "SfiParams": "params", "Sampling": "sampling",
+    "Engine": "engine", "Message": "prompt", "SlowFastLlama": "slowfast", "SfiError": "errors",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+        return version("sfi-local")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sfi_local' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sfi_local.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,94 @@
+"""A conversation on the terminal; the KV cache is kept, so each turn computes only what is new."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from sfi_local.errors import SfiError
+
+HELP = "Chat: /new starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+
+
+def chat(request: Any) -> None:
+    """Read, answer, repeat. Ctrl-C at the prompt leaves with KeyboardInterrupt."""
+    from sfi_local.run import say
+
+    _enable_line_editing()
+    with request.load() as model:
+        say(HELP)
+        conversation = _opening(request)
+        while (text := _read()) is not None:
+            if text == "/new":
+                conversation = _opening(request)
+            elif text:
+                _turn(model, request, conversation, text)
+
+
+def _turn(model: Any, request: Any, conversation: list, text: str) -> None:
+    """One question and its answer; a failed one leaves the conversation as it was."""
+    from sfi_local.prompt import Message
+    from sfi_local.run import say, statistics
+
+    conversation.append(Message("user", [text]))
+    try:
+        tally = _answer(model, request, conversation)
+    except SfiError as error:
+        conversation.pop()
+        say(f"{error} /new starts a new conversation.")
+        return
+    conversation.append(Message("assistant", [tally.tokens[:-1] if tally.finish == "end" else tally.tokens]))
+    say(statistics(model, tally) + ("" if tally.finish else "; interrupted"))
+
+
+def _answer(model: Any, request: Any, conversation: list) -> Any:
+    """Stream an answer; Ctrl-C ends it early."""
+    from sfi_local.run import progress, show, tell_notes
+    from sfi_local.step import Tally
+
+    tokens = model.template.tokens(conversation)
+    tally = Tally(n_prompt=len(tokens))
+    color = request.color and sys.stdout.isatty()
+    try:
+        with progress("prefill", "tokens") as prefill:
+            for step in model.generate(tokens, n=request.n_limit, sampling=request.sampling(), stop=request.stop,
+                                       progress=prefill):
+                prefill.close()
+                tell_notes(model)
+                tally.add(step)
+                show(step, color)
+    except KeyboardInterrupt:
+        pass
+    tally.n_prefilled = model.session.n_prefilled if model.session else 0
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return tally
+
+
+def _opening(request: Any) -> list:
+    from sfi_local.prompt import Message
+
+    return [] if request.system is None else [Message("system", [request.system])]
+
+
+def _read() -> str | None:
+    """A line typed by the user; None at the end."""
+    try:
+        if not sys.stdout.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        text = input("> " if sys.stdout.isatty() else "").strip()
+    except EOFError:
+        sys.stderr.write("\n")
+        return None
+    except UnicodeDecodeError:
+        sys.stderr.write("sfi-local: that was not UTF-8 text.\n")
+        return ""
+    return None if text in ("/quit", "/exit") else text
+
+
+def _enable_line_editing() -> None:
+    try:
+        import readline  # noqa: F401  (its import gives input() editing and history)
+    except ImportError:
+        return

@@ -1,0 +1,84 @@
+"""The command line: one file per subcommand, imported when it is used; errors become sentences and exit codes here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
+
+# name: (module, function, short help); the short help is here so that --help imports nothing
+COMMANDS = {
+    "run": ("run", "command", "Answer a prompt, about a file if one is given; chat on a terminal."),
+    "models": ("models", "models_command", "List the known models and where they are."),
+    "pull": ("models", "pull_command", "Fetch a model into the cache."),
+    "inspect": ("inspect", "command", "Show a model's layers and the cost of its KV cache."),
+    "doctor": ("doctor", "command", "Report on the installation and this machine."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, function, _ = COMMANDS[name]
+        return getattr(importlib.import_module(f"sfi_local.{module}"), function)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """A reader that closed the pipe has what it wanted: leave quietly."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+            return None
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sfi-local", prog_name="sfi-local")
+def cli() -> None:
+    """Slow-fast decoding of GGUF models: long contexts at the price of short ones.
+
+    \b
+    sfi-local run smollm2-135m -p "Name three rivers."
+    sfi-local run smollm2-135m -f report.txt -p "What does the report conclude?"
+    sfi-local inspect smollm2-135m
+    sfi-local doctor
+
+    Exit codes: 0; 1 with a sentence on stderr; 2 for a wrong use of the command; 130 after Ctrl-C.
+    """
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = cli.main(prog_name="sfi-local", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_OK
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except SfiError as error:
+        click.echo(f"sfi-local: {error}", err=True)
+        return exit_code(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

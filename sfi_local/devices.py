@@ -1,0 +1,90 @@
+"""The devices that ggml sees, and which of our operations each computes itself."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+from sfi_local.library import open_library
+
+_F32, _F16, _I32 = 0, 1, 26  # enum ggml_type
+_ARENA = 1 << 16  # bytes of tensor descriptions; nothing is computed, so no data is allocated
+
+
+@dataclass(frozen=True)
+class Device:
+    """name and description are ggml's; native: operations of ggml-sfi.h that the device supports (F16 K and V)."""
+
+    name: str
+    description: str
+    native: tuple[str, ...]
+
+
+def devices() -> list[Device]:
+    """All devices of the loaded library."""
+    ggml = _Ggml(open_library().llama_cpp.llama_cpp._lib)
+    context = ggml.init(_InitParams(_ARENA, None, True))
+    try:
+        nodes = _nodes(ggml, context)
+        return [_device(ggml, ggml.backend_dev_get(i), nodes) for i in range(ggml.backend_dev_count())]
+    finally:
+        ggml.free(context)
+
+
+def _device(ggml: "_Ggml", device: int, nodes: dict[str, int]) -> Device:
+    native = tuple(name for name, node in nodes.items() if ggml.backend_dev_supports_op(device, node))
+    return Device(ggml.backend_dev_name(device).decode(), ggml.backend_dev_description(device).decode().strip(), native)
+
+
+def _nodes(ggml: "_Ggml", context: int) -> dict[str, int]:
+    """One small instance of each operation: 2 query heads of size 64 on 1 KV head, 64 cells, lists of 16."""
+    def tensor(kind: int, *ne: int) -> int:
+        return ggml.new_tensor_4d(context, kind, *ne, *[1] * (4 - len(ne)))
+
+    k, v = tensor(_F16, 64, 64, 1), tensor(_F16, 64, 64, 1)
+    always, selected, plan = tensor(_I32, 16), tensor(_I32, 16, 1), tensor(_I32, 3)
+    cells, evidence = tensor(_I32, 64), tensor(_F32, 64, 1)
+    q, queries = tensor(_F32, 64, 1, 2), tensor(_F32, 64, 2, 1)
+    selector = ctypes.byref(_Selector(0, 16, 2, 16, *[0.5] * 9))
+    return {
+        "sparse_attn": ggml.sparse_attn(context, q, k, v, always, selected, None, None, 0.125, 0.0),
+        "support_evidence": ggml.support_evidence(context, queries, k, cells, plan, 0.125, 0.0, 1.0, 0),
+        "support_select": ggml.support_select(context, evidence, cells, plan, None, 16, selector),
+        "support_stability": ggml.support_stability(context, evidence, cells, plan, selected, selected),
+    }
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
+
+
+class _Selector(ctypes.Structure):  # struct ggml_support_selector
+    _fields_ = [(n, c_int32) for n in ("kind", "pool_after", "pool_before", "nms_radius")] + [
+        (n, c_float) for n in ("alpha", "gamma", "beta", "p", "eta", "lambda_clip", "a_soft", "a_cross", "temperature")]
+
+
+_P, _F = c_void_p, c_float
+_SIGNATURES: dict[str, tuple[Any, list]] = {
+    "init": (_P, [_InitParams]),
+    "free": (None, [_P]),
+    "new_tensor_4d": (_P, [_P, c_int] + [c_int64] * 4),
+    "backend_dev_count": (c_size_t, []),
+    "backend_dev_get": (_P, [c_size_t]),
+    "backend_dev_name": (c_char_p, [_P]),
+    "backend_dev_description": (c_char_p, [_P]),
+    "backend_dev_supports_op": (c_bool, [_P, _P]),
+    "sparse_attn": (_P, [_P] * 8 + [_F, _F]),
+    "support_evidence": (_P, [_P] * 5 + [_F, _F, _F, c_int]),
+    "support_select": (_P, [_P] * 5 + [c_int32, POINTER(_Selector)]),
+    "support_stability": (_P, [_P] * 6),
+}
+
+
+class _Ggml:
+    """The ggml functions above, without their prefix."""
+
+    def __init__(self, lib: ctypes.CDLL):
+        for name, (result, arguments) in _SIGNATURES.items():
+            setattr(self, name, ctypes.CFUNCTYPE(result, *arguments)((f"ggml_{name}", lib)))

@@ -1,0 +1,265 @@
+"""Load a model and generate with it: what ``sfi_local.load`` returns."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+from sfi_local import kv_layout
+from sfi_local.errors import ArgumentError, ModelFileError, OutOfMemoryError
+from sfi_local.generate import generate
+from sfi_local.gguf_file import GgufFile, read_gguf
+from sfi_local.interrupt import InterruptFlag
+from sfi_local.library import last_log_lines, log, open_library
+from sfi_local.machine import available_memory, human_bytes, physical_cores
+from sfi_local.params import SfiParams
+from sfi_local.prompt import ChatTemplate, Message, too_long
+from sfi_local.pull import resolve
+from sfi_local.sampling import Sampling
+from sfi_local.session import MODES, Progress, Schedule, Session
+from sfi_local.step import Step
+
+MIN_CTX = 512        # a context smaller than this is of no use
+FIRST_CTX = 4096     # a context starts at this size and grows with the conversation
+MAX_THREADS = 512    # of ggml
+MEMORY_SHARE = 0.9   # of the available memory, what weights and KV cache may take
+
+
+def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
+         type_k: str = "f16", type_v: str = "f16", params: SfiParams | None = None, fit_budget: bool = False,
+         verbose: bool = False, progress: Callable[[float, float], None] | None = None) -> "Model":
+    """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
+
+    mode:      ``auto``, ``sfi``, ``dense`` or ``stock``, see session.py
+    n_ctx:     cells of the context; None: grows as needed, up to what the model was trained on and memory allows
+    n_threads: None: one per physical core
+    type_k, type_v: f16, bf16, q8_0, q4_0 or f32
+    params:    budget, schedule and selector; None: the defaults, with fit_budget
+    fit_budget: make the budget smaller where the context is, instead of refusing it
+    progress:  called with (done, total) while the weights are read
+    Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError.
+    """
+    _check_options(mode, n_ctx, n_threads, type_k, type_v, params)
+    file = read_gguf(resolve(os.fspath(model)))
+    native = open_library()
+    log.verbose = verbose
+    layers = kv_layout.layers(file)
+    room = _check_memory(file, layers, n_ctx or MIN_CTX, type_k, type_v)
+    weights = _load_weights(native.llama_cpp, file.path, progress)
+    return Model(file, weights, room, mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
+                 type_v=type_v, params=params or SfiParams(), fit_budget=fit_budget or params is None)
+
+
+class Model:
+    """A loaded model and its one conversation. Not for several threads at a time (BusyError)."""
+
+    def __init__(self, file: GgufFile, weights: Any, room: int | None, *, mode: str, n_ctx: int | None, n_threads: int,
+                 type_k: str, type_v: str, params: SfiParams, fit_budget: bool):
+        self.file, self.mode, self.n_threads = file, mode, n_threads
+        self.notes: list[str] = []  # what was decided on the caller's behalf, in sentences
+        self._n_notes_read = 0
+        self._weights, self._room, self._n_ctx = weights, room, n_ctx
+        self._types, self._params, self._fit_budget = (type_k, type_v), params, fit_budget
+        self.vocabulary = Vocabulary(weights)
+        self.session: Session | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def name(self) -> str:
+        """The model's own name, or its file's."""
+        return str(self.file.metadata.get("general.name") or self.path.stem)
+
+    @cached_property
+    def n_ctx_limit(self) -> int:
+        """The largest context this model may have here: given, else as trained and as memory allows."""
+        if self._n_ctx:
+            return self._n_ctx
+        trained = self.file.n_ctx_train or FIRST_CTX
+        per_cell = max(1, kv_layout.kv_bytes(kv_layout.layers(self.file), MIN_CTX, *self._types) // MIN_CTX)
+        return trained if self._room is None else max(MIN_CTX, min(trained, self._room // per_cell))
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        v = self.vocabulary
+        return ChatTemplate(self.file.metadata.get("tokenizer.chat_template"), v.bos_text, v.eos_text, v.add_bos,
+                            v.tokenize)
+
+    def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids; with ``special`` the text of a special token becomes that token."""
+        return self.vocabulary.tokenize(text, add_bos, special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.vocabulary.piece(t) for t in tokens).decode("utf-8", errors="replace")
+
+    def prompt_tokens(self, prompt: str | Sequence) -> list[int]:
+        """Token ids of a text (as it is), of messages (in the chat template), or of token ids (unchanged).
+
+        Messages are Message objects or dicts with ``role`` and ``content``.
+        """
+        if isinstance(prompt, str):
+            return self.tokenize(prompt, self.vocabulary.add_bos, True)
+        if prompt and isinstance(prompt[0], int):
+            return list(prompt)
+        messages = [m if isinstance(m, Message) else Message(m["role"], [m["content"]]) for m in prompt]
+        return self.template.tokens(messages)
+
+    def generate(self, prompt: str | Sequence, *, n: int | None = 512, sampling: Sampling | None = None,
+                 stop: Sequence[str] = (), schedule: Schedule | None = None,
+                 progress: Progress | None = None) -> Iterator[Step]:
+        """Yield a Step per generated token; see generate.generate.
+
+        prompt: text, messages or token ids, see prompt_tokens
+        n:      tokens at most; None: until the answer ends or the context is full
+        Raises InputError if the prompt does not fit.
+        """
+        tokens = self.prompt_tokens(prompt)
+        sampler = (sampling or Sampling()).validate().chain()
+        session = self.open_session(len(tokens), n)
+        yield from generate(session, self.vocabulary, tokens, sampler, n, stop, schedule, progress)
+
+    def open_session(self, n_prompt: int, n: int | None) -> Session:
+        """The session, with room for a prompt and n more tokens if the limit allows; a larger one is made if needed."""
+        if n_prompt > self.n_ctx_limit:
+            raise too_long(n_prompt, self.n_ctx_limit)
+        need = min(self.n_ctx_limit, n_prompt + n if n else self.n_ctx_limit)
+        if self.session is None or self.session.n_ctx < need:
+            self.close_session()
+            self.session = self._new_session(self._n_ctx or min(self.n_ctx_limit, max(FIRST_CTX, _round_up(need))))
+        return self.session
+
+    def close_session(self) -> None:
+        """Free the context; the weights stay."""
+        if self.session:
+            self.session.close()
+            self.session = None
+
+    def close(self) -> None:
+        """Free everything. May be called twice."""
+        self.close_session()
+        self._weights.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _new_session(self, n_ctx: int) -> Session:
+        session = Session(self._weights, n_ctx, self.mode, self._fit_params(n_ctx), self.n_threads, *self._types)
+        if session.why_stock:
+            self._note(f"Decoding is dense, by llama.cpp's own path: {session.why_stock}")
+        if n_ctx > self.file.n_ctx_train > 0:
+            self._note(f"The context of {n_ctx} tokens is longer than the {self.file.n_ctx_train} the model was "
+                       f"trained on: expect worse answers beyond that.")
+        return session
+
+    def _fit_params(self, n_ctx: int) -> SfiParams:
+        """The parameters for a context of n_ctx cells."""
+        if self.mode == "stock":
+            return self._params
+        if not self._fit_budget:
+            self._params.check_context(n_ctx)
+            return self._params
+        params = self._params.fit_context(n_ctx)
+        if self.mode == "sfi" and params.budget < self._params.budget:
+            self._note(f"The budget of {self._params.budget} cells does not fit a context of {n_ctx} tokens; it is "
+                       f"{params.budget} cells here.")
+        return params
+
+    def unread_notes(self) -> list[str]:
+        """The notes since the last call."""
+        unread, self._n_notes_read = self.notes[self._n_notes_read:], len(self.notes)
+        return unread
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+
+class Vocabulary:
+    """Tokens and text of a model. Pure reading, safe from any thread."""
+
+    def __init__(self, weights: Any):
+        self._weights, self._llama = weights, open_library().llama_cpp
+        self.add_bos = bool(weights.add_bos_token())
+        self.bos_text, self.eos_text = self._text(weights.token_bos()), self._text(weights.token_eos())
+
+    def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
+        return self._weights.tokenize(text.encode("utf-8"), add_bos, special)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; b"" for a special one."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._llama.llama_token_to_piece(self._weights.vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends the answer."""
+        return bool(self._llama.llama_vocab_is_eog(self._weights.vocab, token))
+
+    def _text(self, token: int) -> str:
+        return self._weights.token_get_text(token) if token >= 0 else ""
+
+
+def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: str, type_v: str,
+                   params: SfiParams | None) -> None:
+    if mode not in MODES:
+        raise ArgumentError(f"mode is {mode!r}: choose one of {', '.join(MODES)}.")
+    for name, value, most in (("n_ctx", n_ctx, 1 << 30), ("n_threads", n_threads, MAX_THREADS)):
+        if value is not None and not 1 <= value <= most:
+            raise ArgumentError(f"{name} is {value}: give a number from 1 to {most}.")
+    for kv_type in (type_k, type_v):
+        if kv_type not in kv_layout.KV_TYPES:
+            raise ArgumentError(f"The KV type is {kv_type!r}: choose one of {', '.join(kv_layout.KV_TYPES)}.")
+    if params:
+        params.validate()
+
+
+def _check_memory(file: GgufFile, layers: list, n_ctx: int, type_k: str, type_v: str) -> int | None:
+    """Bytes left for the KV cache beside the weights; None if the system does not tell. Refuses what cannot fit."""
+    available = available_memory()
+    if available is None:
+        return None
+    usable = int(MEMORY_SHARE * available)
+    kv = kv_layout.kv_bytes(layers, n_ctx, type_k, type_v)
+    if file.n_bytes + kv > usable:
+        raise OutOfMemoryError(
+            f"{file.path} needs {human_bytes(file.n_bytes + kv)} (weights {human_bytes(file.n_bytes)}, KV cache of {n_ctx} "
+            f"tokens {human_bytes(kv)}), {human_bytes(file.n_bytes + kv - usable)} more than can be used here: close "
+            f"programs, lower --ctx, use --kv-type q8_0, or take a smaller quantisation of the model.")
+    return usable - file.n_bytes
+
+
+def _load_weights(llama: Any, path: Path, progress: Callable[[float, float], None] | None) -> Any:
+    """llama_cpp._internals.LlamaModel; Ctrl-C stops between two tensors."""
+    from llama_cpp._internals import LlamaModel
+
+    with InterruptFlag() as flag:
+        def on_progress(done: float, user: Any) -> bool:
+            if progress:
+                progress(done, 1.0)
+            return not flag.requested
+
+        params = llama.llama_model_default_params()
+        params.progress_callback = llama.llama_progress_callback(on_progress)
+        log.errors.clear()
+        try:
+            return LlamaModel(path_model=str(path), params=params, verbose=True)
+        except ValueError:
+            raise ModelFileError(f"llama.cpp cannot load {path} ({last_log_lines() or 'no message'}): check that this "
+                                 f"version supports the model, or fetch the file again.") from None
+
+
+def _round_up(n: int, to: int = 1024) -> int:
+    return -(-n // to) * to

@@ -1,0 +1,122 @@
+"""The parameters of slow-fast decoding: a mirror of ``struct sfi_params`` that needs no native library."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from sfi_local.errors import ArgumentError
+
+POLICIES = {"frozen": 0, "window": 1}
+SELECTORS = {"topk": 0, "paper": 1}
+MAX_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class SfiParams:
+    """What a support holds and when a step is slow. All counts are per KV head.
+
+    support:    policy of the fast steps: ``frozen`` (selected is chosen on slow steps) or ``window`` (always only)
+    selector:   ``topk`` (pooled evidence of the last queries) or ``paper`` (arXiv 2603.12038)
+    n_sink:     first cells of the text, always in the support; cells
+    n_recent:   cells before the refresh that are always in the support; cells
+    n_selected: cells chosen per layer and KV head; cells
+    max_span:   a step is slow at the latest after this many fast steps; steps
+    min_span:   fast steps before a boundary may make a step slow; steps
+    boundary:   slow step at the first content token after the end of a sentence
+    auto_depth: below this depth SFI_STEP_AUTO is dense; 0: slow-fast at every depth; cells
+    n_queries:  evidence of the last n queries; tokens, 1 .. 64
+    pool_after, pool_before: an important cell also brings this many cells after and before it; cells
+    alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
+    """
+
+    support: str = "frozen"
+    selector: str = "topk"
+    n_sink: int = 4
+    n_recent: int = 256
+    n_selected: int = 2048
+    max_span: int = 64
+    min_span: int = 16
+    boundary: bool = True
+    auto_depth: int = 0
+    n_queries: int = 16
+    pool_after: int = 16
+    pool_before: int = 2
+    alpha: float = 0.5
+    gamma: float = 0.5
+    beta: float = 0.568
+    p: float = 1.8
+    eta: float = 0.4
+    lambda_clip: float = 0.3
+    a_soft: float = 1.0
+    a_cross: float = 0.85
+    temperature: float = 2.0
+    nms_radius: int = 16
+
+    @property
+    def budget(self) -> int:
+        """Cells of a support at a refresh, all three parts together."""
+        return self.n_sink + self.n_recent + self.n_selected
+
+    def replace(self, **changes) -> "SfiParams":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def validate(self) -> "SfiParams":
+        """Return self, or raise ArgumentError with a sentence about the first field out of range."""
+        _one_of("support", self.support, POLICIES)
+        _one_of("selector", self.selector, SELECTORS)
+        for name, least in _LEAST.items():
+            _at_least(name, getattr(self, name), least)
+        if self.n_queries > MAX_QUERIES:
+            raise ArgumentError(f"n_queries is {self.n_queries}, but at most {MAX_QUERIES} are kept: lower it.")
+        if self.n_recent < self.n_queries:
+            raise ArgumentError(
+                f"n_recent is {self.n_recent}, less than the {self.n_queries} queries of the evidence: "
+                f"raise n_recent or lower n_queries.")
+        if not 0 <= self.lambda_clip <= 1:
+            raise ArgumentError(f"lambda_clip is {self.lambda_clip}, a share: give a value from 0 to 1.")
+        for name in ("alpha", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ArgumentError(f"{name} is {getattr(self, name)}: give a value above 0.")
+        return self
+
+    def check_context(self, n_ctx: int) -> None:
+        """Refuse a budget that is larger than a context of n_ctx cells."""
+        if self.budget > n_ctx:
+            raise ArgumentError(
+                f"The budget of {self.budget} cells (n_sink {self.n_sink} + n_recent {self.n_recent} + n_selected "
+                f"{self.n_selected}) is larger than the context of {n_ctx} cells: lower --n-selected to "
+                f"{max(1, n_ctx - self.n_sink - self.n_recent)} or less, or raise --ctx.")
+
+    def fit_context(self, n_ctx: int) -> "SfiParams":
+        """A copy whose budget fits a context of n_ctx cells, made smaller at n_selected first, then n_recent."""
+        n_sink = min(self.n_sink, max(0, n_ctx - self.n_queries - 1))
+        n_recent = max(self.n_queries, min(self.n_recent, n_ctx - n_sink - 1))
+        n_selected = max(1, min(self.n_selected, n_ctx - n_sink - n_recent))
+        return self.replace(n_sink=n_sink, n_recent=n_recent, n_selected=n_selected)
+
+
+_LEAST = {
+    "n_sink": 0, "n_recent": 1, "n_selected": 1, "max_span": 1, "min_span": 0, "auto_depth": 0,
+    "n_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
+}
+
+
+def _one_of(name: str, value: str, choices: dict) -> None:
+    if value not in choices:
+        raise ArgumentError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ArgumentError(f"{name} is {value}: give at least {least}.")
+
+
+def auto_depth(params: SfiParams) -> int:
+    """The depth, in cells, below which mode ``auto`` is dense.
+
+    A fast step reads the budget, a dense one reads the depth. At twice the budget the step reads half of the cache,
+    enough to pay for the slow steps; a measurement on the machine at hand would be better than this rule.
+    """
+    return 2 * params.budget

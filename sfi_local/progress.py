@@ -1,0 +1,58 @@
+"""Progress on stderr: one line that is redrawn on a terminal, a few plain lines for long work elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from sfi_local.machine import human_bytes
+
+REDRAW_S = 0.1
+PLAIN_S = 10.0
+
+
+class Progress:
+    """Callable with (done, total); erases its line when closed, so that nothing stays between answer and prompt.
+
+    label: what is going on, e.g. "prefill"; unit: "tokens", "bytes" or "%"
+    """
+
+    def __init__(self, label: str, unit: str, stream=None):
+        self.label, self.unit = label, unit
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self._start = self._last = time.monotonic()
+        self._drawn = False
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __call__(self, done: float, total: float) -> None:
+        now = time.monotonic()
+        if now - self._last < (REDRAW_S if self.live else PLAIN_S):
+            return
+        self._last = now
+        self._write(self._text(done, total, now - self._start))
+
+    def close(self) -> None:
+        if self.live and self._drawn:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+            self._drawn = False
+
+    def _write(self, text: str) -> None:
+        self.stream.write(f"\r\x1b[K{text}" if self.live else f"{text}\n")
+        self.stream.flush()
+        self._drawn = True
+
+    def _text(self, done: float, total: float, seconds: float) -> str:
+        if self.unit == "%":
+            return f"{self.label} {100 * done / total if total else 0:.0f} %"
+        if self.unit == "bytes":
+            return f"{self.label} {human_bytes(done)} of {human_bytes(total)}" if total else (
+                f"{self.label} {human_bytes(done)}")
+        rate = f", {done / seconds:.0f} {self.unit}/s" if seconds > 0 and done else ""
+        return f"{self.label} {done} of {total} {self.unit}{rate}"

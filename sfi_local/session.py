@@ -1,0 +1,205 @@
+"""One sequence in one context: the KV cache, the tokens in it, and how a step is done in each mode.
+
+modes: ``stock`` plain llama_decode, sfi never attached; ``dense`` every step dense with our kernel; ``sfi`` slow-fast
+at every depth; ``auto`` slow-fast from the depth where it pays, stock (with the reason in ``why_stock``) where the
+model cannot be sparse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Sequence
+
+from sfi_local.engine import Engine, StepInfo
+from sfi_local.errors import (AbortedError, BackendError, BusyError, ContextError, ContextFullError, DecodeError,
+                              KvTypeError, ModelError, OutOfMemoryError, SfiError)
+from sfi_local.interrupt import InterruptFlag
+from sfi_local.library import last_log_lines, open_library
+from sfi_local.params import SfiParams, auto_depth
+
+MODES = ("auto", "sfi", "dense", "stock")
+GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
+N_BATCH = 512
+
+# (position, token, proposed kind, its reason) -> kind of the step: "slow", "fast", "dense" or "auto"
+Schedule = Callable[[int, int, str, str], str]
+Progress = Callable[[int, int], None]
+
+
+class Session:
+    """A context of n_ctx cells on loaded weights.
+
+    weights: llama_cpp._internals.LlamaModel, kept alive as long as the session
+    tokens:  what the KV cache holds, in order
+    n_prefilled: tokens of the last prefill
+    Raises ModelError, KvTypeError, BackendError in modes ``sfi`` and ``dense``; OutOfMemoryError.
+    """
+
+    def __init__(self, weights: Any, n_ctx: int, mode: str, params: SfiParams, n_threads: int,
+                 type_k: str = "f16", type_v: str = "f16"):
+        self.n_ctx, self.mode, self.params = n_ctx, mode, params
+        self.tokens: list[int] = []
+        self.why_stock, self.n_prefilled = "", 0
+        self._llama = open_library().llama_cpp
+        self._context = _new_context(self._llama, weights, n_ctx, n_threads, type_k, type_v)
+        self._memory = self._llama.llama_get_memory(self._context.ctx)
+        self._lock = threading.Lock()
+        self.engine = self._attach()
+
+    @property
+    def context(self) -> Any:
+        """llama_cpp._internals.LlamaContext; its logits are those of the last prefill or step."""
+        return self._context
+
+    def close(self) -> None:
+        """Free the context. May be called twice."""
+        if self.engine:
+            self.engine.close()
+        self._context.close()
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Keep the longest common prefix of the cache and tokens, drop the rest; returns its length.
+
+        At least one token is left to be computed, because the logits of the last are needed.
+        """
+        self._settle()
+        n = 0
+        while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
+            n += 1
+        if n < len(self.tokens) and not self._llama.llama_memory_seq_rm(self._memory, 0, n, -1):
+            n = 0  # recurrent state cannot be cut
+            self._llama.llama_memory_clear(self._memory, True)
+        del self.tokens[n:]
+        return n
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> StepInfo:
+        """Dense prefill of tokens after what the cache holds.
+
+        Ctrl-C stops between two operations of the graph; the cache then holds what was done.
+        Raises ContextFullError, DecodeError, BusyError.
+        """
+        if len(self.tokens) + len(tokens) > self.n_ctx:
+            raise ContextFullError(f"The context has {self.n_ctx} tokens and {len(self.tokens) + len(tokens)} are "
+                                   f"needed: shorten the prompt or raise --ctx.")
+        start = time.perf_counter()
+        with self._exclusive(), self._interruptible() as flag:
+            self._settle()
+            self.tokens += tokens
+            try:
+                self._prefill(list(tokens), lambda n, total: _report(flag, progress, n, total))
+            finally:
+                self._settle()
+        depth, self.n_prefilled = len(self.tokens), len(tokens)
+        return StepInfo("prefill", "", depth - 1, depth, depth, 1000 * (time.perf_counter() - start))
+
+    def step(self, token: int, schedule: Schedule | None = None) -> StepInfo:
+        """One token through the model. Raises ContextFullError, DecodeError, BusyError."""
+        if len(self.tokens) >= self.n_ctx:
+            raise ContextFullError(f"The context of {self.n_ctx} tokens is full: raise --ctx or start anew.")
+        with self._exclusive():
+            self.tokens.append(token)
+            try:
+                return self._stock_step(token) if self.engine is None else self._engine_step(token, schedule)
+            except SfiError:
+                self._settle()
+                raise
+
+    def _attach(self) -> Engine | None:
+        if self.mode == "stock":
+            return None
+        depth = auto_depth(self.params) if self.mode == "auto" else 0
+        try:
+            return Engine(self._context.ctx, self.params.replace(auto_depth=depth), owner=self._context)
+        except (ModelError, ContextError, KvTypeError, BackendError) as error:
+            if self.mode != "auto":
+                raise type(error)(f"{error} `--mode stock` decodes it with llama.cpp's own path.") from None
+            self.why_stock = str(error)
+            return None
+
+    def _engine_step(self, token: int, schedule: Schedule | None) -> StepInfo:
+        kind = "dense" if self.mode == "dense" else "auto"
+        if schedule:
+            proposed = (kind, "forced") if kind == "dense" else self.engine.peek(token)
+            kind = schedule(len(self.tokens) - 1, token, *proposed)
+        return self.engine.step(token, kind)
+
+    def _stock_step(self, token: int) -> StepInfo:
+        start = time.perf_counter()
+        self._decode([token])
+        depth = len(self.tokens)
+        return StepInfo("stock", "", depth - 1, depth, depth, 1000 * (time.perf_counter() - start))
+
+    def _prefill(self, tokens: list[int], report: Callable[[int, int], bool]) -> None:
+        if self.engine:
+            return self.engine.prefill(tokens, progress=report)
+        for i in range(0, len(tokens), N_BATCH):
+            if not report(i, len(tokens)):
+                raise AbortedError("The prefill was stopped.")
+            self._decode(tokens[i:i + N_BATCH])
+
+    def _decode(self, tokens: list[int]) -> None:
+        """Plain llama_decode, waited for."""
+        array = (self._llama.llama_token * len(tokens))(*tokens)
+        status = self._llama.llama_decode(self._context.ctx, self._llama.llama_batch_get_one(array, len(tokens)))
+        if status == 1:
+            raise ContextFullError("The KV cache has no free cell: raise --ctx.")
+        if status == 2:
+            raise AbortedError("The step was stopped.")
+        if status:
+            raise DecodeError(f"llama_decode failed with {status} ({last_log_lines() or 'no message'}).")
+        self._llama.llama_synchronize(self._context.ctx)
+
+    def _settle(self) -> None:
+        """Make cache and token list agree, also after an interrupt at any point."""
+        n_cells = self._llama.llama_memory_seq_pos_max(self._memory, 0) + 1
+        if n_cells < len(self.tokens):
+            del self.tokens[n_cells:]
+        elif n_cells > len(self.tokens):
+            self._llama.llama_memory_seq_rm(self._memory, 0, len(self.tokens), -1)
+
+    @contextmanager
+    def _exclusive(self):
+        """One thread at a time; the second is refused rather than queued behind minutes of work."""
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("Another thread is using this model: give each thread a model of its own, or take turns.")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _interruptible(self):
+        """Ctrl-C ends the running graph. Only in prefill: the callback costs too much in a step of few milliseconds."""
+        with InterruptFlag() as flag:
+            callback = self._llama.ggml_abort_callback(lambda user: flag.requested)
+            self._llama.llama_set_abort_callback(self._context.ctx, callback, None)
+            try:
+                yield flag
+            finally:
+                none = ctypes.cast(None, self._llama.ggml_abort_callback)
+                self._llama.llama_set_abort_callback(self._context.ctx, none, None)
+
+
+def _report(flag: InterruptFlag, progress: Progress | None, n_done: int, n_total: int) -> bool:
+    if progress:
+        progress(n_done, n_total)
+    return not flag.requested
+
+
+def _new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str) -> Any:
+    from llama_cpp import _internals
+
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_BATCH, N_BATCH, 1
+    params.n_threads = params.n_threads_batch = n_threads
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.type_k, params.type_v = GGML_TYPES[type_k], GGML_TYPES[type_v]
+    params.no_perf = True
+    try:
+        return _internals.LlamaContext(model=weights, params=params, verbose=True)
+    except ValueError:
+        raise OutOfMemoryError(f"A context of {n_ctx} tokens cannot be created ({last_log_lines() or 'no message'}): "
+                               f"lower --ctx, or change --kv-type.") from None

@@ -1,0 +1,117 @@
+"""One item of the generated stream, the text that leaves it, and the tally of a whole run. Pure."""
+
+from __future__ import annotations
+
+import codecs
+from collections import Counter
+from dataclasses import dataclass, field
+
+KINDS = ("slow", "fast", "dense", "stock")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token and the step whose logits it was sampled from.
+
+    token:   id of the token
+    text:    text that became final with this token; "" while bytes of a character or a possible stop string are held
+    kind:    ``prefill`` for the first token, then ``slow``, ``fast``, ``dense`` or ``stock``
+    reason:  why the step was slow or dense (``first``, ``boundary``, ``max_span`` ...); "" for a fast or stock step
+    t_ms:    time of that step in milliseconds, logits included; of the whole prefill for the first token
+    pos:     position of the token in the text
+    depth:   cells that the step could attend to
+    n_cells: cells that each KV head of a sparse layer did attend to
+    finish:  "" or why this is the last item: ``stop`` (stop string), ``end`` (end of answer), ``length`` (n reached),
+             ``context`` (context full)
+    """
+
+    token: int
+    text: str
+    kind: str
+    reason: str
+    t_ms: float
+    pos: int
+    depth: int
+    n_cells: int
+    finish: str = ""
+
+
+class TextStream:
+    """Turns the bytes of tokens into text that is safe to show.
+
+    Bytes of an incomplete character are held until it is complete; text that may be the start of a stop string is
+    held until it is not. Text after a stop string is dropped.
+    """
+
+    def __init__(self, stop: tuple[str, ...] = ()):
+        self.stop = tuple(s for s in stop if s)
+        self.stopped = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, piece: bytes, last: bool = False) -> str:
+        """The text that became final with these bytes; with ``last`` everything held is let go."""
+        self._held += self._decoder.decode(piece, final=last)
+        found = [i for i in (self._held.find(s) for s in self.stop) if i >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(self._held) if last else self._safe_length())
+
+    def _safe_length(self) -> int:
+        """Length of the held text before the longest tail that starts a stop string."""
+        longest = max((len(s) for s in self.stop), default=0)
+        for i in range(max(0, len(self._held) - longest + 1), len(self._held)):
+            if any(s.startswith(self._held[i:]) for s in self.stop):
+                return i
+        return len(self._held)
+
+    def _release(self, n: int) -> str:
+        out, self._held = self._held[:n], self._held[n:]
+        return out
+
+
+@dataclass
+class Tally:
+    """Sums over the items of one generation. Times in milliseconds; rates in tokens per second."""
+
+    n_prompt: int = 0
+    n_prefilled: int = 0
+    tokens: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    steps: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+    ms_prefill: float = 0.0
+    ms_steps: float = 0.0
+    finish: str = ""
+
+    def add(self, step: Step) -> None:
+        """Count one item."""
+        self.tokens.append(step.token)
+        self.texts.append(step.text)
+        self.finish = step.finish
+        if step.kind == "prefill":
+            self.ms_prefill += step.t_ms
+            return
+        self.steps[step.kind] += 1
+        self.ms_steps += step.t_ms
+        if step.reason:
+            self.reasons[step.reason] += 1
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def prefill_tps(self) -> float:
+        """Tokens of prefill per second; tokens that were already in the cache are not counted."""
+        return _rate(self.n_prefilled, self.ms_prefill)
+
+    @property
+    def decode_tps(self) -> float:
+        """Decode steps per second of step time; sampling and printing are not counted."""
+        return _rate(sum(self.steps.values()), self.ms_steps)
+
+
+def _rate(n: int, ms: float) -> float:
+    return 1000.0 * n / ms if ms > 0 else 0.0
