@@ -14,7 +14,7 @@ build:
 # incremental build, linked into sfi_local/ so that it runs from the source tree; with SFI_LLAMA_DIR that tree is
 # built where it lies
 dev:
-	cmake -S native -B $(DEV_BUILD) -G Ninja -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')" \
+	cmake -S native -B $(DEV_BUILD) $(if $(shell command -v ninja),-G Ninja) -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')" \
 	    -DSFI_TESTS=ON -DSFI_LLAMA_TREE="$(SFI_LLAMA_DIR)" $(CMAKE_FLAGS)
 	cmake --build $(DEV_BUILD) --parallel 2
 	ln -sfn "$$(cd $(DEV_BUILD)/bin && pwd)" sfi_local/lib
