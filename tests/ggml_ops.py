@@ -16,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+# ggml's OpenMP threads spin when they wait; with more threads than idle cores that makes these tests ten times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 8, "i32": 26, "bf16": 30}
 DEVICE_CPU = 0  # enum ggml_backend_dev_type
 MEM_SIZE = 512 << 20  # of a context; only what is touched becomes real

@@ -335,6 +335,7 @@ class SelectCase(Case):
     pool_after: int = 0
     pool_before: int = 0
     levels: int = 0  # > 0: evidence takes so many values, so that there are ties
+    flat: bool = False  # evidence nearly the same everywhere: the prior gets a small weight, or none
     pads: bool = False
     nms_radius: int = 16
     lambda_clip: float = 0.3
@@ -356,6 +357,8 @@ class Select:
         self.evidence = rng.dirichlet(np.full(max(c.n_list, 1), 0.1), c.n_head_kv)[:, :c.n_list].astype(np.float32)
         if c.levels:
             self.evidence = rng.integers(0, c.levels, self.evidence.shape).astype(np.float32)
+        if c.flat:
+            self.evidence = rng.uniform(0.9, 1.1, self.evidence.shape).astype(np.float32)
         self.cells = rng.permutation(n_cells)[:c.n_list].astype(np.int32)
         norms = rng.uniform(0.3, 3.0, (c.n_head_kv, n_cells, 1))
         self.k_rows = encode(rng.normal(size=(c.n_head_kv, n_cells, c.n_embd)) * norms, c.type_k)
@@ -444,6 +447,7 @@ def select_cases():
     for type_k in TYPES:
         yield case(kind=PAPER, type_k=type_k, n_head_kv=4, n_embd=96)
     for changes in (dict(nms_radius=0), dict(nms_radius=1), dict(nms_radius=400), dict(a_soft=0.0), dict(lambda_clip=0.0),
+                    dict(lambda_clip=1.0), dict(lambda_clip=1.0, flat=True), dict(flat=True),
                     dict(lambda_clip=0.02, a_soft=0.5, a_cross=0.35), dict(a_cross=0.0), dict(alpha=1.0), dict(alpha=0.25)):
         yield case(kind=PAPER, n_head_kv=3, **changes)
 
