@@ -168,7 +168,7 @@ static void transpose(int n_embd, const char * const * rows, int n_rows, float *
 }
 
 template <class S, int N, int M>
-static inline void gemm_block(const float * q, int n_embd, const float * kt, float * out, int ld) {
+static inline void gemm_block(const float * q, int n_embd, const float * kt, int ld_kt, float * out, int64_t ld) {
     typename S::V acc[N][M];
     for (int g = 0; g < N; ++g) {
         for (int m = 0; m < M; ++m) {
@@ -178,7 +178,7 @@ static inline void gemm_block(const float * q, int n_embd, const float * kt, flo
     for (int d = 0; d < n_embd; ++d) {
         typename S::V k[M];
         for (int m = 0; m < M; ++m) {
-            k[m] = S::load(kt + d*ld + m*S::W);
+            k[m] = S::load(kt + d*ld_kt + m*S::W);
         }
         for (int g = 0; g < N; ++g) {
             const typename S::V x = S::set1(q[g*n_embd + d]);
@@ -195,22 +195,22 @@ static inline void gemm_block(const float * q, int n_embd, const float * kt, flo
 }
 
 template <class S>
-static void gemm(const float * q, int n_q, int n_embd, const float * kt, int n, float * out, int ld) {
+static void gemm(const float * q, int n_q, int n_embd, const float * kt, int ld_kt, int n, float * out, int64_t ld) {
     constexpr int N = S::NG >= 4 ? 4 : 2;
     constexpr int M = S::NG >= 4 ? 4 : 3;
     int g = 0;
     for (; g + N <= n_q; g += N) {
         int c = 0;
         for (; c + M*S::W <= n; c += M*S::W) {
-            gemm_block<S, N, M>(q + g*n_embd, n_embd, kt + c, out + g*ld + c, ld);
+            gemm_block<S, N, M>(q + g*n_embd, n_embd, kt + c, ld_kt, out + g*ld + c, ld);
         }
         for (; c < n; c += S::W) {
-            gemm_block<S, N, 1>(q + g*n_embd, n_embd, kt + c, out + g*ld + c, ld);
+            gemm_block<S, N, 1>(q + g*n_embd, n_embd, kt + c, ld_kt, out + g*ld + c, ld);
         }
     }
     for (; g < n_q; ++g) {
         for (int c = 0; c < n; c += S::W) {
-            gemm_block<S, 1, 1>(q + g*n_embd, n_embd, kt + c, out + g*ld + c, ld);
+            gemm_block<S, 1, 1>(q + g*n_embd, n_embd, kt + c, ld_kt, out + g*ld + c, ld);
         }
     }
 }

@@ -20,8 +20,8 @@ using exp_fn = float (*)(float * x, int n, float max);
 // out [n_embd, ld] = the gathered rows, transposed, in F32; rows beyond n_rows are zero up to a vector
 using transpose_fn = void (*)(int n_embd, const char * const * rows, int n_rows, float * out, int ld, float * scratch);
 
-// out[g*ld + c] = sum_d q[g*n_embd + d] * kt[d*ld + c]   for c < n (rounded up to a vector)
-using gemm_fn = void (*)(const float * q, int n_q, int n_embd, const float * kt, int n, float * out, int ld);
+// out[g*ld + c] = sum_d q[g*n_embd + d] * kt[d*ld_kt + c]   for c < n (rounded up to a vector)
+using gemm_fn = void (*)(const float * q, int n_q, int n_embd, const float * kt, int ld_kt, int n, float * out, int64_t ld);
 
 struct tile_ops {
     dot_fn       dot;

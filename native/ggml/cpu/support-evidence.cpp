@@ -112,7 +112,7 @@ void block_logits(const task & a, int64_t h_kv, int64_t block, const float * q) 
 
     float * out = a.logits + begin;
     a.ops.transpose((int) a.n_embd, rows, n, kt, block_cells, tmp);
-    a.ops.gemm(q, (int) a.rows, (int) a.n_embd, kt, (int) GGML_PAD(n, sfi::max_vector), out, (int) a.ld());
+    a.ops.gemm(q, (int) a.rows, (int) a.n_embd, kt, block_cells, (int) GGML_PAD(n, sfi::max_vector), out, a.ld());
 
     for (int64_t r = 0; r < a.rows; ++r) {
         float * x = out + r*a.ld();

@@ -25,6 +25,7 @@ struct candidates {
         j1 = std::clamp<int64_t>(plan[1], j0, n_list);
     }
     int64_t n() const { return j1 - j0; }
+    bool    is_cell(int64_t i) const { return cells[j0 + i] >= 0; }
 };
 
 // out[i] = max of x[i - behind .. i + ahead], within [0, n)
@@ -78,10 +79,10 @@ threshold kth_largest(const float * score, int64_t n, int64_t k) {
 void take_top(const candidates & c, float * score, int32_t * out, int64_t n_selected) {
     int64_t n_valid = 0;
     for (int64_t i = 0; i < c.n(); ++i) {
-        if (c.cells[c.j0 + i] < 0) {
-            score[i] = -INFINITY;
-        } else {
+        if (c.is_cell(i)) {
             ++n_valid;
+        } else {
+            score[i] = -INFINITY;
         }
     }
     const int64_t k = std::min(n_selected, n_valid);
@@ -106,7 +107,7 @@ void normalise(std::vector<double> & x) {
         sum += v;
     }
     for (double & v : x) {
-        v = sum > 0.0 ? v/sum : 1.0/x.size();
+        v = sum > 0.0 ? v/sum : 0.0;
     }
 }
 
@@ -132,6 +133,7 @@ std::vector<double> prior_of(const candidates & c, const ggml_support_selector &
         const double u    = c.n() > 1 ? (double) i/(c.n() - 1) : 0.0;
         const double norm = norm_of_key(k, h, std::max(c.cells[c.j0 + i], 0), row);
         r[i] = std::pow(norm + eps, -sel.gamma)*std::exp(-sel.beta*std::pow(u, sel.p))*std::pow(1.0 - u + eps, sel.eta);
+        r[i] = c.is_cell(i) ? r[i] : 0.0;
     }
     normalise(r);
     return r;
@@ -155,7 +157,7 @@ void paper_score(const candidates & c, const ggml_support_selector & sel, const 
     const int64_t n = c.n();
     std::vector<double> f(n);
     for (int64_t i = 0; i < n; ++i) {
-        f[i] = std::pow((double) evidence[i], 1.0/sel.alpha);
+        f[i] = c.is_cell(i) ? std::pow((double) evidence[i], 1.0/sel.alpha) : 0.0;
     }
     normalise(f);
     const std::vector<double> r = prior_of(c, sel, k, h);
