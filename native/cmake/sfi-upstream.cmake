@@ -1,22 +1,21 @@
 # Upstream's targets with our sources added to them.
 
-set(BUILD_SHARED_LIBS      ON  CACHE BOOL "" FORCE)
-set(LLAMA_BUILD_COMMON     OFF CACHE BOOL "" FORCE)
-set(LLAMA_BUILD_TESTS      OFF CACHE BOOL "" FORCE)
-set(LLAMA_BUILD_TOOLS      OFF CACHE BOOL "" FORCE)
-set(LLAMA_BUILD_EXAMPLES   OFF CACHE BOOL "" FORCE)
-set(LLAMA_BUILD_SERVER     OFF CACHE BOOL "" FORCE)
-set(LLAMA_BUILD_APP        OFF CACHE BOOL "" FORCE)
-set(LLAMA_OPENSSL          OFF CACHE BOOL "" FORCE)
-set(GGML_CCACHE            OFF CACHE BOOL "" FORCE)  # we set the launcher
+# plain variables: upstream's option() respects them, and they are gone when a build directory is configured anew
+set(BUILD_SHARED_LIBS      ON)
+set(LLAMA_BUILD_COMMON     OFF)
+set(LLAMA_BUILD_TESTS      OFF)
+set(LLAMA_BUILD_TOOLS      OFF)
+set(LLAMA_BUILD_EXAMPLES   OFF)
+set(LLAMA_BUILD_SERVER     OFF)
+set(LLAMA_BUILD_APP        OFF)
+set(LLAMA_OPENSSL          OFF)
+set(GGML_CCACHE            OFF)  # the launcher is set already
 
 # A portable build carries one CPU library per feature set and picks one when it starts.
-set(GGML_BACKEND_DL        ${SFI_PORTABLE} CACHE BOOL "" FORCE)
-set(GGML_CPU_ALL_VARIANTS  ${SFI_PORTABLE} CACHE BOOL "" FORCE)
 if (SFI_PORTABLE)
-    set(GGML_NATIVE OFF CACHE BOOL "" FORCE)
-else()
-    set(GGML_NATIVE ON  CACHE BOOL "")
+    set(GGML_NATIVE           OFF)
+    set(GGML_BACKEND_DL       ON)
+    set(GGML_CPU_ALL_VARIANTS ON)
 endif()
 
 # Upstream asks git for its commit and would find ours, or that of the repository it happens to lie in.
