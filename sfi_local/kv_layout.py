@@ -84,9 +84,9 @@ def kv_bytes(all_layers: list[Layer], depth: int, type_k: str = "f16", type_v: s
 
 
 def sfi_bytes(all_layers: list[Layer], params: SfiParams) -> int:
-    """Bytes that sfi adds per sequence: the ring of queries (F32) and two sets of selected cells (I32)."""
+    """Bytes that sfi adds per sequence: the ring of queries (F32), selected cells (I32), stability (4 F32 per KV head)."""
     return sum(
-        4 * params.n_queries * layer.n_head * layer.k_size + 2 * 4 * params.n_selected * layer.n_head_kv
+        4 * (params.n_queries * layer.n_head * layer.k_size + (params.n_selected + 4) * layer.n_head_kv)
         for layer in all_layers if layer.sparse)
 
 

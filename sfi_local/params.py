@@ -47,9 +47,9 @@ class SfiParams:
     beta: float = 0.568
     p: float = 1.8
     eta: float = 0.4
-    lambda_clip: float = 0.3
-    a_soft: float = 1.0
-    a_cross: float = 0.85
+    lambda_clip: float = 0.02
+    a_soft: float = 0.5
+    a_cross: float = 0.35
     temperature: float = 2.0
     nms_radius: int = 16
 

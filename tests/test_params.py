@@ -1,0 +1,45 @@
+"""Parameters: the mirror agrees with the library, and what is out of range is refused with a sentence."""
+
+import pytest
+
+from sfi_local.errors import ArgumentError
+from sfi_local.params import SfiParams, auto_depth
+
+
+def test_defaults_are_those_of_the_library(native):
+    from sfi_local.engine import default_params
+
+    assert SfiParams() == default_params()
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"n_selected": 0}, "n_selected"), ({"n_recent": 0}, "n_recent"), ({"n_sink": -1}, "n_sink"),
+    ({"max_span": 0}, "max_span"), ({"min_span": -1}, "min_span"), ({"n_queries": 65}, "64"),
+    ({"n_queries": 0}, "n_queries"), ({"n_recent": 15}, "queries"), ({"support": "oracle"}, "frozen"),
+    ({"selector": "best"}, "topk"), ({"lambda_clip": 1.5}, "lambda_clip"), ({"temperature": 0.0}, "temperature"),
+])
+def test_out_of_range_is_refused(change, word):
+    with pytest.raises(ArgumentError, match=word):
+        SfiParams(**change).validate()
+
+
+def test_budget_is_the_sum_of_the_three_parts():
+    assert SfiParams(n_sink=1, n_recent=20, n_selected=300).budget == 321
+
+
+def test_a_budget_larger_than_the_context_is_refused_with_a_value_that_fits():
+    with pytest.raises(ArgumentError, match="--n-selected to 764 or less"):
+        SfiParams().check_context(1024)
+    SfiParams(n_selected=764).check_context(1024)
+
+
+@pytest.mark.parametrize("n_ctx", [64, 256, 300, 1024, 2308, 8192])
+def test_a_fitted_budget_fits(n_ctx):
+    fitted = SfiParams().fit_context(n_ctx).validate()
+    fitted.check_context(n_ctx)
+    assert fitted == SfiParams() or fitted.budget == n_ctx
+
+
+def test_auto_starts_where_half_of_the_cache_is_read():
+    params = SfiParams(n_sink=0, n_recent=100, n_selected=400)
+    assert auto_depth(params) == 2 * params.budget
