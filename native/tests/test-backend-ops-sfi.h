@@ -1,0 +1,591 @@
+// Cases of test-backend-ops for the operations of ggml-sfi.h. Included by tests/test-backend-ops.cpp after its own
+// cases: it uses that file's test_case, init_tensor_uniform, tensor_to_float, jdst and VARS_TO_STR.
+//
+// test-backend-ops compares a backend with the CPU's reference implementation. Where the backend is the CPU itself
+// (test-backend-ops -b CPU; without -b it is skipped and "passes") that compares the vector kernels with the scalar
+// ones, and would never see an error they share. So each case also computes what it expects, in double, from the
+// tensors it was given, and both results must agree with that.
+
+#pragma once
+
+#include "ggml-sfi.h"
+
+struct test_sfi : public test_case {
+    ggml_tensor * out = nullptr;
+    std::mt19937  gen;
+
+    // the result, in the order of its elements
+    virtual std::vector<float> expected() = 0;
+
+    virtual double distance(const float * a, const float * b, size_t n) {
+        double diff = 0.0, size = 1e-30; // like nmse(), but two results of zeros agree
+        for (size_t i = 0; i < n; i++) {
+            diff += ((double) a[i] - b[i])*((double) a[i] - b[i]);
+            size += (double) b[i]*b[i];
+        }
+        return diff/size;
+    }
+
+    double max_nmse_err() override {
+        return 1e-6;
+    }
+
+    double err(const float * a, const float * b, size_t n) override {
+        if (!is_result(a, n)) {
+            return nmse(a, b, n); // a sentinel
+        }
+        const std::vector<float> e = expected();
+        return std::max(distance(a, e.data(), n), distance(b, e.data(), n));
+    }
+
+    // err() is called for the sentinels as well, which are computed (that is, left alone) after the operation
+    bool is_result(const float * a, size_t n) {
+        const std::vector<float> data = tensor_to_float(out);
+        return n == data.size() && std::equal(a, a + n, data.begin());
+    }
+
+    ggml_tensor * named(ggml_tensor * t, const char * name) {
+        ggml_set_name(t, name);
+        return t;
+    }
+
+    ggml_tensor * result(ggml_tensor * t) {
+        out = named(t, "out");
+        return t;
+    }
+
+    // K or V: [n_embd, n_cells, n_head_kv, n_stream] as it lies in llama.cpp's cache, or contiguous
+    ggml_tensor * cache(ggml_context * ctx, ggml_type type, int64_t n_embd, int64_t n_cells, int64_t n_head_kv, int64_t n_stream, bool view) {
+        if (!view) {
+            return ggml_new_tensor_4d(ctx, type, n_embd, n_cells, n_head_kv, n_stream);
+        }
+        ggml_tensor * t = ggml_new_tensor_3d(ctx, type, n_embd*n_head_kv, n_cells + 7, n_stream);
+        const size_t row = ggml_row_size(type, n_embd);
+        t = ggml_view_4d(ctx, t, n_embd, n_head_kv, n_cells, n_stream, row, t->nb[1], t->nb[2], 0);
+        return ggml_permute(ctx, t, 0, 2, 1, 3);
+    }
+
+    virtual void init_list(ggml_tensor * t) = 0; // of type I32
+
+    void initialize_tensors(ggml_context * ctx) override {
+        gen.seed(2603);
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != NULL; t = ggml_get_next_tensor(ctx, t)) {
+            if (t->view_src || t->op != GGML_OP_NONE) {
+                continue;
+            }
+            if (t->type == GGML_TYPE_I32) {
+                init_list(t);
+            } else {
+                init_tensor_uniform(t);
+            }
+        }
+    }
+
+    // n cells of [first, last), each at most once, about one in eight replaced by a pad
+    std::vector<int32_t> random_cells(int64_t n, int64_t first, int64_t last, bool pads = true) {
+        std::vector<int32_t> cells(last - first);
+        for (size_t i = 0; i < cells.size(); i++) {
+            cells[i] = first + i;
+        }
+        std::shuffle(cells.begin(), cells.end(), gen);
+        cells.resize(n, -1);
+        for (auto & cell : cells) {
+            if (pads && gen() % 8 == 0) {
+                cell = -1;
+            }
+        }
+        return cells;
+    }
+
+    void set(ggml_tensor * t, const std::vector<int32_t> & data) {
+        GGML_ASSERT(data.size() == (size_t) ggml_nelements(t));
+        ggml_backend_tensor_set(t, data.data(), 0, data.size()*sizeof(int32_t));
+    }
+
+    static std::vector<int32_t> get(const ggml_tensor * t) {
+        std::vector<int32_t> data(t ? ggml_nelements(t) : 0);
+        if (t) {
+            ggml_backend_tensor_get(t, data.data(), 0, data.size()*sizeof(int32_t));
+        }
+        return data;
+    }
+
+    static double logit(const float * q, const float * k, int64_t n, double scale, double softcap) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < n; i++) {
+            sum += (double) q[i]*k[i];
+        }
+        return softcap > 0.0 ? softcap*tanh(scale*sum/softcap) : scale*sum;
+    }
+};
+
+// GGML_OP_SPARSE_ATTN
+struct test_sparse_attn : public test_sfi {
+    const ggml_type type_K;
+    const ggml_type type_V;
+    const int64_t hsk;        // K head size
+    const int64_t hsv;        // V head size
+    const int64_t nh_kv;      // num KV heads
+    const int64_t nr;         // query heads of a KV head
+    const int64_t n_always;   // -1: NULL
+    const int64_t n_selected; // -1: NULL
+    const int64_t nb;         // tokens
+    const int64_t ns;         // num streams
+    const bool per_token;     // own lists for each token
+    const bool tail;
+    const bool sinks;
+    const float logit_softcap;
+    const bool view;          // K and V as views of a cache
+
+    ggml_tensor * t[7] = {};  // q, k, v, always, selected, tail, sinks
+
+    std::string vars() override {
+        return VARS_TO_STR15(type_K, type_V, hsk, hsv, nh_kv, nr, n_always, n_selected, nb, ns, per_token, tail, sinks, logit_softcap, view);
+    }
+
+    test_sparse_attn(int64_t n_always = 36, int64_t n_selected = 128, int64_t hsk = 64, int64_t hsv = 64, int64_t nh_kv = 2, int64_t nr = 4,
+            ggml_type type_K = GGML_TYPE_F16, ggml_type type_V = GGML_TYPE_F16, int64_t nb = 1, int64_t ns = 1, bool per_token = false,
+            bool tail = false, bool sinks = false, float logit_softcap = 0.0f, bool view = true)
+        : type_K(type_K), type_V(type_V), hsk(hsk), hsv(hsv), nh_kv(nh_kv), nr(nr), n_always(n_always), n_selected(n_selected), nb(nb), ns(ns),
+          per_token(per_token), tail(tail), sinks(sinks), logit_softcap(logit_softcap), view(view) {}
+
+    int64_t n_cells() const { return std::max<int64_t>(n_always, 0) + std::max<int64_t>(n_selected, 0) + 50; }
+    int64_t n_lists() const { return per_token ? nb : 1; }
+    float   scale()   const { return 1.0f/sqrtf(hsk); }
+
+    uint64_t op_flops(ggml_tensor * out) override {
+        GGML_UNUSED(out);
+        return 2*nh_kv*nr*nb*ns*(hsk + hsv)*(std::max<int64_t>(n_always, 0) + std::max<int64_t>(n_selected, 0));
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        const int64_t nh = nh_kv*nr;
+        t[0] = ggml_permute(ctx, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hsk, nh, nb, ns), 0, 2, 1, 3);
+        t[1] = cache(ctx, type_K, hsk, n_cells(), nh_kv, ns, view);
+        t[2] = cache(ctx, type_V, hsv, n_cells(), nh_kv, ns, view);
+        t[3] = n_always   < 0 ? nullptr : named(ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_always, n_lists(), 1, ns), "always");
+        t[4] = n_selected < 0 ? nullptr : named(ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_selected, nh_kv, n_lists(), ns), "selected");
+        t[5] = tail  ? ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hsv + 1, nh, nb, ns) : nullptr;
+        t[6] = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh) : nullptr;
+        return result(ggml_sparse_attn(ctx, t[0], t[1], t[2], t[3], t[4], t[5], t[6], scale(), logit_softcap));
+    }
+
+    // the first n_always cells are for `always`, the others for `selected`
+    void init_list(ggml_tensor * list) override {
+        const bool    shared = strcmp(list->name, "always") == 0;
+        const int64_t split  = std::max<int64_t>(n_always, 0);
+        std::vector<int32_t> data;
+        for (int64_t r = 0; r < ggml_nrows(list); r++) {
+            const auto cells = random_cells(list->ne[0], shared ? 0 : split, shared ? split : n_cells());
+            data.insert(data.end(), cells.begin(), cells.end());
+        }
+        set(list, data);
+    }
+
+    std::vector<float> expected() override {
+        const int64_t nh = nh_kv*nr;
+        const auto q = tensor_to_float(t[0]), k = tensor_to_float(t[1]), v = tensor_to_float(t[2]);
+        const auto tl = t[5] ? tensor_to_float(t[5]) : std::vector<float>(), sk = t[6] ? tensor_to_float(t[6]) : std::vector<float>();
+        const auto always = get(t[3]), selected = get(t[4]);
+
+        std::vector<float> res;
+        for (int64_t s = 0; s < ns; s++) {
+            for (int64_t b = 0; b < nb; b++) {
+                for (int64_t h = 0; h < nh; h++) {
+                    const int64_t l = s*n_lists() + (per_token ? b : 0), kv = h/nr;
+                    std::vector<int32_t> cells;
+                    if (t[3]) { cells.insert(cells.end(), &always[l*n_always], &always[l*n_always] + n_always); }
+                    if (t[4]) { cells.insert(cells.end(), &selected[(l*nh_kv + kv)*n_selected], &selected[(l*nh_kv + kv)*n_selected] + n_selected); }
+
+                    // logits are small here: no maximum needed
+                    std::vector<double> o(hsv, 0.0);
+                    double sum = t[6] ? exp(sk[h]) : 0.0;
+                    for (const int32_t cell : cells) {
+                        if (cell < 0) {
+                            continue;
+                        }
+                        const double w = exp(logit(&q[((s*nh + h)*nb + b)*hsk], &k[((s*nh_kv + kv)*n_cells() + cell)*hsk], hsk, scale(), logit_softcap));
+                        sum += w;
+                        for (int64_t i = 0; i < hsv; i++) {
+                            o[i] += w*v[((s*nh_kv + kv)*n_cells() + cell)*hsv + i];
+                        }
+                    }
+                    if (t[5]) {
+                        const float * row = &tl[((s*nb + b)*nh + h)*(hsv + 1)];
+                        const double w = exp(row[hsv]);
+                        sum += w;
+                        for (int64_t i = 0; i < hsv; i++) {
+                            o[i] += w*row[i];
+                        }
+                    }
+                    for (int64_t i = 0; i < hsv; i++) {
+                        res.push_back(sum > 0.0 ? o[i]/sum : 0.0);
+                    }
+                }
+            }
+        }
+        return res;
+    }
+};
+
+// A list of the cells of one sequence and a plan over it: what evidence, selection and stability share.
+struct test_support : public test_sfi {
+    const int64_t n_list;
+    const int64_t n_queries;
+    const bool    pads;
+
+    ggml_tensor * cells = nullptr, * plan = nullptr;
+
+    test_support(int64_t n_list, int64_t n_queries, bool pads) : n_list(n_list), n_queries(n_queries), pads(pads) {}
+
+    int64_t n_cells() const { return n_list + 20; }
+    int64_t j0()      const { return std::min<int64_t>(4, n_list); }
+    int64_t j1()      const { return std::max<int64_t>(j0(), n_list - 16); }
+
+    void new_list(ggml_context * ctx) {
+        cells = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_list), "cells");
+        plan  = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2 + n_queries), "plan");
+    }
+
+    void init_list(ggml_tensor * t) override {
+        if (t == cells) {
+            set(t, random_cells(n_list, 0, n_cells(), pads));
+        } else if (t == plan) {
+            std::vector<int32_t> data = { (int32_t) j0(), (int32_t) j1() };
+            for (int64_t i = 0; i < n_queries; i++) {
+                data.push_back(i % 5 == 4 ? 0 : std::max<int64_t>(1, n_list - i)); // every fifth is not used
+            }
+            set(t, data);
+        } else { // a set of cells per KV head
+            std::vector<int32_t> data;
+            for (int64_t r = 0; r < ggml_nrows(t); r++) {
+                const auto row = random_cells(t->ne[0], 0, n_cells());
+                data.insert(data.end(), row.begin(), row.end());
+            }
+            set(t, data);
+        }
+    }
+};
+
+// GGML_OP_SUPPORT_EVIDENCE
+struct test_support_evidence : public test_support {
+    const ggml_type type_K;
+    const int64_t hsk;   // K head size
+    const int64_t nh_kv; // num KV heads
+    const int64_t nr;    // query heads of a KV head
+    const float alpha;
+    const float logit_softcap;
+    const bool candidates; // softmax over the candidates only
+    const bool view;
+
+    ggml_tensor * q = nullptr, * k = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR11(type_K, hsk, nh_kv, nr, n_list, n_queries, alpha, logit_softcap, candidates, pads, view);
+    }
+
+    test_support_evidence(int64_t n_list = 300, int64_t n_queries = 16, int64_t hsk = 64, int64_t nh_kv = 2, int64_t nr = 4,
+            ggml_type type_K = GGML_TYPE_F16, float alpha = 1.0f, bool candidates = false, float logit_softcap = 0.0f, bool pads = false, bool view = true)
+        : test_support(n_list, n_queries, pads), type_K(type_K), hsk(hsk), nh_kv(nh_kv), nr(nr), alpha(alpha), logit_softcap(logit_softcap),
+          candidates(candidates), view(view) {}
+
+    float scale() const { return 1.0f/sqrtf(hsk); }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hsk, nh_kv*nr, n_queries);
+        k = cache(ctx, type_K, hsk, n_cells(), nh_kv, 1, view);
+        new_list(ctx);
+        return result(ggml_support_evidence(ctx, q, k, cells, plan, scale(), logit_softcap, alpha,
+            candidates ? GGML_SUPPORT_SOFTMAX_CANDIDATES : GGML_SUPPORT_SOFTMAX_VISIBLE));
+    }
+
+    std::vector<float> expected() override {
+        const auto qf = tensor_to_float(q), kf = tensor_to_float(k);
+        const auto list = get(cells), pl = get(plan);
+        const int64_t first = candidates ? j0() : 0, last = candidates ? j1() : n_list;
+
+        std::vector<float> res(n_list*nh_kv, 0.0f);
+        for (int64_t kv = 0; kv < nh_kv; kv++) {
+            std::vector<double> sum(n_list, 0.0);
+            int64_t n_rows = 0;
+            for (int64_t r = 0; r < n_queries*nr; r++) {
+                const int64_t i = r/nr, h = kv*nr + r % nr;
+                n_rows += pl[2 + i] > 0;
+                std::vector<double> w(n_list, 0.0);
+                double total = 0.0;
+                for (int64_t j = first; j < std::min<int64_t>(last, pl[2 + i]); j++) {
+                    if (list[j] >= 0) {
+                        w[j] = exp(logit(&qf[(i*nh_kv*nr + h)*hsk], &kf[(kv*n_cells() + list[j])*hsk], hsk, scale(), logit_softcap));
+                        total += w[j];
+                    }
+                }
+                for (int64_t j = j0(); j < j1(); j++) {
+                    sum[j] += w[j] > 0.0 ? pow(w[j]/total, alpha) : 0.0;
+                }
+            }
+            for (int64_t j = 0; j < n_list && n_rows > 0; j++) {
+                res[kv*n_list + j] = sum[j]/n_rows;
+            }
+        }
+        return res;
+    }
+};
+
+// GGML_OP_SUPPORT_SELECT
+struct test_support_select : public test_support {
+    const int64_t n_selected;
+    const int64_t nh_kv;
+    const int32_t pool_after;
+    const int32_t pool_before;
+    const bool ties;  // evidence takes few values
+    const bool paper; // no expected result here: the backends need to agree but for near ties
+
+    ggml_tensor * evidence = nullptr, * k = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR8(n_list, n_selected, nh_kv, pool_after, pool_before, ties, paper, pads);
+    }
+
+    test_support_select(int64_t n_list = 300, int64_t n_selected = 64, int64_t nh_kv = 2, int32_t pool_after = 0, int32_t pool_before = 0,
+            bool ties = false, bool paper = false, bool pads = false)
+        : test_support(n_list, 1, pads), n_selected(n_selected), nh_kv(nh_kv), pool_after(pool_after), pool_before(pool_before), ties(ties), paper(paper) {}
+
+    double max_nmse_err() override {
+        return paper ? 0.02 : 0.0; // the part of the cells that may differ
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        evidence = named(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, nh_kv), "evidence");
+        new_list(ctx);
+        ggml_support_selector sel = {};
+        sel.kind        = paper ? GGML_SUPPORT_SELECTOR_PAPER : GGML_SUPPORT_SELECTOR_TOPK;
+        sel.pool_after  = pool_after;
+        sel.pool_before = pool_before;
+        if (paper) {
+            k = cache(ctx, GGML_TYPE_F16, 64, n_cells(), nh_kv, 1, true);
+            sel.nms_radius  = 16;
+            sel.alpha       = 0.5f;
+            sel.gamma       = 0.5f;
+            sel.beta        = 0.568f;
+            sel.p           = 1.8f;
+            sel.eta         = 0.4f;
+            sel.lambda_clip = 0.3f;
+            sel.a_soft      = 1.0f;
+            sel.a_cross     = 0.85f;
+            sel.temperature = 2.0f;
+        }
+        return result(ggml_support_select(ctx, evidence, cells, plan, k, n_selected, &sel));
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_sfi::initialize_tensors(ctx);
+        auto e = tensor_to_float(evidence);
+        const auto list = get(cells);
+        for (size_t i = 0; i < e.size(); i++) {
+            e[i] = list[i % n_list] < 0 ? 0.0f : ties ? (float) (int) (4*fabsf(e[i])) : fabsf(e[i]);
+        }
+        ggml_backend_tensor_set(evidence, e.data(), 0, e.size()*sizeof(float));
+    }
+
+    // sets, one KV head at a time; cell numbers are exact in float
+    double distance(const float * a, const float * b, size_t n) override {
+        double diff = 0.0;
+        for (size_t i = 0; i < n; i += n_selected) {
+            diff = std::max(diff, jdst(a + i, b + i, n_selected));
+        }
+        return diff;
+    }
+
+    // what no selection may be: cells that are no candidates, cells twice, fewer than there are
+    bool valid(const float * a) {
+        const auto list = get(cells);
+        const std::set<int32_t> all(list.begin() + j0(), list.begin() + j1());
+        const size_t n_valid = all.size() - all.count(-1);
+        for (int64_t h = 0; h < nh_kv; h++) {
+            std::set<int32_t> seen;
+            for (int64_t i = 0; i < n_selected; i++) {
+                const int32_t cell = a[h*n_selected + i];
+                if (cell != -1 && (!all.count(cell) || !seen.insert(cell).second)) {
+                    return false;
+                }
+            }
+            if (seen.size() != std::min<size_t>(n_selected, n_valid)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    double err(const float * a, const float * b, size_t n) override {
+        if (!is_result(a, n)) {
+            return nmse(a, b, n);
+        }
+        if (!valid(a) || !valid(b)) {
+            return 1.0;
+        }
+        return paper ? distance(a, b, n) : test_sfi::err(a, b, n);
+    }
+
+    std::vector<float> expected() override {
+        const auto e = tensor_to_float(evidence);
+        const auto list = get(cells);
+        std::vector<float> res;
+        for (int64_t h = 0; h < nh_kv; h++) {
+            std::vector<std::pair<float, int64_t>> ranked; // (-score, position): the earlier of two equals comes first
+            for (int64_t j = j0(); j < j1(); j++) {
+                float score = 0.0f;
+                for (int64_t i = std::max<int64_t>(j0(), j - pool_after); i <= std::min<int64_t>(j1() - 1, j + pool_before); i++) {
+                    score = std::max(score, e[h*n_list + i]);
+                }
+                if (list[j] >= 0) {
+                    ranked.emplace_back(-score, j);
+                }
+            }
+            std::sort(ranked.begin(), ranked.end());
+            for (int64_t i = 0; i < n_selected; i++) {
+                res.push_back(i < (int64_t) ranked.size() ? list[ranked[i].second] : -1);
+            }
+        }
+        return res;
+    }
+};
+
+// GGML_OP_SUPPORT_STABILITY
+struct test_support_stability : public test_support {
+    const int64_t n_selected;
+    const int64_t nh_kv;
+
+    ggml_tensor * evidence = nullptr, * selected = nullptr, * previous = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR4(n_list, n_selected, nh_kv, pads);
+    }
+
+    test_support_stability(int64_t n_list = 300, int64_t n_selected = 64, int64_t nh_kv = 2, bool pads = false)
+        : test_support(n_list, 1, pads), n_selected(n_selected), nh_kv(nh_kv) {}
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        evidence = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, nh_kv);
+        new_list(ctx);
+        selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv);
+        previous = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv);
+        return result(ggml_support_stability(ctx, evidence, cells, plan, selected, previous));
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_sfi::initialize_tensors(ctx);
+        auto e = tensor_to_float(evidence);
+        const auto list = get(cells);
+        for (size_t i = 0; i < e.size(); i++) {
+            e[i] = list[i % n_list] < 0 ? 0.0f : fabsf(e[i]);
+        }
+        ggml_backend_tensor_set(evidence, e.data(), 0, e.size()*sizeof(float));
+    }
+
+    std::vector<float> expected() override {
+        const auto e = tensor_to_float(evidence);
+        const auto list = get(cells), sel = get(selected), prev = get(previous);
+        std::vector<float> res;
+        for (int64_t h = 0; h < nh_kv; h++) {
+            std::set<int32_t> now(&sel[h*n_selected], &sel[h*n_selected] + n_selected), before(&prev[h*n_selected], &prev[h*n_selected] + n_selected);
+            now.erase(-1);
+            before.erase(-1);
+            double mass[3] = { 0.0, 0.0, 0.0 };
+            for (int64_t j = j0(); j < j1(); j++) {
+                const double x = list[j] < 0 ? 0.0 : e[h*n_list + j];
+                mass[0] += x;
+                mass[1] += now.count(list[j])    ? x : 0.0;
+                mass[2] += before.count(list[j]) ? x : 0.0;
+            }
+            size_t common = 0;
+            for (const int32_t cell : now) {
+                common += before.count(cell);
+            }
+            const size_t all = now.size() + before.size() - common;
+            for (const double x : { mass[0], mass[1], mass[2], all > 0 ? (double) common/all : 1.0 }) {
+                res.push_back(x);
+            }
+        }
+        return res;
+    }
+};
+
+static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & test_cases) {
+    const ggml_type F32 = GGML_TYPE_F32, F16 = GGML_TYPE_F16, BF16 = GGML_TYPE_BF16, Q8_0 = GGML_TYPE_Q8_0, Q4_0 = GGML_TYPE_Q4_0;
+
+    // sparse_attn: lengths, head sizes and types, groups, tokens and streams, tail and sinks and softcap
+    for (int n : { -1, 0, 1, 7, 8, 63, 64, 65, 255, 256, 257, 2308 }) {
+        test_cases.emplace_back(new test_sparse_attn(-1, n));
+        test_cases.emplace_back(new test_sparse_attn(n, 33));
+    }
+    for (int hs : { 64, 80, 96, 128, 256 }) {
+        for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
+            if (hs % ggml_blck_size(type) == 0) {
+                test_cases.emplace_back(new test_sparse_attn(9, 65, hs, hs, 2, 4, type, type));
+            }
+        }
+    }
+    test_cases.emplace_back(new test_sparse_attn(9, 65, 192, 128));
+    test_cases.emplace_back(new test_sparse_attn(9, 65, 512, 512, 1, 8));
+    test_cases.emplace_back(new test_sparse_attn(9, 65, 64, 64, 2, 4, F16, Q8_0));
+    test_cases.emplace_back(new test_sparse_attn(9, 65, 64, 64, 2, 4, Q8_0, F16));
+    test_cases.emplace_back(new test_sparse_attn(9, 65, 64, 64, 2, 4, Q8_0, Q4_0));
+    for (int nr : { 1, 2, 3, 5, 7, 8 }) {
+        test_cases.emplace_back(new test_sparse_attn(36, 100, 64, 64, 3, nr));
+    }
+    for (int nb : { 1, 3 }) {
+        for (int ns : { 1, 2 }) {
+            for (bool per_token : { false, true }) {
+                for (bool view : { false, true }) {
+                    test_cases.emplace_back(new test_sparse_attn(36, 65, 64, 64, 2, 3, F16, F16, nb, ns, per_token, false, false, 0.0f, view));
+                }
+            }
+        }
+    }
+    for (bool tail : { false, true }) {
+        for (bool sinks : { false, true }) {
+            for (float logit_softcap : { 0.0f, 10.0f }) {
+                test_cases.emplace_back(new test_sparse_attn(36, 65, 64, 64, 2, 3, F16, F16, 2, 1, true, tail, sinks, logit_softcap));
+            }
+        }
+    }
+    test_cases.emplace_back(new test_sparse_attn(-1, 0, 64, 64, 2, 3, F16, F16, 1, 1, false, true)); // the tail alone
+
+    // support_evidence
+    for (int n_list : { 1, 20, 21, 63, 64, 65, 257, 2308 }) {
+        for (bool candidates : { false, true }) {
+            test_cases.emplace_back(new test_support_evidence(n_list, 5, 64, 3, 3, F16, 1.0f, candidates));
+        }
+    }
+    for (int n_queries : { 1, 7, 8, 64 }) {
+        test_cases.emplace_back(new test_support_evidence(200, n_queries));
+    }
+    for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
+        test_cases.emplace_back(new test_support_evidence(130, 16, 128, 2, 4, type));
+    }
+    for (bool candidates : { false, true }) {
+        test_cases.emplace_back(new test_support_evidence(130, 3, 80,  2, 1, F16, 0.5f, candidates, 0.0f,  true,  false));
+        test_cases.emplace_back(new test_support_evidence(130, 3, 256, 2, 8, F16, 2.0f, candidates, 10.0f, false, true));
+    }
+
+    // support_select
+    for (bool paper : { false, true }) {
+        for (int n_list : { 20, 21, 64, 257, 2308 }) {
+            test_cases.emplace_back(new test_support_select(n_list, 50, 3, 0, 0, false, paper));
+        }
+        test_cases.emplace_back(new test_support_select(300, 1, 2, 0, 0, false, paper));
+        test_cases.emplace_back(new test_support_select(300, 300, 8, 0, 0, false, paper, true));
+    }
+    for (bool ties : { false, true }) {
+        test_cases.emplace_back(new test_support_select(1025, 200, 2, 16, 2, ties));
+        test_cases.emplace_back(new test_support_select(1025, 200, 2, 0, 500, ties, false, true));
+        test_cases.emplace_back(new test_support_select(1025, 200, 1, 0, 0, ties));
+    }
+
+    // support_stability
+    for (int n_list : { 1, 21, 300, 2308 }) {
+        for (int n_selected : { 1, 64, 300 }) {
+            test_cases.emplace_back(new test_support_stability(n_list, n_selected, 3, n_list == 300));
+        }
+    }
+}
