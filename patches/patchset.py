@@ -40,6 +40,7 @@ VENDOR = NATIVE / "vendor"
 
 STAMP = ".sfi-patched"  # in a tree of ours: the fingerprint of what it was made from
 UNUSED = ("docs/", "media/", "models/", "tools/ui/")  # of llama.cpp: nothing we build reads them
+NOT_IN_THE_LIBRARIES = ("vendor", "tests", "examples")  # of native/
 SOURCE_SUFFIXES = {".c", ".cpp", ".cu", ".cuh", ".h", ".m", ".metal", ".cmake", ".txt", ".py"}
 
 
@@ -77,9 +78,9 @@ def patch_bytes(slug: str) -> bytes:
 
 
 def native_sources() -> list[Path]:
-    """The files of native/ that decide what is built, sorted by path."""
-    files = (p for p in NATIVE.rglob("*") if p.suffix in SOURCE_SUFFIXES and p.is_file())
-    return sorted((p for p in files if VENDOR not in p.parents), key=lambda p: p.relative_to(NATIVE).as_posix())
+    """The files of native/ that decide what the libraries are, sorted by path."""
+    files = [p.relative_to(NATIVE) for p in NATIVE.rglob("*") if p.suffix in SOURCE_SUFFIXES and p.is_file()]
+    return [NATIVE / p for p in sorted(files, key=Path.as_posix) if p.parts[0] not in NOT_IN_THE_LIBRARIES]
 
 
 def source_id() -> str:

@@ -286,6 +286,7 @@ def test_without_a_network_the_remedy_is_said(project):
 def test_source_id_follows_native_sources(tool, project):
     before = tool.source_id()
     (project / "native" / "a.cpp").write_bytes(b"int a;\r\n")
+    write_tree(project / "native", {"tests/t.cpp": b"", "examples/e.c": b"", "notes.md": b""})
     assert tool.source_id() == before
     (project / "native" / "a.cpp").write_bytes(b"int b;\n")
     assert tool.source_id() != before
