@@ -37,8 +37,11 @@ def _turn(model: Any, request: Any, conversation: list, text: str) -> None:
         conversation.pop()
         say(f"{error} /new starts a new conversation.")
         return
+    if not tally.tokens:  # interrupted before the answer began
+        conversation.pop()
+        return
     conversation.append(Message("assistant", [tally.tokens[:-1] if tally.finish == "end" else tally.tokens]))
-    say(statistics(model, tally) + ("" if tally.finish else "; interrupted"))
+    say(statistics(model, tally))
 
 
 def _answer(model: Any, request: Any, conversation: list) -> Any:

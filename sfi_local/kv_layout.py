@@ -47,6 +47,7 @@ class Layer:
     n_head, n_head_kv: query heads and KV heads; n_head_kv 0: no attention in this layer
     k_size, v_size:    head size of K and V
     window:            cells of a sliding window; 0: the layer sees every cell
+    shared:            reads the KV cache of an earlier layer and has none of its own
     sparse, why:       whether fast steps can be sparse here, and if not, why
     """
 
@@ -55,12 +56,13 @@ class Layer:
     k_size: int
     v_size: int
     window: int
+    shared: bool
     sparse: bool
     why: str
 
     def kv_bytes(self, depth: int, type_k: str, type_v: str) -> int:
         """Bytes of K and V that this layer holds at a depth."""
-        cells = min(depth, self.window) if self.window else depth
+        cells = 0 if self.shared else min(depth, self.window) if self.window else depth
         return cells * self.n_head_kv * (self.k_size * KV_TYPES[type_k] + self.v_size * KV_TYPES[type_v]) // 32
 
 
@@ -99,8 +101,9 @@ def _layer(file: GgufFile, il: int, whole: str) -> Layer:
                  or _default_head_size(file, n_head))
     v_size = int(file.get("attention.value_length" + suffix, 0) or file.get("attention.value_length", 0)
                  or _default_head_size(file, n_head))
-    why = whole or _why_layer(n_head, n_head_kv, k_size, v_size, window)
-    return Layer(n_head, n_head_kv, k_size, v_size, window, sparse=not why, why=why)
+    shared = _is_shared(file, il)
+    why = whole or _why_layer(n_head, n_head_kv, k_size, v_size, window, shared)
+    return Layer(n_head, n_head_kv, k_size, v_size, window, shared, sparse=not why, why=why)
 
 
 def _default_head_size(file: GgufFile, n_head: int) -> int:
@@ -112,6 +115,14 @@ def _per_layer(value, il: int) -> int:
     if isinstance(value, list):
         return int(value[il]) if il < len(value) else 0
     return int(value)
+
+
+def _is_shared(file: GgufFile, il: int) -> bool:
+    """The last layers of the Gemma 3n family read the cache of earlier ones."""
+    if file.architecture == "gemma3n":
+        return il >= 20
+    n_shared = int(file.get("attention.shared_kv_layers", 0)) if file.architecture == "gemma4" else 0
+    return il >= int(file.get("block_count", 0)) - n_shared
 
 
 def _window(file: GgufFile, il: int) -> int:
@@ -151,11 +162,15 @@ def _why_whole_model(file: GgufFile) -> str:
     return ""
 
 
-def _why_layer(n_head: int, n_head_kv: int, k_size: int, v_size: int, window: int) -> str:
+def _why_layer(n_head: int, n_head_kv: int, k_size: int, v_size: int, window: int, shared: bool) -> str:
     if not n_head or not n_head_kv:
         return "no attention in this layer"
+    if shared:
+        return "the KV cache of an earlier layer is read"
     if window:
         return f"sliding window of {window} cells"
+    if n_head % n_head_kv:
+        return f"{n_head} heads are no multiple of {n_head_kv} KV heads"
     for size in (k_size, v_size):
         if size % 16 or not 0 < size <= MAX_HEAD_SIZE:
             return f"head size {size} is not a multiple of 16 up to {MAX_HEAD_SIZE}"

@@ -117,9 +117,9 @@ class Model:
 
         prompt: text, messages or token ids, see prompt_tokens
         n:      tokens at most; None: until the answer ends or the context is full
-        Raises InputError if the prompt does not fit.
+        Raises InputError if the prompt is empty or does not fit.
         """
-        tokens = self.prompt_tokens(prompt)
+        tokens = self.prompt_tokens(prompt) if prompt else []
         sampler = (sampling or Sampling()).validate().chain()
         session = self.open_session(len(tokens), n)
         yield from generate(session, self.vocabulary, tokens, sampler, n, stop, schedule, progress)

@@ -243,11 +243,12 @@ def statistics(model: Any, tally: Any) -> str:
     if tally.steps:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
         parts.append(f"decode {sum(tally.steps.values())} steps {tally.decode_tps:.1f}/s: {kinds}")
-    if tally.reasons:
+    if tally.reasons and model.mode != "dense":  # there every step is, because that was asked for
         parts.append("because " + ", ".join(f"{reason} {n}" for reason, n in tally.reasons.most_common()))
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
-    ends = {"length": "stopped at -n", "context": "stopped: the context is full", "stop": "stopped at a stop text"}
-    return "; ".join(parts + [ends[tally.finish]] * (tally.finish in ends))
+    ends = {"length": "stopped at -n", "context": "stopped: the context is full", "stop": "stopped at a stop text",
+            "": "interrupted"}
+    return "; ".join(parts + [ends[tally.finish]] if tally.finish in ends else parts)
 
 
 def kv_read_share(model: Any) -> float:

@@ -58,6 +58,13 @@ def test_a_sliding_window_bounds_the_bytes():
     assert kv_bytes(layers(file), 100_000) - kv_bytes(layers(file), 50_000) == 50_000 * 2 * 4 * 128 * 2
 
 
+def test_layers_that_share_a_cache_cost_nothing_and_stay_dense():
+    file = model("gemma4", **{"attention.sliding_window": 512, "attention.sliding_window_pattern": [0] * 12,
+                              "attention.shared_kv_layers": 4})
+    assert sparse(file) == list(range(8))
+    assert kv_bytes(layers(file), 10) == 10 * 8 * 4 * 128 * 2
+
+
 def test_layers_may_differ_in_heads():
     file = model(**{"attention.head_count_kv": [4] * 6 + [0] * 6})
     assert sparse(file) == list(range(6))

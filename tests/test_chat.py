@@ -1,0 +1,125 @@
+"""The conversation on a terminal, driven through a pseudo-terminal."""
+
+import os
+import re
+import subprocess
+import time
+
+import pytest
+
+pty = pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
+
+from command_line import cli_command, cli_env  # noqa: E402
+
+OPTIONS = ("--mode", "sfi", "-t", "1", "--temp", "0", "--n-recent", "32", "--n-selected", "40")
+
+
+class Terminal:
+    """A chat in a pseudo-terminal; what it shows is collected in ``shown``."""
+
+    def __init__(self, *arguments):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(cli_command("run", *arguments), stdin=slave, stdout=slave, stderr=slave,
+                                        env=cli_env(TERM="dumb"), start_new_session=True,
+                                        preexec_fn=lambda: _make_terminal(slave))
+        os.close(slave)
+        self.shown = ""
+
+    def wait_for(self, pattern: str, seconds: float = 30) -> str:
+        """Read until the pattern has appeared in new output; returns that output."""
+        start, deadline = len(self.shown), time.monotonic() + seconds
+        while not re.search(pattern, self.shown[start:]):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.shown[start:]!r}"
+            try:
+                self.shown += os.read(self.master, 65536).decode(errors="replace")
+            except OSError:  # the other side is gone
+                assert re.search(pattern, self.shown[start:]), self.shown
+        return self.shown[start:]
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def end(self) -> int:
+        """Read the rest and return the exit code."""
+        deadline = time.monotonic() + 30
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                self.shown += os.read(self.master, 65536).decode(errors="replace")
+            except OSError:
+                break
+        return self.process.wait(10)
+
+
+def _make_terminal(slave: int) -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # Ctrl-C typed here becomes SIGINT there
+
+
+@pytest.fixture
+def terminal():
+    made = []
+
+    def start(*arguments):
+        made.append(Terminal(*map(str, arguments)))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.process.kill()
+        one.process.wait()
+        os.close(one.master)
+
+
+def test_turns_reuse_the_cache_and_quit_leaves(terminal, tiny):
+    chat = terminal(tiny, *OPTIONS, "-n", 12, "--system", "x" * 300)
+    chat.wait_for("> ")
+    chat.type("Hello\n")
+    first = chat.wait_for(r"KV read.*\n(.|\n)*> ")
+    chat.type("And then?\n")
+    second = chat.wait_for(r"KV read.*\n(.|\n)*> ")
+    n_first, n_second = (int(re.search(r"prefill (\d+) tokens \d", text)[1]) for text in (first, second))
+    assert n_first > 300 > 100 > n_second
+    chat.type("/quit\n")
+    assert chat.end() == 0 and "Traceback" not in chat.shown
+
+
+def test_new_starts_anew_and_the_end_of_input_leaves(terminal, tiny):
+    chat = terminal(tiny, *OPTIONS, "-n", 4)
+    chat.wait_for("> ")
+    for text in ("Hello\n", "/new\nHello\n"):
+        chat.type(text)
+        chat.wait_for(r"KV read.*\n(.|\n)*> ")
+    chat.type("\x04")
+    assert chat.end() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_a_second_leaves(terminal, smollm2):
+    chat = terminal(smollm2, "-n", -1, "--temp", 0, "--mode", "sfi")
+    chat.wait_for("> ")
+    chat.type("Write a long story about a river.\n")
+    chat.wait_for("river(.|\n)*river")
+    time.sleep(0.3)
+    chat.type("\x03")
+    chat.wait_for("interrupted(.|\n)*> ")
+    chat.type("\x03")
+    assert chat.end() == 130 and "Traceback" not in chat.shown
+
+
+def test_a_turn_that_does_not_fit_leaves_the_conversation_usable(terminal, tiny):
+    chat = terminal(tiny, *OPTIONS, "-n", 4, "--ctx", 256)
+    chat.wait_for("> ")
+    chat.type("y" * 300 + "\n")
+    assert "/new" in chat.wait_for(r"the context 256(.|\n)*> ")
+    chat.type("Hello\n")
+    chat.wait_for(r"KV read.*\n(.|\n)*> ")
+
+
+def test_steps_are_coloured_on_a_terminal_only(terminal, tiny):
+    coloured = terminal(tiny, *OPTIONS, "-n", 30, "-p", "Hello. " * 30, "--color")
+    coloured.wait_for("KV read")
+    assert "\x1b[32m" in coloured.shown
+    piped = subprocess.run(cli_command("run", tiny, *OPTIONS, "-n", 30, "-p", "Hello. " * 30, "--color"),
+                           capture_output=True, env=cli_env(), stdin=subprocess.DEVNULL)
+    assert b"\x1b" not in piped.stdout
