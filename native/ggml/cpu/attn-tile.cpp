@@ -4,102 +4,124 @@
 
 namespace sfi {
 
-// How far ahead of its use a gathered row is fetched, in rows: about one memory latency of work.
-static constexpr int prefetch_rows = 8;
-
-static inline void prefetch_row(const char * row, size_t size) {
-    for (size_t i = 0; i < size; i += 64) {
-        prefetch(row + i);
+static SFI_INLINE void prefetch_next(const row_set & rows, int i) {
+    if (i < rows.n_next) {
+        const char * p = rows.next[i] + rows.next_offset;
+        for (size_t b = 0; b < rows.next_size; b += 64) {
+            prefetch(p + b);
+        }
     }
 }
 
 // N query rows against 4 cells: N*4 accumulators, each K vector is loaded and converted once
 template <class S, ggml_type T, int N>
-static inline void dot_4(const float * q, int n_embd, const char * const * rows, float * out, int ld) {
+static inline void dot_4(const float * q, int n_embd, const char * const * k_rows, size_t offset, float * out, int ld) {
     typename S::V acc[N][4];
+    SFI_UNROLL
     for (int g = 0; g < N; ++g) {
+        SFI_UNROLL
         for (int c = 0; c < 4; ++c) {
             acc[g][c] = S::zero();
         }
     }
     for (int d = 0; d < n_embd; d += S::W) {
         typename S::V k[4];
+        SFI_UNROLL
         for (int c = 0; c < 4; ++c) {
-            k[c] = row<S, T>::load(rows[c], d);
+            k[c] = row<S, T>::load(k_rows[c] + offset, d);
         }
+        SFI_UNROLL
         for (int g = 0; g < N; ++g) {
             const typename S::V x = S::load(q + g*n_embd + d);
+            SFI_UNROLL
             for (int c = 0; c < 4; ++c) {
                 acc[g][c] = S::fma(x, k[c], acc[g][c]);
             }
         }
     }
+    SFI_UNROLL
     for (int g = 0; g < N; ++g) {
         S::sum4(acc[g][0], acc[g][1], acc[g][2], acc[g][3], out + g*ld);
     }
 }
 
 template <class S, ggml_type T, int N>
-static inline void dot_rows(const float * q, int n_embd, const char * const * rows, int n_rows, float * out, int ld) {
-    const size_t row_size = ggml_row_size(T, n_embd);
+static inline void dot_rows(const float * q, int n_embd, const row_set & rows, bool first, float * out, int ld) {
     int c = 0;
-    for (; c + 4 <= n_rows; c += 4) {
-        for (int i = c + prefetch_rows; i < c + prefetch_rows + 4 && i < n_rows; ++i) {
-            prefetch_row(rows[i], row_size);
+    for (; c + 4 <= rows.n; c += 4) {
+        for (int i = c; first && i < c + 4; ++i) {
+            prefetch_next(rows, i);
         }
-        dot_4<S, T, N>(q, n_embd, rows + c, out + c, ld);
+        dot_4<S, T, N>(q, n_embd, rows.start + c, rows.offset, out + c, ld);
     }
-    if (c < n_rows) {
+    if (c < rows.n) {
         const char * last[4];
         for (int i = 0; i < 4; ++i) {
-            last[i] = rows[c + i < n_rows ? c + i : n_rows - 1];
+            last[i] = rows.start[c + i < rows.n ? c + i : rows.n - 1];
         }
         float tmp[N*4];
-        dot_4<S, T, N>(q, n_embd, last, tmp, 4);
+        dot_4<S, T, N>(q, n_embd, last, rows.offset, tmp, 4);
+        SFI_UNROLL
         for (int g = 0; g < N; ++g) {
-            for (int i = 0; c + i < n_rows; ++i) {
+            for (int i = 0; c + i < rows.n; ++i) {
                 out[g*ld + c + i] = tmp[g*4 + i];
             }
         }
+        c = rows.n;
+    }
+    for (; first && c < rows.n_next; ++c) {
+        prefetch_next(rows, c);
     }
 }
 
 template <class S, ggml_type T>
-static void dot(const float * q, int n_q, int n_embd, const char * const * rows, int n_rows, float * out, int ld) {
+static void dot(const float * q, int n_q, int n_embd, const row_set & rows, float * out, int ld) {
     for (int g = 0; g < n_q; ) {
         const float * qg = q + g*n_embd;
         float * og = out + g*ld;
+        const bool first = g == 0;
         switch (n_q - g < S::NG ? n_q - g : S::NG) {
-            case 1:  dot_rows<S, T, 1>                        (qg, n_embd, rows, n_rows, og, ld); g += 1; break;
-            case 2:  dot_rows<S, T, S::NG >= 2 ? 2 : 1>       (qg, n_embd, rows, n_rows, og, ld); g += 2; break;
-            case 3:  dot_rows<S, T, S::NG >= 3 ? 3 : 1>       (qg, n_embd, rows, n_rows, og, ld); g += 3; break;
-            default: dot_rows<S, T, S::NG >= 4 ? 4 : 1>       (qg, n_embd, rows, n_rows, og, ld); g += 4; break;
+            case 1:  dot_rows<S, T, 1>                  (qg, n_embd, rows, first, og, ld); g += 1; break;
+            case 2:  dot_rows<S, T, S::NG >= 2 ? 2 : 1> (qg, n_embd, rows, first, og, ld); g += 2; break;
+            case 3:  dot_rows<S, T, S::NG >= 3 ? 3 : 1> (qg, n_embd, rows, first, og, ld); g += 3; break;
+            default: dot_rows<S, T, S::NG >= 4 ? 4 : 1> (qg, n_embd, rows, first, og, ld); g += 4; break;
         }
     }
 }
 
 // N output rows, M vectors of them: N*M accumulators over all cells of the tile
 template <class S, ggml_type T, int N, int M>
-static inline void mad_block(const float * p, int ld, int d, const char * const * rows, int n_rows, float * o, int64_t ld_o) {
+static inline void mad_block(const float * p, int ld, int d, const row_set & rows, bool first, float * o, int64_t ld_o) {
     typename S::V acc[N][M];
+    SFI_UNROLL
     for (int g = 0; g < N; ++g) {
+        SFI_UNROLL
         for (int m = 0; m < M; ++m) {
             acc[g][m] = S::load(o + g*ld_o + d + m*S::W);
         }
     }
-    for (int c = 0; c < n_rows; ++c) {
-        typename S::V v[M];
-        for (int m = 0; m < M; ++m) {
-            v[m] = row<S, T>::load(rows[c], d + m*S::W);
+    for (int c = 0; c < rows.n; ++c) {
+        const char * v_row = rows.start[c] + rows.offset;
+        if (first) {
+            prefetch_next(rows, c);
         }
+        typename S::V v[M];
+        SFI_UNROLL
+        for (int m = 0; m < M; ++m) {
+            v[m] = row<S, T>::load(v_row, d + m*S::W);
+        }
+        SFI_UNROLL
         for (int g = 0; g < N; ++g) {
             const typename S::V w = S::set1(p[g*ld + c]);
+            SFI_UNROLL
             for (int m = 0; m < M; ++m) {
                 acc[g][m] = S::fma(w, v[m], acc[g][m]);
             }
         }
     }
+    SFI_UNROLL
     for (int g = 0; g < N; ++g) {
+        SFI_UNROLL
         for (int m = 0; m < M; ++m) {
             S::store(o + g*ld_o + d + m*S::W, acc[g][m]);
         }
@@ -107,27 +129,31 @@ static inline void mad_block(const float * p, int ld, int d, const char * const 
 }
 
 template <class S, ggml_type T, int N>
-static inline void mad_rows(const float * p, int ld, int n_embd, const char * const * rows, int n_rows, float * o, int64_t ld_o) {
+static inline void mad_rows(const float * p, int ld, int n_embd, const row_set & rows, bool first, float * o, int64_t ld_o) {
     int d = 0;
     for (; d + 4*S::W <= n_embd; d += 4*S::W) {
-        mad_block<S, T, N, 4>(p, ld, d, rows, n_rows, o, ld_o);
+        mad_block<S, T, N, 4>(p, ld, d, rows, first && d == 0, o, ld_o);
     }
     for (; d < n_embd; d += S::W) {
-        mad_block<S, T, N, 1>(p, ld, d, rows, n_rows, o, ld_o);
+        mad_block<S, T, N, 1>(p, ld, d, rows, first && d == 0, o, ld_o);
     }
 }
 
 template <class S, ggml_type T>
-static void mad(const float * p, int ld, int n_q, int n_embd, const char * const * rows, int n_rows, float * o, int64_t ld_o) {
+static void mad(const float * p, int ld, int n_q, int n_embd, const row_set & rows, float * o, int64_t ld_o) {
     for (int g = 0; g < n_q; ) {
         const float * pg = p + g*ld;
         float * og = o + g*ld_o;
+        const bool first = g == 0;
         switch (n_q - g < S::NG ? n_q - g : S::NG) {
-            case 1:  mad_rows<S, T, 1>                  (pg, ld, n_embd, rows, n_rows, og, ld_o); g += 1; break;
-            case 2:  mad_rows<S, T, S::NG >= 2 ? 2 : 1> (pg, ld, n_embd, rows, n_rows, og, ld_o); g += 2; break;
-            case 3:  mad_rows<S, T, S::NG >= 3 ? 3 : 1> (pg, ld, n_embd, rows, n_rows, og, ld_o); g += 3; break;
-            default: mad_rows<S, T, S::NG >= 4 ? 4 : 1> (pg, ld, n_embd, rows, n_rows, og, ld_o); g += 4; break;
+            case 1:  mad_rows<S, T, 1>                  (pg, ld, n_embd, rows, first, og, ld_o); g += 1; break;
+            case 2:  mad_rows<S, T, S::NG >= 2 ? 2 : 1> (pg, ld, n_embd, rows, first, og, ld_o); g += 2; break;
+            case 3:  mad_rows<S, T, S::NG >= 3 ? 3 : 1> (pg, ld, n_embd, rows, first, og, ld_o); g += 3; break;
+            default: mad_rows<S, T, S::NG >= 4 ? 4 : 1> (pg, ld, n_embd, rows, first, og, ld_o); g += 4; break;
         }
+    }
+    for (int c = rows.n; c < rows.n_next; ++c) {
+        prefetch_next(rows, c);
     }
 }
 
@@ -146,19 +172,17 @@ static float exp_sum(float * x, int n, float max) {
 }
 
 template <class S, ggml_type T>
-static void transpose(int n_embd, const char * const * rows, int n_rows, float * out, int ld, float * scratch) {
-    for (int c0 = 0; c0 < n_rows; c0 += S::W) {
+static void transpose(int n_embd, const row_set & rows, float * out, int ld, float * scratch) {
+    for (int c0 = 0; c0 < rows.n; c0 += S::W) {
         for (int c = 0; c < S::W; ++c) {
             float * to = scratch + c*n_embd;
-            if (c0 + c < n_rows) {
-                if (c0 + c + prefetch_rows < n_rows) {
-                    prefetch_row(rows[c0 + c + prefetch_rows], ggml_row_size(T, n_embd));
-                }
-                for (int d = 0; d < n_embd; d += S::W) {
-                    S::store(to + d, row<S, T>::load(rows[c0 + c], d));
-                }
-            } else {
+            if (c0 + c >= rows.n) {
                 memset(to, 0, n_embd*sizeof(float));
+                continue;
+            }
+            prefetch_next(rows, c0 + c);
+            for (int d = 0; d < n_embd; d += S::W) {
+                S::store(to + d, row<S, T>::load(rows.start[c0 + c] + rows.offset, d));
             }
         }
         for (int d = 0; d < n_embd; d += S::W) {
@@ -170,24 +194,31 @@ static void transpose(int n_embd, const char * const * rows, int n_rows, float *
 template <class S, int N, int M>
 static inline void gemm_block(const float * q, int n_embd, const float * kt, int ld_kt, float * out, int64_t ld) {
     typename S::V acc[N][M];
+    SFI_UNROLL
     for (int g = 0; g < N; ++g) {
+        SFI_UNROLL
         for (int m = 0; m < M; ++m) {
             acc[g][m] = S::zero();
         }
     }
     for (int d = 0; d < n_embd; ++d) {
         typename S::V k[M];
+        SFI_UNROLL
         for (int m = 0; m < M; ++m) {
             k[m] = S::load(kt + d*ld_kt + m*S::W);
         }
+        SFI_UNROLL
         for (int g = 0; g < N; ++g) {
             const typename S::V x = S::set1(q[g*n_embd + d]);
+            SFI_UNROLL
             for (int m = 0; m < M; ++m) {
                 acc[g][m] = S::fma(x, k[m], acc[g][m]);
             }
         }
     }
+    SFI_UNROLL
     for (int g = 0; g < N; ++g) {
+        SFI_UNROLL
         for (int m = 0; m < M; ++m) {
             S::store(out + g*ld + m*S::W, acc[g][m]);
         }

@@ -7,18 +7,28 @@
 
 namespace sfi {
 
-// out[g*ld + c] = q_g . k_c      for g < n_q rows of q [n_q, n_embd] and c < n_rows gathered rows
-using dot_fn = void (*)(const float * q, int n_q, int n_embd, const char * const * rows, int n_rows, float * out, int ld);
+// Rows of the cache: row i starts at start[i] + offset. `next` are the rows that will be needed after these; they are
+// fetched along the way (n_next may be 0).
+struct row_set {
+    const char * const * start;
+    size_t               offset;
+    int                  n;
+    const char * const * next;
+    size_t               next_offset, next_size;
+    int                  n_next;
+};
+
+// out[g*ld + c] = q_g . k_c      for g < n_q rows of q [n_q, n_embd] and c < rows.n
+using dot_fn = void (*)(const float * q, int n_q, int n_embd, const row_set & rows, float * out, int ld);
 
 // o[g*ld_o + d] += sum_c p[g*ld + c] v_c[d]   for g < n_q, d < n_embd
-using mad_fn = void (*)(const float * p, int ld, int n_q, int n_embd, const char * const * rows, int n_rows,
-                        float * o, int64_t ld_o);
+using mad_fn = void (*)(const float * p, int ld, int n_q, int n_embd, const row_set & rows, float * o, int64_t ld_o);
 
 // x[i] = exp(x[i] - max), returns the sum; n is rounded up to a vector, the excess must be -INFINITY
 using exp_fn = float (*)(float * x, int n, float max);
 
-// out [n_embd, ld] = the gathered rows, transposed, in F32; rows beyond n_rows are zero up to a vector
-using transpose_fn = void (*)(int n_embd, const char * const * rows, int n_rows, float * out, int ld, float * scratch);
+// out [n_embd, ld] = the gathered rows, transposed, in F32; columns beyond rows.n are zero up to a vector
+using transpose_fn = void (*)(int n_embd, const row_set & rows, float * out, int ld, float * scratch);
 
 // out[g*ld + c] = sum_d q[g*n_embd + d] * kt[d*ld_kt + c]   for c < n (rounded up to a vector)
 using gemm_fn = void (*)(const float * q, int n_q, int n_embd, const float * kt, int ld_kt, int n, float * out, int64_t ld);

@@ -33,11 +33,30 @@
 #    define SFI_AVX2
 #endif
 
+// Loops over accumulators must be unrolled before the compiler looks for registers, or they live on the stack.
+#if defined(__clang__)
+#    define SFI_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#    define SFI_UNROLL _Pragma("GCC unroll 16")
+#else
+#    define SFI_UNROLL
+#endif
+
 namespace sfi {
 
-static inline void prefetch(const void * p) {
+// A function that only prefetches has no effect that GCC knows of, and calls of it are removed; unless they are
+// inlined before anybody asks.
+#if defined(__GNUC__)
+#    define SFI_INLINE inline __attribute__((always_inline))
+#else
+#    define SFI_INLINE inline
+#endif
+
+static SFI_INLINE void prefetch(const void * p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 3);
+#elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+    _mm_prefetch((const char *) p, _MM_HINT_T0);
 #else
     (void) p;
 #endif

@@ -1,7 +1,8 @@
 // GGML_OP_SPARSE_ATTN on the CPU.
 //
 // The support is cut into blocks of cells. A block of `always` serves every head, so its rows are read once and in
-// full; a block of `selected` serves one KV head. Each block yields, per query head, a partial output with its
+// full, a few cells at a time, in the order of memory: that is what hardware prefetching is good at. A block of
+// `selected` serves one KV head; its rows lie anywhere, and are fetched one phase before their use. Each block yields, per query head, a partial output with its
 // softmax maximum and sum; the partials are merged in block order, so the result does not depend on the number of
 // threads or on which thread took which block.
 //
@@ -23,6 +24,7 @@ namespace {
 
 constexpr int tile_cells  = 64;             // logits of a group and the rows' addresses stay in L1
 constexpr int block_cells = 4*tile_cells;   // the unit of work that a thread takes
+constexpr int chunk_cells = 16;             // rows of `always` that all heads visit before anyone goes on
 
 int64_t n_blocks(int64_t n) {
     return (n + block_cells - 1)/block_cells;
@@ -57,8 +59,8 @@ struct layout {
 
     int64_t n_partials() const { return n_stream*n_tokens*n_head*per_head; }
     int64_t n_items()    const { return n_stream*n_tokens*(always_blocks + n_head_kv*selected_blocks); }
-    // a thread's logits and scaled queries of one group
-    int64_t scratch()    const { return group*(tile_cells + n_embd_k) + 16; }
+    // a thread's logits of one tile and its scaled queries, for all heads
+    int64_t scratch()    const { return n_head*(tile_cells + n_embd_k) + 16; }
 };
 
 struct task {
@@ -66,6 +68,7 @@ struct task {
     layout        l;
     sfi::tile_ops ops;
     float         scale, softcap;
+    size_t        k_row_size, v_row_size; // bytes of one head
     float       * partials;
 
     explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
@@ -73,6 +76,7 @@ struct task {
         tail(dst->src[5]), sinks(dst->src[6]), l(dst),
         ops(sfi::tile_ops_for(k->type, v->type, params->use_ref)),
         scale(ggml_get_op_params_f32(dst, 0)), softcap(ggml_get_op_params_f32(dst, 1)),
+        k_row_size(ggml_row_size(k->type, l.n_embd_k)), v_row_size(ggml_row_size(v->type, l.n_embd_v)),
         partials((float *) params->wdata) {}
 
     float * partial(int64_t s, int64_t t, int64_t h, int64_t block) const {
@@ -85,88 +89,91 @@ const int32_t * list_of(const ggml_tensor * t, int64_t i1, int64_t i2, int64_t i
             + (t->ne[1] == 1 ? 0 : i1)*t->nb[1] + (t->ne[2] == 1 ? 0 : i2)*t->nb[2] + i3*t->nb[3]);
 }
 
-void load_queries(const task & a, int64_t s, int64_t t, int64_t h_kv, float * q) {
+// the queries of the KV heads [h0, h1), scaled
+void load_queries(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1, float * q) {
     const float scale = a.softcap > 0.0f ? a.scale/a.softcap : a.scale;
-    for (int64_t g = 0; g < a.l.group; ++g) {
-        const float * from = (const float *) ((const char *) a.q->data
-                + t*a.q->nb[1] + (h_kv*a.l.group + g)*a.q->nb[2] + s*a.q->nb[3]);
+    for (int64_t h = h0*a.l.group; h < h1*a.l.group; ++h) {
+        const float * from = (const float *) ((const char *) a.q->data + t*a.q->nb[1] + h*a.q->nb[2] + s*a.q->nb[3]);
         for (int64_t i = 0; i < a.l.n_embd_k; ++i) {
-            q[g*a.l.n_embd_k + i] = scale*from[i];
+            *q++ = scale*from[i];
         }
     }
 }
 
+// The rows of up to tile_cells cells; head h of a row is h*nb[2] bytes further.
 struct tile {
-    int32_t      cells[tile_cells];
     const char * k[tile_cells];
     const char * v[tile_cells];
-    int          n;
+    int          n = 0;
 
     // pass 1: drop the pads
-    void gather(const int32_t * list, int64_t n_list, int64_t n_cells) {
+    void gather(const task & a, int64_t s, const int32_t * list, int64_t n_list) {
+        const char * k0 = (const char *) a.k->data + s*a.k->nb[3];
+        const char * v0 = (const char *) a.v->data + s*a.v->nb[3];
         n = 0;
         for (int64_t i = 0; i < n_list; ++i) {
-            if ((uint64_t) list[i] < (uint64_t) n_cells) { // negative cells are huge
-                cells[n++] = list[i];
-            }
-        }
-    }
-
-    void address(const task & a, int64_t s, int64_t h_kv) {
-        const char * k0 = (const char *) a.k->data + h_kv*a.k->nb[2] + s*a.k->nb[3];
-        const char * v0 = (const char *) a.v->data + h_kv*a.v->nb[2] + s*a.v->nb[3];
-        for (int i = 0; i < n; ++i) {
-            k[i] = k0 + cells[i]*a.k->nb[1];
-            v[i] = v0 + cells[i]*a.v->nb[1];
-        }
-    }
-
-    void prefetch_v(size_t row_size) const {
-        for (int i = 0; i < n; ++i) {
-            for (size_t j = 0; j < row_size; j += 64) {
-                sfi::prefetch(v[i] + j);
+            if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) { // negative cells are huge
+                k[n] = k0 + list[i]*a.k->nb[1];
+                v[n] = v0 + list[i]*a.v->nb[1];
+                ++n;
             }
         }
     }
 };
 
-// One tile for the query heads of one KV head; `stride` is the distance between their partials.
-void attend(const task & a, const tile & t, const float * q, float * logits, float * partial, int64_t stride) {
-    const int group = (int) a.l.group;
-    const int n_pad = (int) GGML_PAD(t.n, sfi::max_vector);
+// pass 3: logits x of one head become weights of its partial o
+void softmax(const task & a, float * x, int n, float * o) {
+    const int n_pad = (int) GGML_PAD(n, sfi::max_vector);
+    float & max = o[a.l.n_embd_v], & sum = o[a.l.n_embd_v + 1];
+
+    float tile_max = -INFINITY;
+    for (int c = 0; c < n; ++c) {
+        if (a.softcap > 0.0f) {
+            x[c] = a.softcap*tanhf(x[c]);
+        }
+        tile_max = std::max(tile_max, x[c]);
+    }
+    std::fill(x + n, x + n_pad, -INFINITY);
+
+    if (tile_max > max) {
+        const float shrink = expf(max - tile_max);
+        sum *= shrink;
+        for (int64_t i = 0; i < a.l.n_embd_v; ++i) {
+            o[i] *= shrink;
+        }
+        max = tile_max;
+    }
+    sum += max == -INFINITY ? 0.0f : a.ops.exp(x, n_pad, max);
+}
+
+// Passes 2 to 4 for one tile and the KV heads [h0, h1). o: the partial of the first head, `stride` floats before the
+// next one's. `next` is the tile after this one, null at the end of a block.
+void attend(const task & a, const tile & t, const tile * next, int64_t h0, int64_t h1, const float * q, float * logits,
+            float * o, int64_t stride) {
+    const int  group  = (int) a.l.group, d_k = (int) a.l.n_embd_k, d_v = (int) a.l.n_embd_v;
+    const bool shared = h1 - h0 > 1;
+    const int  chunk  = shared ? chunk_cells : tile_cells;
 
     // pass 2
-    a.ops.dot(q, group, (int) a.l.n_embd_k, t.k, t.n, logits, tile_cells);
-    t.prefetch_v(ggml_row_size(a.v->type, a.l.n_embd_v));
-
-    // pass 3
-    for (int g = 0; g < group; ++g) {
-        float * x = logits + g*tile_cells;
-        float * o = partial + g*stride;
-        float & max = o[a.l.n_embd_v], & sum = o[a.l.n_embd_v + 1];
-
-        float tile_max = -INFINITY;
-        for (int c = 0; c < t.n; ++c) {
-            if (a.softcap > 0.0f) {
-                x[c] = a.softcap*tanhf(x[c]);
-            }
-            tile_max = std::max(tile_max, x[c]);
+    for (int c = 0; c < t.n; c += chunk) {
+        const int n = std::min(chunk, t.n - c);
+        for (int64_t h = h0; h < h1; ++h) {
+            const sfi::row_set rows = { t.k + c, h*a.k->nb[2], n, t.v + c, h*a.v->nb[2], a.v_row_size, n };
+            a.ops.dot(q + (h - h0)*group*d_k, group, d_k, rows, logits + (h - h0)*group*tile_cells + c, tile_cells);
         }
-        std::fill(x + t.n, x + n_pad, -INFINITY);
-
-        if (tile_max > max) {
-            const float shrink = expf(max - tile_max);
-            sum *= shrink;
-            for (int64_t i = 0; i < a.l.n_embd_v; ++i) {
-                o[i] *= shrink;
-            }
-            max = tile_max;
-        }
-        sum += max == -INFINITY ? 0.0f : a.ops.exp(x, n_pad, max);
     }
-
+    for (int64_t g = 0; g < (h1 - h0)*group; ++g) {
+        softmax(a, logits + g*tile_cells, t.n, o + g*stride);
+    }
     // pass 4
-    a.ops.mad(logits, tile_cells, group, (int) a.l.n_embd_v, t.v, t.n, partial, stride);
+    for (int c = 0; c < t.n; c += chunk) {
+        const int n = std::min(chunk, t.n - c);
+        for (int64_t h = h0; h < h1; ++h) {
+            const int n_next = next ? std::clamp(next->n - c, 0, chunk) : 0;
+            const sfi::row_set rows = { t.v + c, h*a.v->nb[2], n, next ? next->k + c : nullptr, h*a.k->nb[2], a.k_row_size, n_next };
+            a.ops.mad(logits + (h - h0)*group*tile_cells + c, tile_cells, group, d_v, rows, o + (h - h0)*group*stride, stride);
+        }
+    }
 }
 
 void clear(const task & a, float * partial) {
@@ -183,23 +190,26 @@ void attend_block(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1,
     const int64_t end    = std::min(begin + block_cells, n_list);
 
     float * logits = scratch;
-    float * q      = scratch + a.l.group*tile_cells;
+    float * q      = scratch + a.l.n_head*tile_cells;
 
     for (int64_t h = h0*a.l.group; h < h1*a.l.group; ++h) {
         clear(a, a.partial(s, t, h, slot));
     }
+    load_queries(a, s, t, h0, h1, q);
 
-    tile cur;
+    tile tiles[2]; // this one and the next
+    const auto gather = [&](int64_t i) {
+        tile & to = tiles[i/tile_cells % 2];
+        to.gather(a, s, list + i, std::min<int64_t>(tile_cells, end - i));
+        return &to;
+    };
+    const tile * cur = gather(begin);
     for (int64_t i = begin; i < end; i += tile_cells) {
-        cur.gather(list + i, std::min<int64_t>(tile_cells, end - i), a.k->ne[1]);
-        if (cur.n == 0) {
-            continue;
+        const tile * next = i + tile_cells < end ? gather(i + tile_cells) : nullptr;
+        if (cur->n > 0) {
+            attend(a, *cur, next, h0, h1, q, logits, a.partial(s, t, h0*a.l.group, slot), stride);
         }
-        for (int64_t h = h0; h < h1; ++h) {
-            cur.address(a, s, h);
-            load_queries(a, s, t, h, q);
-            attend(a, cur, q, logits, a.partial(s, t, h*a.l.group, slot), stride);
-        }
+        cur = next;
     }
 }
 

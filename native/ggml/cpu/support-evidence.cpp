@@ -2,9 +2,9 @@
 //
 // Rows are the used queries times the heads of a group. One KV head after the other:
 //
-//   pass 1  logits of all rows for a block of cells, and each row's maximum and sum over it
-//   pass 2  each row's log-sum-exp over all blocks
-//   pass 3  evidence of a cell: the mean over the rows of p^alpha
+//   pass 1  logits of all rows for a block of cells; each row's maximum m and sum of exp(x - m); exp(x - m)^alpha
+//   pass 2  each row's log-sum-exp over all blocks, and from it the weight of each of its blocks
+//   pass 3  evidence of a cell: the weighted sum over the rows, which is the mean of p^alpha
 //
 // Blocks are shared out between the threads; a barrier separates the passes.
 
@@ -33,9 +33,8 @@ struct task {
     float scale, softcap, alpha;
     bool  candidates_only;
 
-    float * logits;               // [rows, n_blocks*block_cells]
-    float * row_max, * row_sum;   // [n_blocks, max_rows]
-    float * row_lse;              // [max_rows]
+    float * powers;               // [rows, n_blocks*block_cells]  exp(x - m)^alpha
+    float * row_max, * row_sum;   // [rows, n_blocks]; pass 2 turns row_sum into the weight
     float * scratch;              // of this thread
 
     int64_t ld() const { return n_blocks*block_cells; }
@@ -69,16 +68,15 @@ struct task {
         rows = n_queries*group;
 
         float * p = (float *) params->wdata;
-        logits  = p; p += max_rows*ld();
+        powers  = p; p += max_rows*ld();
         row_max = p; p += max_rows*n_blocks;
         row_sum = p; p += max_rows*n_blocks;
-        row_lse = p; p += max_rows;
-        scratch = p + params->ith*scratch_size(n_embd, max_rows);
+        scratch = p + params->ith*scratch_size(n_embd, max_rows, n_blocks);
     }
 
-    // queries [rows, n_embd], keys [n_embd, block_cells], keys before transposing
-    static int64_t scratch_size(int64_t n_embd, int64_t max_rows) {
-        return max_rows*n_embd + n_embd*block_cells + n_embd*sfi::max_vector + 16;
+    // queries [rows, n_embd]; then keys [n_embd, block_cells] and keys before transposing, or pass 2's row of blocks
+    static int64_t scratch_size(int64_t n_embd, int64_t max_rows, int64_t n_blocks) {
+        return max_rows*n_embd + std::max(n_embd*(block_cells + sfi::max_vector), n_blocks + sfi::max_vector) + 16;
     }
 
     int64_t visible(int64_t row) const { return std::min<int64_t>(plan[2 + query[row/group]], n_list); }
@@ -95,8 +93,47 @@ void load_queries(const task & a, int64_t h_kv, float * to) {
     }
 }
 
+// pass 1, one row of a block: logits x[0 .. n) become powers. What the row does not see, or does not count, gets 0.
+void row_powers(const task & a, int64_t r, int64_t block, const bool * is_pad, int n, float * x) {
+    const int64_t begin = block*block_cells;
+    const int64_t first = a.candidates_only ? a.j0 : 0;
+    const int64_t last  = std::min(a.visible(r), a.candidates_only ? a.j1 : a.n_list);
+    const int b = (int) std::clamp<int64_t>(first - begin, 0, n);
+    const int e = (int) std::clamp<int64_t>(last  - begin, b, n);
+
+    for (int i = 0; i < n && a.softcap > 0.0f; ++i) {
+        x[i] = a.softcap*tanhf(x[i]);
+    }
+    for (int i = 0; i < n && is_pad; ++i) {
+        x[i] = is_pad[i] ? -INFINITY : x[i];
+    }
+    std::fill(x, x + b, -INFINITY);
+    std::fill(x + e, x + block_cells, -INFINITY);
+
+    float max = x[0];
+    for (int i = 1; i < block_cells; ++i) {
+        max = x[i] > max ? x[i] : max;
+    }
+    float sum = 0.0f;
+    if (max == -INFINITY) {
+        std::fill(x, x + block_cells, 0.0f);
+    } else if (a.alpha == 1.0f) {
+        sum = a.ops.exp(x, block_cells, max);
+    } else {
+        float y[block_cells];
+        std::copy(x, x + block_cells, y);
+        sum = a.ops.exp(y, block_cells, max);
+        for (int i = 0; i < block_cells; ++i) {
+            x[i] = a.alpha*(x[i] - max);
+        }
+        a.ops.exp(x, block_cells, 0.0f);
+    }
+    a.row_max[r*a.n_blocks + block] = max;
+    a.row_sum[r*a.n_blocks + block] = sum;
+}
+
 // pass 1
-void block_logits(const task & a, int64_t h_kv, int64_t block, const float * q) {
+void block_powers(const task & a, int64_t h_kv, int64_t block, const float * q) {
     const int64_t begin = block*block_cells;
     const int     n     = (int) std::min<int64_t>(block_cells, a.n_list - begin);
 
@@ -104,80 +141,66 @@ void block_logits(const task & a, int64_t h_kv, int64_t block, const float * q) 
     float * tmp = kt + a.n_embd*block_cells;
 
     const char * rows[block_cells];
+    bool is_pad[block_cells], any_pad = false;
     for (int i = 0; i < n; ++i) {
         const int32_t cell = a.cells[begin + i];
-        const bool    pad  = (uint64_t) cell >= (uint64_t) a.k->ne[1];
-        rows[i] = (const char *) a.k->data + h_kv*a.k->nb[2] + (pad ? 0 : cell)*a.k->nb[1];
+        is_pad[i] = (uint64_t) cell >= (uint64_t) a.k->ne[1]; // negative cells are huge
+        any_pad   = any_pad || is_pad[i];
+        rows[i]   = (const char *) a.k->data + h_kv*a.k->nb[2] + (is_pad[i] ? 0 : cell)*a.k->nb[1];
     }
 
-    float * out = a.logits + begin;
-    a.ops.transpose((int) a.n_embd, rows, n, kt, block_cells, tmp);
+    float * out = a.powers + begin;
+    const int n_ahead = std::max(0, n - sfi::max_vector);
+    a.ops.transpose((int) a.n_embd, { rows, 0, n, rows + n - n_ahead, 0, ggml_row_size(a.k->type, a.n_embd), n_ahead }, kt, block_cells, tmp);
     a.ops.gemm(q, (int) a.rows, (int) a.n_embd, kt, block_cells, (int) GGML_PAD(n, sfi::max_vector), out, a.ld());
 
     for (int64_t r = 0; r < a.rows; ++r) {
-        float * x = out + r*a.ld();
-        for (int i = 0; i < n && a.softcap > 0.0f; ++i) {
-            x[i] = a.softcap*tanhf(x[i]);
-        }
-        // what the row does not see, or does not count
-        const int64_t first = a.candidates_only ? a.j0 : 0;
-        const int64_t last  = std::min(a.visible(r), a.candidates_only ? a.j1 : a.n_list);
-        const int b = (int) std::clamp<int64_t>(first - begin, 0, n);
-        const int e = (int) std::clamp<int64_t>(last  - begin, b, n);
-        std::fill(x, x + b, -INFINITY);
-        std::fill(x + e, x + block_cells, -INFINITY);
-        float max = -INFINITY;
-        for (int i = b; i < e; ++i) {
-            if ((uint64_t) a.cells[begin + i] >= (uint64_t) a.k->ne[1]) {
-                x[i] = -INFINITY;
-            }
-            max = std::max(max, x[i]);
-        }
-        float sum = 0.0f;
-        if (max > -INFINITY) {
-            float y[block_cells];
-            std::copy(x, x + block_cells, y);
-            sum = a.ops.exp(y, block_cells, max);
-        }
-        a.row_max[block*a.max_rows + r] = max;
-        a.row_sum[block*a.max_rows + r] = sum;
+        row_powers(a, r, block, any_pad ? is_pad : nullptr, n, out + r*a.ld());
     }
 }
 
-// pass 2
-float log_sum_exp(const task & a, int64_t n_blocks, int64_t r) {
-    float max = -INFINITY;
+// pass 2: the weight of block b in row r is (exp(m_b - lse))^alpha / rows
+void row_weights(const task & a, int64_t r, int64_t n_blocks, float * tmp) {
+    const float * max = a.row_max + r*a.n_blocks;
+    float       * sum = a.row_sum + r*a.n_blocks;
+    const float top = *std::max_element(max, max + n_blocks);
+    if (top == -INFINITY) {
+        std::fill(sum, sum + n_blocks, 0.0f); // the row sees nothing
+        return;
+    }
+    const int n_pad = (int) GGML_PAD(n_blocks, sfi::max_vector);
+    std::copy(max, max + n_blocks, tmp);
+    std::fill(tmp + n_blocks, tmp + n_pad, -INFINITY);
+    a.ops.exp(tmp, n_pad, top);
+    double total = 0.0;
     for (int64_t b = 0; b < n_blocks; ++b) {
-        max = std::max(max, a.row_max[b*a.max_rows + r]);
+        total += (double) sum[b]*tmp[b];
     }
-    if (max == -INFINITY) {
-        return INFINITY; // the row sees nothing: exp(x - INFINITY) = 0
-    }
-    double sum = 0.0;
+    const float lse = top + (float) std::log(total);
     for (int64_t b = 0; b < n_blocks; ++b) {
-        sum += a.row_sum[b*a.max_rows + r]*expf(a.row_max[b*a.max_rows + r] - max);
+        tmp[b] = a.alpha*(max[b] - lse);
     }
-    return max + (float) std::log(sum);
+    std::fill(tmp + n_blocks, tmp + n_pad, -INFINITY);
+    a.ops.exp(tmp, n_pad, 0.0f);
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        sum[b] = tmp[b]/a.rows;
+    }
 }
 
 // pass 3
 void block_evidence(const task & a, int64_t h_kv, int64_t block) {
     const int64_t begin = block*block_cells;
-    float mean[block_cells] = {};
+    float evidence[block_cells] = {};
     for (int64_t r = 0; r < a.rows; ++r) {
-        float x[block_cells];
-        const float * from = a.logits + r*a.ld() + begin;
+        const float   weight = a.row_sum[r*a.n_blocks + block];
+        const float * from   = a.powers + r*a.ld() + begin;
         for (int i = 0; i < block_cells; ++i) {
-            x[i] = a.alpha*(from[i] - a.row_lse[r]);
-        }
-        a.ops.exp(x, block_cells, 0.0f);
-        for (int i = 0; i < block_cells; ++i) {
-            mean[i] += x[i];
+            evidence[i] += weight*from[i];
         }
     }
     float * out = (float *) ((char *) a.dst->data + h_kv*a.dst->nb[1]);
     for (int64_t j = begin; j < std::min(begin + block_cells, a.n_list); ++j) {
-        out[j] = j >= a.j0 && j < a.j1 && a.rows > 0 ? mean[j - begin]/a.rows : 0.0f;
+        out[j] = j >= a.j0 && j < a.j1 ? evidence[j - begin] : 0.0f;
     }
 }
 
@@ -193,12 +216,12 @@ void sfi::support_evidence(const ggml_compute_params * params, ggml_tensor * dst
         load_queries(a, h, q);
 
         for (int64_t b = ith; b < n_seen; b += nth) {
-            block_logits(a, h, b, q);
+            block_powers(a, h, b, q);
         }
         ggml_barrier(params->threadpool);
 
         for (int64_t r = ith; r < a.rows; r += nth) {
-            a.row_lse[r] = log_sum_exp(a, n_seen, r);
+            row_weights(a, r, n_seen, q + a.max_rows*a.n_embd);
         }
         ggml_barrier(params->threadpool);
 
@@ -217,7 +240,7 @@ size_t sfi::support_evidence_work_size(const ggml_tensor * dst, int n_threads) {
     const ggml_tensor * q = dst->src[0];
     const int64_t max_rows = q->ne[1]/dst->ne[1]*q->ne[2];
     const int64_t n_blocks = (dst->ne[0] + block_cells - 1)/block_cells;
-    return (max_rows*(n_blocks*(block_cells + 2) + 1) + n_threads*task::scratch_size(q->ne[0], max_rows))*sizeof(float);
+    return (max_rows*n_blocks*(block_cells + 2) + n_threads*task::scratch_size(q->ne[0], max_rows, n_blocks))*sizeof(float);
 }
 
 bool sfi::support_evidence_supported(const ggml_tensor * dst) {
