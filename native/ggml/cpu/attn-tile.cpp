@@ -171,6 +171,20 @@ static float exp_sum(float * x, int n, float max) {
     return out[0];
 }
 
+template <class S>
+static float max_of(const float * x, int n) {
+    typename S::V max = S::load(x);
+    for (int i = S::W; i < n; i += S::W) {
+        max = S::max(max, S::load(x + i));
+    }
+    float lanes[S::W];
+    S::store(lanes, max);
+    for (int i = 1; i < S::W; ++i) {
+        lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    }
+    return lanes[0];
+}
+
 template <class S, ggml_type T>
 static void transpose(int n_embd, const row_set & rows, float * out, int ld, float * scratch) {
     for (int c0 = 0; c0 < rows.n; c0 += S::W) {
@@ -206,6 +220,7 @@ static inline void gemm_block(const float * q, int n_embd, const float * kt, int
         SFI_UNROLL
         for (int m = 0; m < M; ++m) {
             k[m] = S::load(kt + d*ld_kt + m*S::W);
+            SFI_PIN(k[m]);
         }
         SFI_UNROLL
         for (int g = 0; g < N; ++g) {
@@ -248,7 +263,7 @@ static void gemm(const float * q, int n_q, int n_embd, const float * kt, int ld_
 
 template <class S>
 static tile_ops ops_of(ggml_type type_k, ggml_type type_v) {
-    tile_ops ops = { nullptr, nullptr, exp_sum<S>, nullptr, gemm<S> };
+    tile_ops ops = { nullptr, nullptr, exp_sum<S>, max_of<S>, nullptr, gemm<S> };
     switch (type_k) {
         case GGML_TYPE_F32:  ops.dot = dot<S, GGML_TYPE_F32>;  ops.transpose = transpose<S, GGML_TYPE_F32>;  break;
         case GGML_TYPE_F16:  ops.dot = dot<S, GGML_TYPE_F16>;  ops.transpose = transpose<S, GGML_TYPE_F16>;  break;

@@ -27,6 +27,9 @@ using mad_fn = void (*)(const float * p, int ld, int n_q, int n_embd, const row_
 // x[i] = exp(x[i] - max), returns the sum; n is rounded up to a vector, the excess must be -INFINITY
 using exp_fn = float (*)(float * x, int n, float max);
 
+// the largest of x[0 .. n), n >= 1, rounded up to a vector; the excess must be -INFINITY
+using max_fn = float (*)(const float * x, int n);
+
 // out [n_embd, ld] = the gathered rows, transposed, in F32; columns beyond rows.n are zero up to a vector
 using transpose_fn = void (*)(int n_embd, const row_set & rows, float * out, int ld, float * scratch);
 
@@ -37,6 +40,7 @@ struct tile_ops {
     dot_fn       dot;
     mad_fn       mad;
     exp_fn       exp;
+    max_fn       max;
     transpose_fn transpose;
     gemm_fn      gemm;
 };

@@ -42,6 +42,15 @@
 #    define SFI_UNROLL
 #endif
 
+// Keep a vector in its register: compilers like to load an operand again for every use of it.
+#if defined(__GNUC__) && (defined(SFI_AVX512) || defined(SFI_AVX2))
+#    define SFI_PIN(x) asm("" : "+v"(x))
+#elif defined(__GNUC__) && defined(SFI_NEON)
+#    define SFI_PIN(x) asm("" : "+w"(x))
+#else
+#    define SFI_PIN(x) (void) (x)
+#endif
+
 namespace sfi {
 
 // A function that only prefetches has no effect that GCC knows of, and calls of it are removed; unless they are

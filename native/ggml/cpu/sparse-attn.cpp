@@ -126,15 +126,12 @@ void softmax(const task & a, float * x, int n, float * o) {
     const int n_pad = (int) GGML_PAD(n, sfi::max_vector);
     float & max = o[a.l.n_embd_v], & sum = o[a.l.n_embd_v + 1];
 
-    float tile_max = -INFINITY;
-    for (int c = 0; c < n; ++c) {
-        if (a.softcap > 0.0f) {
-            x[c] = a.softcap*tanhf(x[c]);
-        }
-        tile_max = std::max(tile_max, x[c]);
+    for (int c = 0; c < n && a.softcap > 0.0f; ++c) {
+        x[c] = a.softcap*tanhf(x[c]);
     }
     std::fill(x + n, x + n_pad, -INFINITY);
 
+    const float tile_max = a.ops.max(x, n_pad);
     if (tile_max > max) {
         const float shrink = expf(max - tile_max);
         sum *= shrink;

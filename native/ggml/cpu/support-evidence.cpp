@@ -33,11 +33,11 @@ struct task {
     float scale, softcap, alpha;
     bool  candidates_only;
 
-    float * powers;               // [rows, n_blocks*block_cells]  exp(x - m)^alpha
+    float * powers;               // [n_blocks, max_rows, block_cells]  exp(x - m)^alpha
     float * row_max, * row_sum;   // [rows, n_blocks]; pass 2 turns row_sum into the weight
     float * scratch;              // of this thread
 
-    int64_t ld() const { return n_blocks*block_cells; }
+    float * block(int64_t b) const { return powers + b*max_rows*block_cells; }
 
     task(const ggml_compute_params * params, ggml_tensor * dst) :
             dst(dst), q(dst->src[0]), k(dst->src[1]),
@@ -68,7 +68,7 @@ struct task {
         rows = n_queries*group;
 
         float * p = (float *) params->wdata;
-        powers  = p; p += max_rows*ld();
+        powers  = p; p += max_rows*n_blocks*block_cells;
         row_max = p; p += max_rows*n_blocks;
         row_sum = p; p += max_rows*n_blocks;
         scratch = p + params->ith*scratch_size(n_embd, max_rows, n_blocks);
@@ -110,10 +110,7 @@ void row_powers(const task & a, int64_t r, int64_t block, const bool * is_pad, i
     std::fill(x, x + b, -INFINITY);
     std::fill(x + e, x + block_cells, -INFINITY);
 
-    float max = x[0];
-    for (int i = 1; i < block_cells; ++i) {
-        max = x[i] > max ? x[i] : max;
-    }
+    const float max = a.ops.max(x, block_cells);
     float sum = 0.0f;
     if (max == -INFINITY) {
         std::fill(x, x + block_cells, 0.0f);
@@ -149,13 +146,13 @@ void block_powers(const task & a, int64_t h_kv, int64_t block, const float * q) 
         rows[i]   = (const char *) a.k->data + h_kv*a.k->nb[2] + (is_pad[i] ? 0 : cell)*a.k->nb[1];
     }
 
-    float * out = a.powers + begin;
+    float * out = a.block(block);
     const int n_ahead = std::max(0, n - sfi::max_vector);
     a.ops.transpose((int) a.n_embd, { rows, 0, n, rows + n - n_ahead, 0, ggml_row_size(a.k->type, a.n_embd), n_ahead }, kt, block_cells, tmp);
-    a.ops.gemm(q, (int) a.rows, (int) a.n_embd, kt, block_cells, (int) GGML_PAD(n, sfi::max_vector), out, a.ld());
+    a.ops.gemm(q, (int) a.rows, (int) a.n_embd, kt, block_cells, (int) GGML_PAD(n, sfi::max_vector), out, block_cells);
 
     for (int64_t r = 0; r < a.rows; ++r) {
-        row_powers(a, r, block, any_pad ? is_pad : nullptr, n, out + r*a.ld());
+        row_powers(a, r, block, any_pad ? is_pad : nullptr, n, out + r*block_cells);
     }
 }
 
@@ -193,7 +190,7 @@ void block_evidence(const task & a, int64_t h_kv, int64_t block) {
     float evidence[block_cells] = {};
     for (int64_t r = 0; r < a.rows; ++r) {
         const float   weight = a.row_sum[r*a.n_blocks + block];
-        const float * from   = a.powers + r*a.ld() + begin;
+        const float * from   = a.block(block) + r*block_cells;
         for (int i = 0; i < block_cells; ++i) {
             evidence[i] += weight*from[i];
         }
