@@ -220,12 +220,11 @@ def parse_changes(patch: bytes, slug: str) -> list[Change]:
     """The changes of a patch in git's format, text files only."""
     lines = io.BytesIO(patch).readlines()
     changes: list[Change] = []
-    old: str | None = None
     at = 0
     while at < len(lines):
         line = lines[at]
         at += 1
-        if line.startswith(UNSUPPORTED) and changes_started(lines, at):
+        if line.startswith(UNSUPPORTED):
             raise PatchsetError(f"{slug}: '{line.decode().strip()}' is more than a change of text; keep such a "
                                 "change out of the series.")
         if line.startswith(b"--- ") and lines[at].startswith(b"+++ "):
@@ -237,11 +236,6 @@ def parse_changes(patch: bytes, slug: str) -> list[Change]:
                 hunks.append(hunk)
             changes.append(Change(old, new, hunks))
     return changes
-
-
-def changes_started(lines: list[bytes], at: int) -> bool:
-    """Is lines[at] past the patch's own header?"""
-    return any(line.startswith(b"diff --git ") for line in lines[:at])
 
 
 def path_of(line: bytes) -> str | None:
