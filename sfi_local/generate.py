@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 from sfi_local.engine import StepInfo
-from sfi_local.errors import InputError
+from sfi_local.errors import BusyError, InputError
 from sfi_local.session import Progress, Schedule, Session
 from sfi_local.step import Step, TextStream
 
@@ -25,14 +25,14 @@ def generate(session: Session, vocabulary: "Vocabulary", prompt: Sequence[int], 
     sampler:  has ``sample(context) -> token id``
     n:        tokens at most; None: until the answer ends or the context is full
     schedule: may overrule the kind of each step
-    Raises InputError for an empty prompt and whatever Session raises. After any exception the session is usable.
+    Raises InputError for an empty prompt, BusyError if another generation began, and what Session raises. After any exception the session is usable.
     """
     if not prompt:
         raise InputError("The prompt is empty: give some text.")
     if session.engine:
         session.engine.reset_stats()
     n_reused = session.reuse(prompt)
-    info = session.prefill(prompt[n_reused:], progress)
+    turn, info = session.turn, session.prefill(prompt[n_reused:], progress)
     text = TextStream(tuple(stop))
     for n_generated in range(1, (n or session.n_ctx) + 1):
         token = sampler.sample(session.context)
@@ -43,6 +43,8 @@ def generate(session: Session, vocabulary: "Vocabulary", prompt: Sequence[int], 
         yield _step(info, token, released, finish)
         if finish:
             return
+        if session.turn != turn:
+            raise BusyError("Another generation has begun on this model: finish one before the next, or load it twice.")
         info = session.step(token, schedule)
 
 

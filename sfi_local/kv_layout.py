@@ -22,7 +22,7 @@ _HYBRID = {
     "kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next", "qwen35", "qwen35moe", "qwen4exp", "deepseek4", "minimax-01",
 }
 _OWN_CACHE = {"minimax-m3", "glm-dsa", "deepseek32", "hy_v4", "dots3note", "dflash", "gemma4-assistant"}
-_NO_CACHE = {
+NO_CACHE = {
     "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
     "gemma-embedding", "wavtokenizer-dec", "dream", "llada", "llada-moe", "rnd1", "t5", "t5encoder", "llama-embed",
 }
@@ -150,7 +150,7 @@ def _why_whole_model(file: GgufFile) -> str:
         return f"{arch} mixes recurrent and attention layers, whose cache sfi does not support yet"
     if arch in _OWN_CACHE:
         return f"{arch} has a KV cache of its own kind"
-    if arch in _NO_CACHE:
+    if arch in NO_CACHE:
         return f"{arch} does not decode token by token from a KV cache"
     if file.get("attention.key_length_mla"):
         return "multi-head latent attention (MLA) is not supported yet"

@@ -19,7 +19,7 @@ from sfi_local.params import SfiParams
 from sfi_local.prompt import ChatTemplate, Message, too_long
 from sfi_local.pull import resolve
 from sfi_local.sampling import Sampling
-from sfi_local.session import MODES, Progress, Schedule, Session
+from sfi_local.session import MODES, N_BATCH, Progress, Schedule, Session
 from sfi_local.step import Step
 
 MIN_CTX = 512        # a context smaller than this is of no use
@@ -44,10 +44,10 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     """
     _check_options(mode, n_ctx, n_threads, type_k, type_v, params)
     file = read_gguf(resolve(os.fspath(model)))
+    room = _check_memory(file, kv_layout.layers(file), n_ctx or MIN_CTX, type_k, type_v)
+    _check_generates(file)
     native = open_library()
     log.verbose = verbose
-    layers = kv_layout.layers(file)
-    room = _check_memory(file, layers, n_ctx or MIN_CTX, type_k, type_v)
     weights = _load_weights(native.llama_cpp, file.path, progress)
     return Model(file, weights, room, mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
                  type_v=type_v, params=params or SfiParams(), fit_budget=fit_budget or params is None)
@@ -81,7 +81,7 @@ class Model:
         if self._n_ctx:
             return self._n_ctx
         trained = self.file.n_ctx_train or FIRST_CTX
-        per_cell = max(1, kv_layout.kv_bytes(kv_layout.layers(self.file), MIN_CTX, *self._types) // MIN_CTX)
+        per_cell = _context_bytes(kv_layout.layers(self.file), MIN_CTX, *self._types) // MIN_CTX
         return trained if self._room is None else max(MIN_CTX, min(trained, self._room // per_cell))
 
     @cached_property
@@ -130,8 +130,9 @@ class Model:
             raise too_long(n_prompt, self.n_ctx_limit)
         need = min(self.n_ctx_limit, n_prompt + n if n else self.n_ctx_limit)
         if self.session is None or self.session.n_ctx < need:
+            grown = 2 * self.session.n_ctx if self.session else FIRST_CTX
             self.close_session()
-            self.session = self._new_session(self._n_ctx or min(self.n_ctx_limit, max(FIRST_CTX, _round_up(need))))
+            self.session = self._new_session(self._n_ctx or min(self.n_ctx_limit, max(grown, _round_up(need))))
         return self.session
 
     def close_session(self) -> None:
@@ -164,7 +165,7 @@ class Model:
         """The parameters for a context of n_ctx cells."""
         if self.mode == "stock":
             return self._params
-        if not self._fit_budget:
+        if not self._fit_budget and self.mode != "dense":
             self._params.check_context(n_ctx)
             return self._params
         params = self._params.fit_context(n_ctx)
@@ -226,19 +227,33 @@ def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: 
         params.validate()
 
 
+def _check_generates(file: GgufFile) -> None:
+    """Refuse what llama.cpp would load and then abort on."""
+    if file.architecture in kv_layout.NO_CACHE:
+        raise ModelFileError(f"{file.path} is a {file.architecture} model, which does not generate text token by token: "
+                             f"give a decoder model.")
+    if file.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+        raise ModelFileError(f"{file.path} has no tokenizer in it: convert the model again with its tokenizer files.")
+
+
 def _check_memory(file: GgufFile, layers: list, n_ctx: int, type_k: str, type_v: str) -> int | None:
     """Bytes left for the KV cache beside the weights; None if the system does not tell. Refuses what cannot fit."""
     available = available_memory()
     if available is None:
         return None
     usable = int(MEMORY_SHARE * available)
-    kv = kv_layout.kv_bytes(layers, n_ctx, type_k, type_v)
+    kv = _context_bytes(layers, n_ctx, type_k, type_v)
     if file.n_bytes + kv > usable:
         raise OutOfMemoryError(
-            f"{file.path} needs {human_bytes(file.n_bytes + kv)} (weights {human_bytes(file.n_bytes)}, KV cache of {n_ctx} "
+            f"{file.path} needs {human_bytes(file.n_bytes + kv)} (weights {human_bytes(file.n_bytes)}, context of {n_ctx} "
             f"tokens {human_bytes(kv)}), {human_bytes(file.n_bytes + kv - usable)} more than can be used here: close "
             f"programs, lower --ctx, use --kv-type q8_0, or take a smaller quantisation of the model.")
     return usable - file.n_bytes
+
+
+def _context_bytes(layers: list, n_ctx: int, type_k: str, type_v: str) -> int:
+    """Bytes of a context: the KV cache, and a prefill batch's mask in F32 and F16."""
+    return kv_layout.kv_bytes(layers, n_ctx, type_k, type_v) + 6 * N_BATCH * n_ctx
 
 
 def _load_weights(llama: Any, path: Path, progress: Callable[[float, float], None] | None) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Callable, Sequence
 
 from sfi_local.engine import Engine, StepInfo
 from sfi_local.errors import (AbortedError, BackendError, BusyError, ContextError, ContextFullError, DecodeError,
-                              KvTypeError, ModelError, OutOfMemoryError, SfiError)
+                              DetachedError, KvTypeError, ModelError, OutOfMemoryError, SfiError)
 from sfi_local.interrupt import InterruptFlag
 from sfi_local.library import last_log_lines, open_library
 from sfi_local.params import SfiParams, auto_depth
@@ -35,6 +35,7 @@ class Session:
     weights: llama_cpp._internals.LlamaModel, kept alive as long as the session
     tokens:  what the KV cache holds, in order
     n_prefilled: tokens of the last prefill
+    turn:    number of the current generation; a generator that sees another number has lost the cache
     Raises ModelError, KvTypeError, BackendError in modes ``sfi`` and ``dense``; OutOfMemoryError.
     """
 
@@ -42,12 +43,16 @@ class Session:
                  type_k: str = "f16", type_v: str = "f16"):
         self.n_ctx, self.mode, self.params = n_ctx, mode, params
         self.tokens: list[int] = []
-        self.why_stock, self.n_prefilled = "", 0
+        self.why_stock, self.n_prefilled, self.turn = "", 0, 0
         self._llama = open_library().llama_cpp
         self._context = _new_context(self._llama, weights, n_ctx, n_threads, type_k, type_v)
         self._memory = self._llama.llama_get_memory(self._context.ctx)
         self._lock = threading.Lock()
-        self.engine = self._attach()
+        try:
+            self.engine = self._attach()
+        except SfiError:
+            self._context.close()
+            raise
 
     @property
     def context(self) -> Any:
@@ -55,7 +60,7 @@ class Session:
         return self._context
 
     def close(self) -> None:
-        """Free the context. May be called twice."""
+        """Free the context; what is still generating from it gets DetachedError. May be called twice."""
         if self.engine:
             self.engine.close()
         self._context.close()
@@ -65,15 +70,8 @@ class Session:
 
         At least one token is left to be computed, because the logits of the last are needed.
         """
-        self._settle()
-        n = 0
-        while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
-            n += 1
-        if n < len(self.tokens) and not self._llama.llama_memory_seq_rm(self._memory, 0, n, -1):
-            n = 0  # recurrent state cannot be cut
-            self._llama.llama_memory_clear(self._memory, True)
-        del self.tokens[n:]
-        return n
+        with self._exclusive():
+            return self._reuse(tokens)
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> StepInfo:
         """Dense prefill of tokens after what the cache holds.
@@ -97,15 +95,27 @@ class Session:
 
     def step(self, token: int, schedule: Schedule | None = None) -> StepInfo:
         """One token through the model. Raises ContextFullError, DecodeError, BusyError."""
-        if len(self.tokens) >= self.n_ctx:
-            raise ContextFullError(f"The context of {self.n_ctx} tokens is full: raise --ctx or start anew.")
         with self._exclusive():
+            if len(self.tokens) >= self.n_ctx:
+                raise ContextFullError(f"The context of {self.n_ctx} tokens is full: raise --ctx or start anew.")
             self.tokens.append(token)
             try:
                 return self._stock_step(token) if self.engine is None else self._engine_step(token, schedule)
             except SfiError:
                 self._settle()
                 raise
+
+    def _reuse(self, tokens: Sequence[int]) -> int:
+        self._settle()
+        self.turn += 1
+        n = 0
+        while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
+            n += 1
+        if n < len(self.tokens) and not self._llama.llama_memory_seq_rm(self._memory, 0, n, -1):
+            n = 0  # recurrent state cannot be cut
+            self._llama.llama_memory_clear(self._memory, True)
+        del self.tokens[n:]
+        return n
 
     def _attach(self) -> Engine | None:
         if self.mode == "stock":
@@ -166,6 +176,8 @@ class Session:
         if not self._lock.acquire(blocking=False):
             raise BusyError("Another thread is using this model: give each thread a model of its own, or take turns.")
         try:
+            if self._context.ctx is None:
+                raise DetachedError("This context was closed: generate anew.")
             yield
         finally:
             self._lock.release()

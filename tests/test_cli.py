@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_sparse(cli, tmp_path, native):
     path = write_tiny(tmp_path / "odd.gguf", n_embd=96)  # head size 24
     refusal = sentence(cli("run", path, "-p", "x", "--mode", "sfi"))
     assert "head size" in refusal and "--mode stock" in refusal
-    auto = cli("run", path, "-p", "x", "-n", 3, "--json")
+    auto = cli("run", path, "-p", "x", "-n", 3, "--temp", 0, "--json")
     out = json.loads(auto.stdout)
     assert out["steps"]["stock"] == 2 and "head size" in out["notes"][0] and "head size" in auto.stderr.decode()
 

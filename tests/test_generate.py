@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from sfi_local import Message, Sampling, SfiParams, Tally, load
-from sfi_local.errors import ArgumentError, InputError, ModelFileError, OutOfMemoryError
+from sfi_local.errors import ArgumentError, BusyError, DetachedError, InputError, ModelFileError, OutOfMemoryError
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 SMALL = SfiParams(n_recent=32, n_selected=40, max_span=12, min_span=2)
@@ -165,13 +165,38 @@ def test_a_model_may_be_used_from_another_thread(models):
 
 
 def test_too_little_memory_is_refused_with_numbers(tiny, monkeypatch):
-    size, per_cell = tiny.stat().st_size, 4 * 2 * 64 * 2  # layers, KV heads, K and V of one, bytes
+    size, per_cell = tiny.stat().st_size, 4 * 2 * 64 * 2 + 512 * 6  # K and V of all layers; the mask of a batch
     monkeypatch.setattr("sfi_local.model.available_memory", lambda: size)
     with pytest.raises(OutOfMemoryError, match="more than can be used"):
         load(tiny)
     monkeypatch.setattr("sfi_local.model.available_memory", lambda: int((size + 1000 * per_cell) / 0.9) + 1)
     with load(tiny, n_threads=1) as model:
         assert model.n_ctx_limit == 1000
+
+
+def test_a_second_generation_ends_the_first(models):
+    first = models("dense").generate(PROMPT, n=20, sampling=GREEDY)
+    next(first)
+    run(models("dense"), "Another prompt", n=3)
+    with pytest.raises(BusyError, match="Another generation"):
+        next(first)
+
+
+@pytest.mark.parametrize("mode", ["dense", "stock"])
+def test_a_closed_session_ends_its_generation(models, mode):
+    first = models(mode).generate(PROMPT, n=20, sampling=GREEDY)
+    next(first)
+    models(mode).close_session()
+    with pytest.raises(DetachedError):
+        next(first)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "llada"])
+def test_a_model_that_does_not_generate_is_refused(tmp_path, architecture):
+    from tiny_model import write_tiny
+
+    with pytest.raises(ModelFileError, match="does not generate"):
+        load(write_tiny(tmp_path / "encoder.gguf", architecture=architecture))
 
 
 def test_a_model_llama_cpp_does_not_know_is_a_sentence(tmp_path):
