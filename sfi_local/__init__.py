@@ -27,8 +27,7 @@ __all__ = [*_WHERE, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-        return version("sfi-local")
+        return _version()
     if name not in _WHERE:
         raise AttributeError(f"module 'sfi_local' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sfi_local.{_WHERE[name]}"), name)
@@ -36,3 +35,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sfi-local")
+    except PackageNotFoundError:
+        return "0 (not installed)"

@@ -47,8 +47,24 @@ class LazyGroup(click.Group):
             return None
 
 
+def print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    """Print the version and what the native library was built from, if there is one."""
+    if not wanted or ctx.resilient_parsing:
+        return
+    import sfi_local
+    from sfi_local.library import source_id
+
+    try:
+        built_from = f", library {source_id()}"
+    except SfiError:
+        built_from = ", no native library"
+    click.echo(f"sfi-local {sfi_local.__version__}{built_from}")
+    ctx.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="sfi-local", prog_name="sfi-local")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version,
+              help="Show the version and exit.")
 def cli() -> None:
     """Slow-fast decoding of GGUF models: long contexts at the price of short ones.
 

@@ -25,7 +25,8 @@ def generate(session: Session, vocabulary: "Vocabulary", prompt: Sequence[int], 
     sampler:  has ``sample(context) -> token id``
     n:        tokens at most; None: until the answer ends or the context is full
     schedule: may overrule the kind of each step
-    Raises InputError for an empty prompt, BusyError if another generation began, and what Session raises. After any exception the session is usable.
+    Raises InputError for an empty prompt, BusyError if another generation began, and what Session raises. After any
+    exception the session is usable.
     """
     if not prompt:
         raise InputError("The prompt is empty: give some text.")

@@ -198,24 +198,19 @@ def _import_hub():
 
 @contextmanager
 def _hub_errors(name: HfName):
-    """Turn the many exceptions of huggingface_hub and its HTTP libraries into sentences."""
+    """Turn exceptions of huggingface_hub and of whatever HTTP library it uses today into sentences."""
     try:
         yield
-    except OSError as error:  # all of them derive from it, disk errors included
-        kind, text = type(error).__name__, str(error).strip().splitlines()[:1]
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        kind, text = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         if "Gated" in kind:
             raise PullError(f"{name.repo} asks for a consent: accept it on the hub and run `hf auth login`.") from None
         if "NotFound" in kind and "Local" not in kind:
             raise PullError(f"The hub has no repository {name.repo}: check the name after hf: .") from None
-        raise PullError(f"The hub cannot be reached to fetch {name.repo} ({kind}: {' '.join(text)}): check the "
-                        f"network, or give a .gguf file by its path.") from None
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("huggingface_hub", "httpx", "requests", "urllib3"):
-            raise
-        raise PullError(f"The hub cannot be reached to fetch {name.repo} ({type(error).__name__}): check the network, "
-                        f"or give a .gguf file by its path.") from None
+        raise PullError(f"The hub cannot be reached to fetch {name.repo} ({kind}: {text}): check the network, or give a "
+                        f".gguf file by its path.") from None
 
 
 def _fetch_hub_file(hub, name: HfName, info) -> None:

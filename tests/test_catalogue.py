@@ -160,6 +160,14 @@ class Hub:
         return str(local_dir / name)
 
 
+def test_the_real_hub_package_without_a_network_is_a_sentence(monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PullError, match="hub cannot be reached"):
+        pull.resolve("hf:user/repo:Q8_0")
+
+
 class GatedRepoError(OSError):
     pass
 
@@ -183,6 +191,7 @@ def test_a_hub_model_is_fetched_checked_and_found_again(monkeypatch):
     (Hub(GatedRepoError("x")), "hf:user/repo:Q8_0", "consent"),
     (Hub(RepositoryNotFoundError("x")), "hf:user/repo:Q8_0", "no repository user/repo"),
     (Hub(ConnectionError("x")), "hf:user/repo:Q8_0", "cannot be reached"),
+    (Hub(RuntimeError("of some HTTP library")), "hf:user/repo:Q8_0", "cannot be reached"),
 ])
 def test_what_the_hub_cannot_give_is_a_sentence(monkeypatch, cache, hub, name, word):
     monkeypatch.setattr(pull, "_import_hub", lambda: hub)

@@ -115,6 +115,7 @@ def test_help_is_there_for_every_command_and_needs_no_library(cli):
     for command in ((), ("run",), ("models",), ("pull",), ("inspect",), ("doctor",)):
         done = cli(*command, "--help")
         assert done.returncode == 0 and b"sfi-local" in done.stdout
+    assert cli("--version").stdout.startswith(b"sfi-local 0")
     code = "import sys, sfi_local.run, sfi_local.cli; sys.exit(any(m in sys.modules for m in ('llama_cpp', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], env=cli_env()).returncode == 0
 
