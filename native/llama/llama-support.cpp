@@ -1,5 +1,7 @@
 #include "llama-support.h"
 
+#include "huge-pages.h"
+
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -51,6 +53,13 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
     }
     for (auto & st : streams) {
         st.query_pos.assign(params.n_queries, -1);
+    }
+    for (const uint32_t il : kv_layers) {
+        const ggml_tensor * k = kv->get_k_storage(il);
+        if (ggml_backend_buffer_is_host(k->buffer)) {
+            llama_use_huge_pages(ggml_backend_buffer_get_base(k->buffer), ggml_backend_buffer_get_size(k->buffer));
+            break; // all layers of a host share one buffer
+        }
     }
     if (params.n_selected > 0) {
         allocate(model);
