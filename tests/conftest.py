@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from command_line import cli_command, cli_env
 from tiny_model import SEED, write_tiny
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: tests share their cores with others
 
 
 def pytest_report_header() -> str:

@@ -21,7 +21,7 @@ def llama(tiny):
     made = []
 
     def make(**options):
-        options = {"mode": "sfi", "n_ctx": 1024, "n_threads": 1, "sfi_params": SMALL, **options}
+        options = {"mode": "sfi", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "sfi_params": SMALL, **options}
         made.append(SlowFastLlama(str(tiny), **options))
         return made[-1]
 
