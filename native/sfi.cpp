@@ -30,8 +30,10 @@ struct sfi {
     std::vector<slowfast::token_class>       tokens;    // by token id
     std::vector<slowfast::boundary_detector> detectors; // by stream
     sfi_stats                    stats = {};
-    mutable std::atomic<bool>    busy{false};
+    mutable std::atomic<int>     state{0};     // of enum below
 };
+
+enum { SFI_IDLE, SFI_INSIDE, SFI_INSIDE_FREED }; // freed while a thread is inside: the last one out deletes
 
 // ---- errors --------------------------------------------------------------------------------------------------------------
 
@@ -102,16 +104,33 @@ const char * sfi_source_id(void) {
     return SFI_SOURCE_ID;
 }
 
+static void destroy(const sfi * s) {
+    if (const auto support = s->support.lock()) {
+        llama_synchronize(s->lctx);
+        support->get_kv()->support.reset();
+    }
+    delete s;
+}
+
 // Entry into a context: one thread at a time, and only while its KV cache lives. No exception leaves the library.
 template <class F>
 static int guarded(const sfi * s, F && f) {
     if (!s) {
         return fail(SFI_ERR_ARGUMENT, "The sfi context is NULL.");
     }
-    if (s->busy.exchange(true)) {
+    int idle = SFI_IDLE;
+    if (!s->state.compare_exchange_strong(idle, SFI_INSIDE)) {
         return fail(SFI_ERR_BUSY, "Another thread is inside this context; give each thread its own, or take turns.");
     }
-    struct leave { const sfi * s; ~leave() { s->busy = false; } } on_exit{s};
+    struct leave {
+        const sfi * s;
+        ~leave() {
+            int inside = SFI_INSIDE;
+            if (!s->state.compare_exchange_strong(inside, SFI_IDLE)) {
+                destroy(s);
+            }
+        }
+    } on_exit{s};
 
     const std::shared_ptr<llama_support> support = s->support.lock();
     if (!support) {
@@ -141,6 +160,7 @@ struct sfi_params sfi_default_params(void) {
     p.boundary    = true;
     p.auto_depth  = 0;
     p.n_queries   = 16;
+    p.query_stride = 1;
     p.pool_after  = 16;
     p.pool_before = 2;
     // the authors' code; the paper gives lambda_clip 0.02, a_soft 0.5, a_cross 0.35 and no others
@@ -175,6 +195,7 @@ static int check_params(const sfi_params & p) {
         { "selector",    p.selector,    SFI_SELECTOR_TOPK, SFI_SELECTOR_PAPER },
         { "n_sink",      p.n_sink,      0, many },
         { "n_queries",   p.n_queries,   1, 64 },
+        { "query_stride", p.query_stride, 1, 64 },
         { "n_recent",    p.n_recent,    p.n_queries, many },
         { "n_selected",  p.n_selected,  1, many },
         { "max_span",    p.max_span,    1, many },
@@ -187,6 +208,15 @@ static int check_params(const sfi_params & p) {
     for (const auto & r : ranges) {
         if (const int err = check_range(r.name, r.value, r.min, r.max)) {
             return err;
+        }
+    }
+    const struct { const char * name; float value; } constants[] = {
+        { "alpha", p.alpha }, { "gamma", p.gamma }, { "beta", p.beta }, { "p", p.p }, { "eta", p.eta },
+        { "lambda_clip", p.lambda_clip }, { "a_soft", p.a_soft }, { "a_cross", p.a_cross }, { "temperature", p.temperature },
+    };
+    for (const auto & c : constants) {
+        if (!std::isfinite(c.value)) {
+            return fail(SFI_ERR_ARGUMENT, "%s is not a finite number.", c.name);
         }
     }
     if (!(p.alpha > 0.0f) || !(p.temperature > 0.0f) || !(p.lambda_clip >= 0.0f && p.lambda_clip <= 1.0f)) {
@@ -202,6 +232,7 @@ static llama_support_params support_params(const sfi_params & p) {
     sp.n_selected = p.policy == SFI_POLICY_WINDOW ? 0 : p.n_selected;
     sp.max_span   = p.max_span;
     sp.n_queries  = p.n_queries;
+    sp.stride     = p.query_stride;
     sp.n_evidence = p.selector == SFI_SELECTOR_PAPER ? 1 : p.n_queries; // the paper: the slow step's query alone
     sp.selector.kind        = p.selector == SFI_SELECTOR_PAPER ? GGML_SUPPORT_SELECTOR_PAPER : GGML_SUPPORT_SELECTOR_TOPK;
     sp.selector.pool_after  = p.pool_after;
@@ -387,11 +418,16 @@ void sfi_free(struct sfi * s) {
     if (!s) {
         return;
     }
-    if (const auto support = s->support.lock()) {
-        llama_synchronize(s->lctx);
-        support->get_kv()->support.reset();
+    for (;;) {
+        int state = SFI_IDLE;
+        if (s->state.compare_exchange_strong(state, SFI_INSIDE)) {
+            destroy(s);
+            return;
+        }
+        if (state == SFI_INSIDE_FREED || s->state.compare_exchange_strong(state, SFI_INSIDE_FREED)) {
+            return;
+        }
     }
-    delete s;
 }
 
 int sfi_set_params(struct sfi * s, const struct sfi_params * params) {

@@ -26,6 +26,7 @@ class SfiParams:
     boundary:   slow step at the first content token after the end of a sentence
     auto_depth: below this depth SFI_STEP_AUTO is dense; 0: slow-fast at every depth; cells
     n_queries:  evidence of the last n queries; tokens, 1 .. 64
+    query_stride: ... of every n-th of them: slow steps are cheaper by as much; tokens, 1 .. 64
     pool_after, pool_before: an important cell also brings this many cells after and before it; cells
     alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
     """
@@ -40,6 +41,7 @@ class SfiParams:
     boundary: bool = True
     auto_depth: int = 0
     n_queries: int = 16
+    query_stride: int = 1
     pool_after: int = 16
     pool_before: int = 2
     alpha: float = 0.5
@@ -99,7 +101,7 @@ class SfiParams:
 
 _LEAST = {
     "n_sink": 0, "n_recent": 1, "n_selected": 1, "max_span": 1, "min_span": 0, "auto_depth": 0,
-    "n_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
+    "n_queries": 1, "query_stride": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
 }
 
 

@@ -228,8 +228,8 @@ def test_a_cell_that_was_recent_stays_attended_to(opened, prompts):
 def test_dense_steps_use_up_the_window_but_not_the_span(opened, prompts):
     context = opened()
     context.prefill(prompts[0])
-    kinds = [context.step(token, "dense").kind for token in range(8)] + [context.step(1, "fast").kind for _ in range(2)]
-    assert kinds == ["dense"] * 8 + ["fast", "slow"]
+    kinds = [context.step(token, "dense").kind for token in range(7)] + [context.step(1, "fast").kind for _ in range(2)]
+    assert kinds == ["dense"] * 7 + ["fast", "slow"]
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 35, 36, 37, 60, 61])
@@ -244,7 +244,6 @@ def test_a_prompt_shorter_than_the_support_is_attended_to_as_a_whole(opened, pro
         assert np.abs(fast.logits() - dense.logits()).max() < (CLOSE if n <= 60 else math.inf)
 
 
-@pytest.mark.xfail(reason="lists and buffers are as long as the parameters say, however small the context is")
 @pytest.mark.parametrize("name", ["max_span", "n_sink", "n_recent", "n_selected"])
 def test_more_than_the_context_holds_costs_no_more_than_the_context(opened, prompts, small, name):
     def cost(value):
@@ -567,7 +566,6 @@ with load_weights(open_library(), {model!r}) as weights:
 """
 
 
-@pytest.mark.xfail(reason="sfi_free() frees what the call that is running still uses")
 def test_an_engine_may_be_closed_while_it_works(tiny):
     """In a process of its own, because it may crash; a second thread that closes does the same."""
     code = CLOSE_WITHIN.format(tests=str(Path(__file__).parent), model=str(tiny))

@@ -79,7 +79,8 @@ struct sfi_params {
     int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells; 0: slow-fast at every depth */
 
     /* the selector */
-    int32_t n_queries;   /* evidence of the last n queries, 1 .. 64 */
+    int32_t n_queries;   /* evidence of the last n queries, 1 .. 64 ... */
+    int32_t query_stride; /* ... of every n-th of them, 1 .. 64: slow steps are cheaper by as much */
     int32_t pool_after;  /* an important cell also brings the cells after it ... */
     int32_t pool_before; /* ... and before it */
 
@@ -96,7 +97,8 @@ SFI_API struct sfi_params sfi_default_params(void);
  * a layer with sparse attention lives on a device that lacks the operations. */
 SFI_API int  sfi_attach(struct llama_context * lctx, const struct sfi_params * params, struct sfi ** out);
 
-/* Detach and free; NULL is accepted. The llama_context stays usable (or may already be gone). */
+/* Detach and free; NULL is accepted. The llama_context stays usable (or may already be gone). While another thread
+ * is inside, that thread frees when it leaves. */
 SFI_API void sfi_free(struct sfi * sfi);
 
 /* New parameters for an attached context. Supports are dropped, so the next step is slow. */
@@ -150,7 +152,7 @@ SFI_API int sfi_step(struct sfi * sfi, llama_seq_id seq, llama_token token, enum
 SFI_API int sfi_peek(const struct sfi * sfi, llama_seq_id seq, llama_token token,
                      enum sfi_step_kind * kind, enum sfi_reason * reason);
 
-/* Drop the support of a sequence: its next step is slow (SFI_REASON_INVALIDATED). */
+/* Drop the support of a sequence, if it has one: its next step is slow. */
 SFI_API int sfi_invalidate(struct sfi * sfi, llama_seq_id seq);
 
 /* ---- inspection: the support-stability hook ---------------------------------------------------------------- */

@@ -47,6 +47,10 @@ static std::string why_dense(const llama_model & model, const llama_kv_cache & k
 
 llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, const llama_support_params & params) :
         kv(kv), params(params), layers(model.hparams.n_layer()), streams(kv->get_n_stream()) {
+    // more than the cache holds would only cost memory
+    for (int32_t * n : { &this->params.n_sink, &this->params.n_recent, &this->params.n_selected, &this->params.max_span }) {
+        *n = std::min<int32_t>(*n, kv->get_size());
+    }
     const auto kv_layers = kv->get_layer_ids();
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
         layers[il].why = why_dense(model, *kv, kv_layers, il);
@@ -291,7 +295,8 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
         std::vector<int32_t> values = { j0, std::max(j0, n - params.n_recent) };
         for (const llama_pos pos : st.query_pos) {
             const llama_pos age = st.last_pos - pos;
-            values.push_back(pos < 0 || age >= params.n_evidence ? 0 : std::max(0, n - age));
+            const bool used = pos >= 0 && age < params.n_evidence && age % params.stride == 0;
+            values.push_back(used ? std::max(0, n - age) : 0);
         }
         ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
     }
@@ -331,8 +336,7 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
     const auto & params = support->get_params();
 
     if (key.kind == LLAMA_SUPPORT_FAST) {
-        const int64_t n = params.n_sink + params.n_recent + params.max_span + 1;
-        inp->always = new_input(g, GGML_TYPE_I32, n, "support_always");
+        inp->always = new_input(g, GGML_TYPE_I32, support->always_size(), "support_always");
     }
     if (key.n_list > 0) {
         inp->cells = new_input(g, GGML_TYPE_I32, key.n_list, "support_cells");

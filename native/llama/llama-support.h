@@ -10,6 +10,7 @@
 #include "ggml-sfi.h"
 #include "ggml-cpp.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -33,7 +34,8 @@ struct llama_support_params {
     int32_t n_selected = 2048; // 0: always only (policy window)
     int32_t max_span   = 64;
     int32_t n_queries  = 16;   // how many are kept
-    int32_t n_evidence = 16;   // how many give evidence (the last ones)
+    int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) ...
+    int32_t stride     = 1;    // ... and every how manieth does
     ggml_support_selector selector = {};
 };
 
@@ -88,6 +90,10 @@ public:
     };
     key graph_key() const;
 
+    int64_t always_size() const { // the longest list of always cells
+        return std::min<int64_t>(kv->get_size(), (int64_t) params.n_sink + params.n_recent + params.max_span);
+    }
+
     // ---- inspection --------------------------------------------------------------------------------------------
 
     const llama_support_params & get_params() const { return params; }
@@ -132,7 +138,6 @@ private:
     void    allocate(const llama_model & model);
     void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
     int64_t list_size() const;
-    int64_t always_size() const { return params.n_sink + params.n_recent + params.max_span + 1; }
 };
 
 enum : int64_t {

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Run the operations' tests where the usual build does not: on NEON under qemu-user, or under sanitizers.
+#
+#     native/tests/check-ops.sh neon     needs aarch64-linux-gnu-g++ and qemu-aarch64
+#     native/tests/check-ops.sh asan     AddressSanitizer and UBSan, every SIMD path of this CPU
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+what=${1:?neon or asan}
+tree=$PWD/build/ops/llama.cpp
+build=$PWD/build/ops/$what
+ops='SPARSE_ATTN,SUPPORT_.*'
+
+python3 patches/patchset.py apply "$tree"
+
+configure() {
+    cmake -S native/tests/ops -B "$build" -DSFI_TREE="$tree" -DGGML_OPENMP=OFF "$@" > "$build.log" 2>&1 ||
+        { tail -n 20 "$build.log"; exit 1; }
+    cmake --build "$build" --target test-backend-ops --parallel "${JOBS:-2}" >> "$build.log" 2>&1 ||
+        { tail -n 20 "$build.log"; exit 1; }
+}
+
+# a filter that matches nothing passes too, so look for what passed
+passed() {
+    grep -E '^ *[1-9][0-9]*/[1-9][0-9]* tests passed'
+}
+
+case $what in
+    neon)
+        configure -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DGGML_NATIVE=OFF \
+            -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_BUILD_TYPE=Release
+        qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/test-backend-ops" test -b CPU -o "$ops" | passed
+        ;;
+    asan)
+        flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
+        configure -DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags"
+        for path in scalar avx2 avx512; do
+            echo "SFI_SIMD=$path"
+            SFI_SIMD=$path ASAN_OPTIONS=detect_leaks=0 "$build/test-backend-ops" test -b CPU -o "$ops" | passed
+        done
+        ;;
+    *) echo "unknown: $what" >&2; exit 2 ;;
+esac
