@@ -65,6 +65,7 @@ class Model:
         self._types, self._params, self._fit_budget = (type_k, type_v), params, fit_budget
         self.vocabulary = Vocabulary(weights)
         self.session: Session | None = None
+        self.auto_found = ""  # how the depth from which auto is slow-fast was found
 
     @property
     def path(self) -> Path:
@@ -129,11 +130,26 @@ class Model:
         if n_prompt > self.n_ctx_limit:
             raise too_long(n_prompt, self.n_ctx_limit)
         need = min(self.n_ctx_limit, n_prompt + n if n else self.n_ctx_limit)
+        self._tune_auto(n_prompt + (n or 0))
         if self.session is None or self.session.n_ctx < need:
             grown = 2 * self.session.n_ctx if self.session else FIRST_CTX
             self.close_session()
             self.session = self._new_session(self._n_ctx or min(self.n_ctx_limit, max(grown, _round_up(need))))
         return self.session
+
+    def _tune_auto(self, n_tokens: int) -> None:
+        """Find the depth from which ``auto`` is slow-fast, once, and only where the text may get longer than the budget."""
+        if self.mode != "auto" or self._params.auto_depth or n_tokens <= self._params.budget:
+            return
+        from sfi_local.calibrate import auto_depth_of
+
+        params = self._fit_params(self.n_ctx_limit)
+        depth, self.auto_found = auto_depth_of(self, params, *self._types)
+        self._params = self._params.replace(auto_depth=depth)
+        if self.auto_found == "measured":
+            self._note(f"Measured once for this model on this machine: slow-fast decoding pays from a depth of {depth} tokens.")
+        if self.session and self.session.engine:
+            self.session.engine.params = self.session.engine.params.replace(auto_depth=depth)
 
     def close_session(self) -> None:
         """Free the context; the weights stay."""

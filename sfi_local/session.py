@@ -120,7 +120,7 @@ class Session:
     def _attach(self) -> Engine | None:
         if self.mode == "stock":
             return None
-        depth = auto_depth(self.params) if self.mode == "auto" else 0
+        depth = (self.params.auto_depth or auto_depth(self.params)) if self.mode == "auto" else 0
         try:
             return Engine(self._context.ctx, self.params.replace(auto_depth=depth), owner=self._context)
         except (ModelError, ContextError, KvTypeError, BackendError) as error:

@@ -1,0 +1,64 @@
+"""The comparisons that stand between a measurement and its numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sfi_local.errors import SfiError
+
+if TYPE_CHECKING:
+    from sfi_local.bench_session import Decoded
+
+TIE = 0.2  # nats; two tokens whose log-probabilities are closer than this may change places
+
+
+class CheckError(SfiError):
+    """A mode did not compute what it stands for, so its time means nothing."""
+
+
+def compare(name: str, logits: Any, other_name: str, other: Any, max_kl: float) -> float:
+    """The largest KL divergence, in nats, of the steps of one mode from those of another; logits [n, n_vocab].
+
+    Raises CheckError above max_kl, or where the most likely tokens differ and are no tie.
+    """
+    import numpy as np
+
+    if not (np.isfinite(logits).all() and np.isfinite(other).all()):
+        raise CheckError(f"No times are shown: the logits of {name} or {other_name} are not finite.")
+    p, q = _log_softmax(logits), _log_softmax(other)
+    kl = float((np.exp(q) * (q - p)).sum(axis=-1).max())
+    best = p.argmax(axis=-1)[:, None]
+    gap = float((q.max(axis=-1) - np.take_along_axis(q, best, axis=-1)[:, 0]).max())
+    if kl > max_kl or gap > TIE:
+        raise CheckError(f"No times are shown: {name} does not equal {other_name} (KL {kl:.4f}, allowed {max_kl}; the most "
+                         f"likely tokens are {gap:.3f} nats apart, allowed {TIE}). Please report this.")
+    return kl
+
+
+def only(decoded: "Decoded", kind: str) -> None:
+    """Every step was of one kind."""
+    if set(decoded.kinds) != {kind}:
+        raise CheckError(f"No times are shown: the steps of mode {kind} were {', '.join(sorted(set(decoded.kinds)))}.")
+
+
+def slow_and_fast(decoded: "Decoded", budget: int, depth: int, slow_every: int | None) -> None:
+    """There were slow and fast steps, as often as asked, and they read less than dense ones."""
+    kinds = decoded.kinds
+    if slow_every:
+        expected = ["fast" if i % slow_every else "slow" for i in range(len(kinds))]
+        if kinds != expected:
+            raise CheckError(f"No times are shown: every {slow_every}th step was to be slow, and "
+                             f"{kinds.count('slow')} of {len(kinds)} were.")
+    elif set(kinds) - {"slow", "fast"} or len(kinds) > 1 and "fast" not in kinds:
+        raise CheckError(f"No times are shown: the steps of mode sfi were {', '.join(sorted(set(kinds)))}.")
+    if "fast" in kinds and depth > budget and not decoded.kv_read_share < 1:
+        raise CheckError(f"No times are shown: fast steps read {100 * decoded.kv_read_share:.0f} % of K and V at depth "
+                         f"{depth}, with a budget of {budget} cells.")
+
+
+def _log_softmax(logits: Any) -> Any:
+    import numpy as np
+
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
