@@ -70,8 +70,9 @@ class SfiParams:
         _one_of("selector", self.selector, SELECTORS)
         for name, least in _LEAST.items():
             _at_least(name, getattr(self, name), least)
-        if self.n_queries > MAX_QUERIES:
-            raise ArgumentError(f"n_queries is {self.n_queries}, but at most {MAX_QUERIES} are kept: lower it.")
+        for name in ("n_queries", "query_stride"):
+            if getattr(self, name) > MAX_QUERIES:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, but at most {MAX_QUERIES} queries are kept: lower it.")
         if self.n_recent < self.n_queries:
             raise ArgumentError(
                 f"n_recent is {self.n_recent}, less than the {self.n_queries} queries of the evidence: "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import stat
 import sys
-import os
 from dataclasses import dataclass
 from typing import Any
 

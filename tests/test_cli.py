@@ -112,7 +112,9 @@ def test_inspect_and_doctor_speak_to_people(cli, tiny):
 
 
 def test_help_is_there_for_every_command_and_needs_no_library(cli):
-    for command in ((), ("run",), ("models",), ("pull",), ("inspect",), ("doctor",)):
+    from sfi_local.cli import COMMANDS
+
+    for command in ((), *((name,) for name in COMMANDS)):
         done = cli(*command, "--help")
         assert done.returncode == 0 and b"sfi-local" in done.stdout
     assert cli("--version").stdout.startswith(b"sfi-local 0")

@@ -6,7 +6,6 @@ import pytest
 
 from sfi_local.gguf_file import GgufFile, read_gguf
 from sfi_local.kv_layout import kv_bytes, layers, sfi_bytes, why_dense
-from sfi_local.params import SfiParams
 
 
 def model(architecture="llama", **keys):

@@ -15,7 +15,7 @@ def test_defaults_are_those_of_the_library(native):
 @pytest.mark.parametrize("change, word", [
     ({"n_selected": 0}, "n_selected"), ({"n_recent": 0}, "n_recent"), ({"n_sink": -1}, "n_sink"),
     ({"max_span": 0}, "max_span"), ({"min_span": -1}, "min_span"), ({"n_queries": 65}, "64"),
-    ({"n_queries": 0}, "n_queries"), ({"n_recent": 15}, "queries"), ({"support": "oracle"}, "frozen"),
+    ({"n_queries": 0}, "n_queries"), ({"query_stride": 65}, "query_stride"), ({"n_recent": 15}, "queries"), ({"support": "oracle"}, "frozen"),
     ({"selector": "best"}, "topk"), ({"lambda_clip": 1.5}, "lambda_clip"), ({"temperature": 0.0}, "temperature"),
 ])
 def test_out_of_range_is_refused(change, word):
