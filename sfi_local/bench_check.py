@@ -9,7 +9,7 @@ from sfi_local.errors import SfiError
 if TYPE_CHECKING:
     from sfi_local.bench_session import Decoded
 
-TIE = 0.2  # nats; two tokens whose log-probabilities are closer than this may change places
+TIE = 10  # times the KL allowed: tokens whose log-probabilities are closer than that, in nats, may change places
 
 
 class CheckError(SfiError):
@@ -17,7 +17,7 @@ class CheckError(SfiError):
 
 
 def compare(name: str, logits: Any, other_name: str, other: Any, max_kl: float) -> float:
-    """The largest KL divergence, in nats, of the steps of one mode from those of another; logits [n, n_vocab].
+    """The mean KL divergence, in nats, of the steps of one mode from those of another; logits [n, n_vocab].
 
     Raises CheckError above max_kl, or where the most likely tokens differ and are no tie.
     """
@@ -26,12 +26,12 @@ def compare(name: str, logits: Any, other_name: str, other: Any, max_kl: float) 
     if not (np.isfinite(logits).all() and np.isfinite(other).all()):
         raise CheckError(f"No times are shown: the logits of {name} or {other_name} are not finite.")
     p, q = _log_softmax(logits), _log_softmax(other)
-    kl = float((np.exp(q) * (q - p)).sum(axis=-1).max())
+    kl = float((np.exp(q) * (q - p)).sum(axis=-1).mean())
     best = p.argmax(axis=-1)[:, None]
     gap = float((q.max(axis=-1) - np.take_along_axis(q, best, axis=-1)[:, 0]).max())
-    if kl > max_kl or gap > TIE:
+    if kl > max_kl or gap > TIE * max_kl:
         raise CheckError(f"No times are shown: {name} does not equal {other_name} (KL {kl:.4f}, allowed {max_kl}; the most "
-                         f"likely tokens are {gap:.3f} nats apart, allowed {TIE}). Please report this.")
+                         f"likely tokens are {gap:.3f} nats apart, allowed {TIE * max_kl:g}). Please report this.")
     return kl
 
 

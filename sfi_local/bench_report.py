@@ -116,7 +116,7 @@ def check_plot(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise SfiError("--plot needs matplotlib: run `pip install matplotlib`, or leave --plot out.") from None
+        raise SfiError("--plot needs matplotlib: run `pip install 'sfi-local[plot]'` or `pip install matplotlib`, or leave --plot out.") from None
 
 
 def plot(rows: Rows, path: str) -> None:

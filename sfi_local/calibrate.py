@@ -1,6 +1,6 @@
 """The depth from which mode ``auto`` is slow-fast: measured once per model, machine and settings, then remembered.
 
-Steps of each kind are timed in a small context of its own at three depths, whose cells are repeated ones. Dense and
+Steps of each kind are timed in a small context of its own at two or three depths, whose cells are repeated ones. Dense and
 slow steps cost a line in the depth, fast steps do not depend on it; where the lines cross, slow-fast begins to pay.
 """
 
@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from sfi_local.machine import available_memory, cache_dir
@@ -25,8 +26,10 @@ ENV = "SFI_LOCAL_AUTO_DEPTH"  # cells: this depth instead of a measurement; 0: t
 MEAN_SPAN = 20         # fast steps per slow step of the schedule on prose
 GAIN = 0.03            # slow-fast must be faster than dense by this share
 LIMIT_S = 2.5          # a measurement that would take longer is given up
-ROUNDS = 6             # of one slow, two dense and two fast steps, at each depth
-LEAST_DEPTH = 512      # below this a step's time says little about attention
+ROUND = ("slow", "dense", "fast", "dense", "fast")
+ROUNDS = 6             # at each depth, if there is time
+MAX_BYTES = 256 << 20  # of K and V that are filled for a measurement
+LEAST_DEPTH = 512      # below this the time of a step says little about attention
 PIECE = 16             # cells that are computed and repeated
 MAX_ENTRIES = 200      # of the file
 MAX_DEPTH = 1 << 24
@@ -53,14 +56,29 @@ def auto_depth_of(model: "Model", params: SfiParams, type_k: str, type_v: str) -
         if given.isdigit():
             return int(given) or depth_by_rule(params), f"{ENV} is {given}"
         key = _key(model, params, type_k, type_v)
-        if (known := _entries(calibration_file()).get(key)) is not None:
-            return known["auto_depth"], "measured before"
-        timings = measure(model, params, type_k, type_v)
-        depth = break_even(timings, params)
-        remember(key, depth, timings)
-        return depth, "measured"
+        entry = _entries(calibration_file()).get(key)
+        if entry and entry["timings"]:
+            return entry["auto_depth"], "measured before"
+        if entry and entry["date"] == _today():
+            return depth_by_rule(params), f"not measured: {entry['why']}"
+        return _measure_and_remember(key, model, params, type_k, type_v)
     except Exception as error:  # a calibration must never make a run fail
         return depth_by_rule(params), f"not measured: {error}"
+
+
+def _measure_and_remember(key: str, model: "Model", params: SfiParams, type_k: str, type_v: str) -> tuple[int, str]:
+    """A measurement that fails is not tried again before tomorrow."""
+    try:
+        timings = measure(model, params, type_k, type_v)
+        depth = break_even(timings, params)
+    except _CannotMeasure as error:
+        remember(key, depth_by_rule(params), [], str(error))
+        raise
+    try:
+        remember(key, depth, timings)
+    except OSError:
+        pass  # a cache that cannot be written: measured again next time
+    return depth, "measured"
 
 
 def break_even(timings: list[Timing], params: SfiParams) -> int:
@@ -68,7 +86,7 @@ def break_even(timings: list[Timing], params: SfiParams) -> int:
     span = min(MEAN_SPAN, params.max_span)
     dense, dense_slope = _line([(t.depth, t.dense) for t in timings])
     slow, slow_slope = _line([(t.depth, t.slow) for t in timings])
-    fast = sum(t.fast for t in timings) / len(timings)
+    fast = median(t.fast for t in timings if t.depth >= params.budget)
     per_span = (1 - GAIN) * (span + 1)
     gain = per_span * dense_slope - slow_slope
     if dense_slope <= 0 or gain <= 0:
@@ -87,40 +105,59 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[Timing]:
-    """Time steps at one, two and three times the budget, in a context that is freed again."""
-    from sfi_local import kv_layout
+    """Time steps at half the budget, the budget and twice the budget, in a context that is freed again."""
     from sfi_local.session import Session
 
     deadline = time.perf_counter() + LIMIT_S
-    params = params.replace(auto_depth=0, max_span=max(params.max_span, 5))
-    depths = [i * max(LEAST_DEPTH, params.budget) for i in (1, 2, 3)]
-    n_ctx = depths[-1] + 5 * ROUNDS
-    available = available_memory()
-    if available is not None and 2 * kv_layout.kv_bytes(kv_layout.layers(model.file), n_ctx, type_k, type_v) > available:
-        raise _CannotMeasure("too little memory is left")
-    session = Session(model._weights, n_ctx, "sfi", params, model.n_threads, type_k, type_v)
+    depths = _depths(model, params, type_k, type_v)
+    params = params.replace(auto_depth=0, max_span=max(params.max_span, ROUND.count("fast")))
+    session = Session(model._weights, depths[-1] + len(ROUND) * ROUNDS, "sfi", params, model.n_threads, type_k, type_v)
     try:
         token = (model.tokenize("the") or [0])[-1]
         session.prefill([token] * PIECE)
-        return [_time_at(session, depth, token, deadline, LIMIT_S / 3) for depth in depths]
+        return _time_all(session, depths, token, deadline)
     finally:
         session.close()
 
 
-def _time_at(session: "Session", depth: int, token: int, deadline: float, limit_s: float) -> Timing:
+def _depths(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[int]:
+    """Where to measure; two depths where a third would take long to fill."""
+    from sfi_local import kv_layout
+
+    unit, layers = max(2 * LEAST_DEPTH, params.budget), kv_layout.layers(model.file)
+    available = available_memory()
+    if available is not None and 2 * kv_layout.kv_bytes(layers, unit, type_k, type_v) > available:
+        raise _CannotMeasure("too little memory is left")
+    depths = [unit // 2, unit, 2 * unit]
+    return depths if kv_layout.kv_bytes(layers, depths[-1], type_k, type_v) <= MAX_BYTES else depths[:2]
+
+
+def _time_all(session: "Session", depths: list[int], token: int, deadline: float) -> list[Timing]:
+    """As many of the depths as there is time for, at least two."""
+    timings: list[Timing] = []
+    for depth in depths:
+        if len(timings) == 2 and deadline - time.perf_counter() < LIMIT_S / 2:
+            break
+        timings.append(_time_at(session, depth, token, deadline))
+    return timings
+
+
+def _time_at(session: "Session", depth: int, token: int, deadline: float) -> Timing:
+    """Rounds at one depth: several if there is time, the first three steps at least."""
     from sfi_local import state_fill
 
     state_fill.fill(session._llama, session.context.ctx, depth)
     session.tokens[:] = [token] * depth
-    start, best = time.perf_counter(), {"slow": float("inf"), "dense": float("inf"), "fast": float("inf")}
-    for n_done in range(ROUNDS):
-        for kind in ("slow", "dense", "fast", "dense", "fast"):
-            info = session.step(token, lambda *_: kind)
-            best[info.kind] = min(best[info.kind], info.t_ms)
-            if time.perf_counter() > deadline:
-                raise _CannotMeasure(f"the model is too slow to measure it in {LIMIT_S:g} s")
-        if n_done and time.perf_counter() - start > limit_s / 2:
+    end = min(deadline, time.perf_counter() + LIMIT_S / 4)
+    best = {"slow": float("inf"), "dense": float("inf"), "fast": float("inf")}
+    for kind in ROUND * ROUNDS:
+        info = session.step(token, lambda *_: kind)
+        best[info.kind] = min(best[info.kind], info.t_ms)
+        whole = max(best.values()) < float("inf")
+        if whole and time.perf_counter() > end:
             break
+        if not whole and time.perf_counter() > deadline:
+            raise _CannotMeasure(f"the model is too slow to measure it in {LIMIT_S:g} s")
     return Timing(depth, best["dense"], best["slow"], best["fast"])
 
 
@@ -136,11 +173,11 @@ def known() -> list[dict[str, Any]]:
     return list(_entries(calibration_file()).values())
 
 
-def remember(key: str, depth: int, timings: list[Timing]) -> None:
-    """Add an entry; the file is replaced as a whole. Raises OSError."""
+def remember(key: str, depth: int, timings: list[Timing], why: str = "") -> None:
+    """Add an entry; without timings ``why`` says why there are none. The file is replaced as a whole. Raises OSError."""
     path = calibration_file()
     entries = {k: e for k, e in _entries(path).items() if k != key}
-    entries[key] = {"key": json.loads(key), "auto_depth": depth, "date": time.strftime("%Y-%m-%d"),
+    entries[key] = {"key": json.loads(key), "auto_depth": depth, "date": _today(), "why": why,
                     "timings": [asdict(t) for t in timings]}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -155,9 +192,18 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
     """key -> entry; what is not an entry is left out."""
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
-        return {_spelled(e["key"]): e for e in items if 0 <= int(e["auto_depth"]) <= MAX_DEPTH}
+        return {_spelled(e["key"]): e for e in items if _is_entry(e)}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
+
+
+def _is_entry(e: dict[str, Any]) -> bool:
+    return (0 < e["auto_depth"] <= MAX_DEPTH and isinstance(e["timings"], list) and isinstance(e["why"], str)
+            and isinstance(e["date"], str) and isinstance(e["key"], dict))
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
 def _key(model: "Model", params: SfiParams, type_k: str, type_v: str) -> str:

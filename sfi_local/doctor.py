@@ -7,6 +7,7 @@ import json
 import platform
 import shutil
 import sys
+from pathlib import Path
 from typing import Any, Callable
 
 import click
@@ -121,4 +122,14 @@ def _models() -> dict[str, Any]:
             "fetched": [row["name"] for row in known_models() if row["path"]]}
 
 
-SECTIONS = {"library": _library, "devices": _devices, "machine": _machine, "models": _models, "versions": _versions}
+def _auto() -> dict[str, Any]:
+    """From which depth mode auto is slow-fast, of the models that were measured on this machine."""
+    from sfi_local import calibrate
+
+    return {"file": str(calibrate.calibration_file()),
+            "measured": [f"{Path(e['key']['model']).name} with {e['key']['threads']} threads, {e['key']['type_k']}, budget "
+                         f"{sum(e['key']['budget'])}: from {e['auto_depth']}" for e in calibrate.known() if e["timings"]]}
+
+
+SECTIONS = {"library": _library, "devices": _devices, "machine": _machine, "models": _models, "auto": _auto,
+            "versions": _versions}

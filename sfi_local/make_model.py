@@ -159,10 +159,16 @@ def random_rows(t: Tensor, rng: Any) -> Any:
     return blocks.reshape(t.rows, t.row_bytes)
 
 
-def _half(value: float) -> Any:
+def _set_scale(scales: Any, value: float) -> None:
+    """Write a half float into pairs of bytes; its sign stays the random one that is there.
+
+    Codes mean one value more below zero than above, and a mean that all rows share would drown everything else.
+    """
     import numpy as np
 
-    return np.frombuffer(np.float16(value).tobytes(), dtype=np.uint8)
+    low, high = np.float16(value).tobytes()
+    scales[:, 0] = low
+    scales[:, 1] = scales[:, 1] & 0x80 | high
 
 
 def _fill_f16(blocks: Any, spread: float) -> None:
@@ -179,18 +185,18 @@ def _fill_f16(blocks: Any, spread: float) -> None:
 
 def _fill_q4_0(blocks: Any, spread: float) -> None:
     """d, then 32 nibbles that mean d * (nibble - 8): spread 4.6 d."""
-    blocks[:, :2] = _half(spread / 4.6)
+    _set_scale(blocks[:, :2], spread / 4.6)
 
 
 def _fill_q8_0(blocks: Any, spread: float) -> None:
     """d, then 32 signed bytes: spread 74 d."""
-    blocks[:, :2] = _half(spread / 74)
+    _set_scale(blocks[:, :2], spread / 74)
 
 
 def _fill_q6_k(blocks: Any, spread: float) -> None:
     """192 bytes of 6 bit values that mean value - 32 (spread 18.5), 16 scales of one byte, d."""
     blocks[:, 192:208] = 64
-    blocks[:, 208:] = _half(spread / (64 * 18.5))
+    _set_scale(blocks[:, 208:], spread / (64 * 18.5))
 
 
 _FILL = {"f16": _fill_f16, "q4_0": _fill_q4_0, "q8_0": _fill_q8_0, "q6_k": _fill_q6_k}

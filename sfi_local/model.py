@@ -148,6 +148,8 @@ class Model:
         self._params = self._params.replace(auto_depth=depth)
         if self.auto_found == "measured":
             self._note(f"Measured once for this model on this machine: slow-fast decoding pays from a depth of {depth} tokens.")
+        elif log.verbose:
+            self._note(f"Mode auto is slow-fast from a depth of {depth} tokens ({self.auto_found}).")
         if self.session and self.session.engine:
             self.session.engine.params = self.session.engine.params.replace(auto_depth=depth)
 

@@ -22,7 +22,7 @@ from typing import Any, Iterator
 
 from sfi_local.errors import DecodeError, InputError
 
-MAX_MAPPINGS = 1 << 14  # Linux allows 65530 per process
+MAX_MAPPINGS = 1 << 13  # Linux allows 65530 per process
 
 _HEADER = struct.Struct("<IiII")   # magic, sequence, streams, cells
 _CELL = struct.Struct("<iIi")      # position, number of sequences, sequence
@@ -48,7 +48,9 @@ def fill(llama: Any, context: int, depth: int) -> None:
     piece = (ctypes.c_uint8 * n)()
     if llama.llama_state_seq_get_data(context, piece, n, 0) != n:
         raise DecodeError("llama.cpp did not give the state of the sequence.")
-    with laid_out(parts(bytes(piece), depth)) as (address, size):
+    whole = parts(bytes(piece), depth)
+    llama.llama_memory_clear(llama.llama_get_memory(context), False)  # or the cells would begin behind the piece
+    with laid_out(whole) as (address, size):
         pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
         if llama.llama_state_seq_set_data(context, pointer, size, 0) != size:
             raise DecodeError(f"llama.cpp refused a state of {depth} cells: use --fill prefill.")

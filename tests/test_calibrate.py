@@ -1,0 +1,170 @@
+"""Where auto begins to be slow-fast: measured once, remembered, never in the way of a run."""
+
+import json
+
+import pytest
+
+from sfi_local import SfiParams, calibrate
+from sfi_local.calibrate import Timing, auto_depth_of, break_even, calibration_file
+
+SMALL = SfiParams(n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
+TIMES = [Timing(500, 6.0, 7.0, 5.0), Timing(1000, 7.0, 8.0, 5.0)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv(calibrate.ENV, raising=False)
+    monkeypatch.setenv("SFI_LOCAL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tiny):
+    from sfi_local import load
+
+    with load(tiny, n_threads=1, params=SMALL) as model:
+        yield model
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Measurements that take no time; a list of the calls."""
+    calls = []
+
+    def measure(model, params, *types):
+        calls.append((params.budget, types))
+        return TIMES
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    return calls
+
+
+# ---- pure ------------------------------------------------------------------------------------------------------------
+
+def test_break_even_is_where_the_mean_of_a_span_crosses_dense():
+    params = SMALL.replace(max_span=64)
+    depth = break_even(TIMES, params)
+
+    def dense(d): return 5 + d / 500
+    def mean(d): return (6 + d / 500 + 20 * 5) / 21
+
+    assert mean(depth + 2) < 0.97 * dense(depth + 2) and mean(depth - 2) > 0.97 * dense(depth - 2)
+
+
+def test_break_even_is_the_budget_at_least():
+    cheap = [Timing(100, 6.0, 6.0, 1.0), Timing(1000, 7.0, 7.0, 1.0)]
+    assert break_even(cheap, SMALL) == SMALL.budget
+
+
+@pytest.mark.parametrize("timings", [
+    [Timing(500, 7.0, 7.0, 5.0), Timing(1000, 6.0, 8.0, 5.0)],     # dense steps that get faster
+    [Timing(500, 6.0, 7.0, 5.0), Timing(1000, 6.1, 90.0, 5.0)],    # slow steps that eat the gain
+])
+def test_times_that_cannot_be_are_no_measurement(timings):
+    with pytest.raises(Exception, match="do not grow"):
+        break_even(timings, SMALL)
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+def test_a_measurement_is_kept_and_used_again(model, measured):
+    first = auto_depth_of(model, SMALL, "f16", "f16")
+    again = auto_depth_of(model, SMALL, "f16", "f16")
+    assert first == (break_even(TIMES, SMALL), "measured") and again == (first[0], "measured before") and len(measured) == 1
+    assert [e["auto_depth"] for e in calibrate.known()] == [first[0]]
+    assert [p.name for p in calibration_file().parent.iterdir()] == ["auto.json"]
+
+
+def test_another_budget_kv_type_thread_or_file_is_measured_anew(model, measured):
+    auto_depth_of(model, SMALL, "f16", "f16")
+    auto_depth_of(model, SMALL, "q8_0", "q8_0")
+    auto_depth_of(model, SMALL.replace(n_selected=41), "f16", "f16")
+    model.n_threads = 2
+    auto_depth_of(model, SMALL, "f16", "f16")
+    model.path.touch()
+    auto_depth_of(model, SMALL, "f16", "f16")
+    assert len(measured) == len(calibrate.known()) == 5
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "3", '[{"auto_depth": 1}]', "[null]", '[{"key": {}, "auto_depth": "x"}]'])
+def test_a_corrupt_file_is_ignored_and_written_anew(model, measured, content):
+    calibration_file().parent.mkdir(parents=True)
+    calibration_file().write_text(content)
+    assert auto_depth_of(model, SMALL, "f16", "f16")[1] == "measured"
+    assert len(json.loads(calibration_file().read_text())) == 1
+
+
+def test_what_goes_wrong_leaves_the_rule_and_a_reason(model, monkeypatch):
+    def broken(*_):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(calibrate, "measure", broken)
+    assert auto_depth_of(model, SMALL, "f16", "f16") == (2 * SMALL.budget, "not measured: no memory")
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(model, measured, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SFI_LOCAL_CACHE", str(tmp_path / "file"))
+    depth, how = auto_depth_of(model, SMALL, "f16", "f16")
+    assert depth == break_even(TIMES, SMALL) and how == "measured"
+
+
+def test_a_failed_measurement_is_not_tried_again_on_the_same_day(model, monkeypatch):
+    calls = []
+
+    def too_slow(*_):
+        calls.append(1)
+        raise calibrate._CannotMeasure("too slow")
+
+    monkeypatch.setattr(calibrate, "measure", too_slow)
+    for _ in range(3):
+        assert auto_depth_of(model, SMALL, "f16", "f16") == (2 * SMALL.budget, "not measured: too slow")
+    assert len(calls) == 1
+    monkeypatch.setattr(calibrate, "_today", lambda: "3000-01-01")
+    auto_depth_of(model, SMALL, "f16", "f16")
+    assert len(calls) == 2
+
+
+def test_the_environment_overrules(model, measured, monkeypatch):
+    monkeypatch.setenv(calibrate.ENV, "1234")
+    assert auto_depth_of(model, SMALL, "f16", "f16")[0] == 1234
+    monkeypatch.setenv(calibrate.ENV, "0")
+    assert auto_depth_of(model, SMALL, "f16", "f16")[0] == 2 * SMALL.budget
+    assert not measured and not calibration_file().exists()
+
+
+# ---- in a run --------------------------------------------------------------------------------------------------------
+
+def test_a_short_text_does_not_pay_and_a_long_one_pays_once(model, measured):
+    kinds = [s.kind for s in model.generate("x" * 40, n=20)]
+    assert not measured and set(kinds[1:]) == {"dense"}
+    list(model.generate("x" * 70, n=20))
+    list(model.generate("x" * 90, n=20))
+    assert len(measured) == 1 and "pays from a depth of" in model.notes[0]
+    assert model.session.engine.params.auto_depth == break_even(TIMES, SMALL)
+
+
+def test_steps_are_dense_below_the_measured_depth_and_slow_fast_above(model, monkeypatch):
+    monkeypatch.setattr(calibrate, "measure", lambda *_: [Timing(100, 6.0, 6.0, 5.8), Timing(200, 7.0, 7.0, 5.8)])
+    depth = break_even(calibrate.measure(), SMALL)
+    assert 76 < depth < 200
+    kinds = [s.kind for s in model.generate("x" * (depth - 10), n=30)][1:]
+    assert set(kinds[:9]) == {"dense"} and set(kinds[11:]) <= {"slow", "fast"} and "fast" in kinds
+
+
+def test_a_real_measurement_has_times_of_every_kind_and_leaves_the_model_usable(model, monkeypatch):
+    monkeypatch.setattr(calibrate, "LIMIT_S", 60.0)
+    monkeypatch.setattr(calibrate, "ROUNDS", 1)
+    timings = calibrate.measure(model, SMALL, "f16", "f16")
+    assert [t.depth for t in timings] == [512, 1024, 2048]
+    assert all(0 < x < 1e4 for t in timings for x in (t.dense, t.slow, t.fast))
+    assert model.session is None and len(list(model.generate("abc", n=3))) == 3
+
+
+def test_a_run_that_calibrates_says_so_on_stderr_once(cli, tiny):
+    options = ("run", tiny, "-p", "The quick brown fox. " * 12, "-n", 10, "--temp", 0, "-t", 1, "--n-recent", 32,
+               "--n-selected", 40)
+    runs = [cli(*options, "--json"), cli(*options)]
+    assert [r.returncode for r in runs] == [0, 0] and calibration_file().exists()
+    notes, why = json.loads(runs[0].stdout)["notes"], json.loads(calibration_file().read_text())[0]["why"]
+    assert why or "Measured once" in notes[0] and b"Measured once" in runs[0].stderr
+    assert b"Measured" not in runs[1].stdout + runs[1].stderr
