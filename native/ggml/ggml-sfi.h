@@ -31,7 +31,8 @@ extern "C" {
 // logit(c) = scale * q.k(c); with logit_softcap > 0: logit_softcap * tanh(scale * q.k(c) / logit_softcap).
 // result = softmax over the support (and the head's learned sink, which has no value) of logit, times v.
 // A tail row is the normalised output for some other cells followed by the log-sum-exp of their logits;
-// it is merged as if those cells had been listed. An empty support gives the tail, or zeros.
+// it is merged as if those cells had been listed; one whose log-sum-exp is -INFINITY counts for nothing. An empty
+// support gives the tail (a learned sink still competes with it), or zeros.
 GGML_API struct ggml_tensor * ggml_sparse_attn(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
@@ -60,7 +61,8 @@ enum ggml_support_softmax {
 //
 // The candidates are cells[j0 .. j1). Query i sees cells[0 .. n_visible[i]); 0 means the row is not used.
 // With p_r(j) the softmax of row r (a query of a head of the group), result(j) = mean over the used rows of
-// p_r(j)^alpha for candidates j, 0 elsewhere. Pads (-1) among the cells get evidence 0.
+// p_r(j)^alpha for candidates j, 0 elsewhere; a used row that sees no candidate counts in the mean. Pads among the
+// cells get evidence 0.
 GGML_API struct ggml_tensor * ggml_support_evidence(
         struct ggml_context     * ctx,
         struct ggml_tensor      * q,
@@ -102,7 +104,8 @@ struct ggml_support_selector {
 //   result    I32 [n_selected, n_head_kv]              // order not promised, padded with -1
 //
 // topk: score(j) = max of evidence(i) over the candidates i with j - pool_after <= i <= j + pool_before.
-// Equal scores: the earlier position wins.
+// Equal scores: the earlier position wins. A pad keeps its place among the positions, but has neither evidence nor
+// prior and is never selected.
 GGML_API struct ggml_tensor * ggml_support_select(
         struct ggml_context                * ctx,
         struct ggml_tensor                 * evidence,
@@ -121,7 +124,8 @@ GGML_API struct ggml_tensor * ggml_support_select(
 //   previous  I32 [n_selected, n_head_kv]
 //   result    F32 [4, n_head_kv] = { evidence on all candidates, on selected, on previous, jaccard(selected, previous) }
 //
-// Two empty sets have jaccard 1.
+// Cells of `previous` that are no candidates any more hold no evidence, but count in the jaccard. Two empty sets have
+// jaccard 1.
 GGML_API struct ggml_tensor * ggml_support_stability(
         struct ggml_context * ctx,
         struct ggml_tensor  * evidence,
