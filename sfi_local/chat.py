@@ -75,17 +75,20 @@ def _opening(request: Any) -> list:
 
 
 def _read() -> str | None:
-    """A line typed by the user; None at the end."""
+    """A line typed by the user; "" if it is no text, None at the end."""
+    from sfi_local.run import say
+    from sfi_local.text_input import from_argument
+
     try:
         if not sys.stdout.isatty():
             sys.stderr.write("> ")
             sys.stderr.flush()
-        text = input("> " if sys.stdout.isatty() else "").strip()
+        text = from_argument(input("> " if sys.stdout.isatty() else ""), "the line").strip()
     except EOFError:
         sys.stderr.write("\n")
         return None
-    except UnicodeDecodeError:
-        sys.stderr.write("sfi-local: that was not UTF-8 text.\n")
+    except (UnicodeDecodeError, SfiError):
+        say("That line is not UTF-8 text without NUL bytes: type it again.")
         return ""
     return None if text in ("/quit", "/exit") else text
 

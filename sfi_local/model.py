@@ -246,7 +246,11 @@ def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: 
 
 
 def _check_generates(file: GgufFile) -> None:
-    """Refuse what llama.cpp would load and then abort on."""
+    """Refuse what llama.cpp cannot be given, and what it would load and then abort on."""
+    try:
+        str(file.path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ModelFileError(f"The name of {file.path} is not UTF-8, which llama.cpp needs: rename the file.") from None
     if file.architecture in kv_layout.NO_CACHE:
         raise ModelFileError(f"{file.path} is a {file.architecture} model, which does not generate text token by token: "
                              f"give a decoder model.")

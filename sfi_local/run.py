@@ -98,15 +98,19 @@ class Request:
     fit_budget: bool
 
     def check(self) -> None:
-        """Refuse combinations that cannot be meant."""
+        """Refuse combinations that cannot be meant, and texts that are none."""
+        from sfi_local.text_input import from_argument
+
         if self.n == 0:
             raise UsageError("-n 0 generates nothing: give 1 or more, or -1 for no limit.")
         if (self.max_prompt_tokens or self.truncate) and self.file is None:
             raise UsageError("--max-prompt-tokens and --truncate take the head of a file: give one with -f.")
         if self.raw and self.system is not None:
             raise UsageError("--raw leaves out the chat template, so there is no place for --system: put it into -p.")
-        if self.is_chat() and self.as_json:
-            raise UsageError("--json needs a prompt: give -p, -f, or text on stdin.")
+        if self.is_chat() and (self.as_json or self.raw):
+            raise UsageError("--json and --raw need a prompt: give -p, -f, or text on stdin.")
+        for name, text in (("--system", self.system or ""), *(("--stop", text) for text in self.stop)):
+            from_argument(text, name)
 
     def is_chat(self) -> bool:
         return self.prompt is None and self.file is None and sys.stdin is not None and sys.stdin.isatty()

@@ -168,10 +168,20 @@ def test_text_that_is_no_text(cli, tiny, tmp_path):
 
 
 @posix
-def test_an_argument_that_is_no_text(tiny, tmp_path):
-    command = [*map(os.fsencode, cli_command("run", tiny, "-p")), b"caf\xe9"]
+@pytest.mark.parametrize("option", ["-p", "--system", "--stop"])
+def test_an_argument_that_is_no_text(tiny, option):
+    command = [*map(os.fsencode, cli_command("run", tiny, "-p", "x", option)), b"caf\xe9"]
     done = subprocess.run(command, capture_output=True, env=cli_env(), stdin=subprocess.DEVNULL)
-    assert "-p is not UTF-8 text: byte 3 is 0xe9" in sentence(done)
+    assert f"{option} is not UTF-8 text: byte 3 is 0xe9" in sentence(done)
+
+
+@posix
+def test_a_file_name_that_is_no_text(tiny, tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.gguf"
+    os.symlink(os.fsencode(tiny), path)
+    command = [*map(os.fsencode, cli_command("run")), path, b"-p", b"x"]
+    done = subprocess.run(command, capture_output=True, env=cli_env(), stdin=subprocess.DEVNULL)
+    assert "not UTF-8" in sentence(done)
 
 
 @pytest.mark.parametrize("options", [("-p", ""), ("-p", "  "), ()])
