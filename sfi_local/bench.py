@@ -6,9 +6,9 @@ import difflib
 import re
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -137,20 +137,21 @@ class Request:
 def measure(request: Request) -> list[dict[str, Any]]:
     """All rows, see row(). Raises InputError, CheckError, and what loading a model raises."""
     from sfi_local.model import load
-    from sfi_local.pull import resolve
+    from sfi_local.progress import Progress
+    from sfi_local.run import resolve_noted
 
-    with _bar(request) as bar:
-        path = resolve(request.model)
-        check_depth(path, request)
-        widest = max(request.kv_types, key=KV_TYPES.get)
-        with load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest, type_v=widest,
-                  verbose=request.verbose) as model:
-            request = replace(request, params=fitted(request, model))
-            facts, tokens = run_facts(request, model), take_tokens(request, model)
-            rows = []
-            for kv_type in request.kv_types:
-                rows += measure_kv_type(request, model, kv_type, tokens, facts, bar)
-            return rows
+    with Progress("fetching", "bytes") as fetching:
+        path = resolve_noted(request.model, fetching)
+    check_depth(path, request)
+    widest = max(request.kv_types, key=KV_TYPES.get)
+    with _Bar(request) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
+                                    type_v=widest, verbose=request.verbose) as model:
+        facts, tokens = run_facts(request, model), take_tokens(request, model)
+        rows = []
+        for kv_type in request.kv_types:
+            fitted = replace(request, params=fit_params(request, model, kv_type))
+            rows += measure_kv_type(fitted, model, kv_type, tokens, {**facts, **params_facts(fitted.params)}, bar)
+        return rows
 
 
 def measure_kv_type(request: Request, model: Any, kv_type: str, tokens: list[int], facts: dict, bar: Any) -> list[dict]:
@@ -188,7 +189,7 @@ def check_depth(path: Any, request: Request) -> None:
                          f"same shape (`sfi-local make-model`).")
 
 
-def fitted(request: Request, model: Any) -> SfiParams:
+def fit_params(request: Request, model: Any, kv_type: str) -> SfiParams:
     """The parameters of the run: a budget that fits the context, spans as long as --slow-every, the depth of auto."""
     params = request.params
     if request.fit_budget:
@@ -200,7 +201,7 @@ def fitted(request: Request, model: Any) -> SfiParams:
     if "auto" in request.modes:
         from sfi_local.calibrate import auto_depth_of
 
-        params = params.replace(auto_depth=auto_depth_of(model, params, request.kv_types[0], request.kv_types[0])[0])
+        params = params.replace(auto_depth=auto_depth_of(model, params, kv_type, kv_type)[0])
     return params
 
 
@@ -297,7 +298,7 @@ def row(mode: str, depth: int, turns: dict[str, list], measured: list, checks: d
         "model": facts["model"], "kv_type": kv_type, "depth": depth, "mode": mode, "decode_tps": tps,
         "spread": (max(rates) - min(rates)) / tps, "tps_reps": rates, "ms_step": _median_ms(mine),
         "ms_slow": _median_ms(mine, "slow"), "ms_fast": _median_ms(mine, "fast"), "steps": _steps(mine),
-        "reasons": _total(d.reasons for d in mine), "kv_read_share": median(d.kv_read_share for d in mine),
+        "reasons": mine[0].reasons, "kv_read_share": median(d.kv_read_share for d in mine),
         "ratio_to_stock": _ratio(mine, stock), "ratio_to_dense": _ratio(mine, dense),
         "ceiling": median(d.tps for d in origin) / median(d.tps for d in stock) if origin and stock else None,
         "gbps": (facts["weight_bytes"] + kv_bytes) * tps / 1e9,
@@ -314,18 +315,19 @@ def run_facts(request: Request, model: Any) -> dict[str, Any]:
     from sfi_local.library import source_id
     from sfi_local.machine import cpu_name, physical_cores
 
-    p = request.params
     return {
         "model": request.model, "weight_bytes": weight_bytes(model), "fill": request.fill,
         "text": "random tokens" if request.random_tokens else request.text or "pydoc_data.topics",
         "threads": model.n_threads, "n": request.n, "reps": request.reps, "slow_every": request.slow_every,
-        "budget": {"n_sink": p.n_sink, "n_recent": p.n_recent, "n_selected": p.n_selected}, "support": p.support,
-        "selector": p.selector, "max_span": p.max_span, "min_span": p.min_span, "boundary": p.boundary,
-        "auto_depth": p.auto_depth if "auto" in request.modes else None,
         "read_bandwidth": read_bandwidth(model.n_threads) / 1e9, "source_id": source_id(),
         "machine": f"{cpu_name()}, {physical_cores()} cores", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["sfi-local", *sys.argv[1:]]),
     }
+
+
+def params_facts(p: SfiParams) -> dict[str, Any]:
+    """The budget in its three parts, and everything else that was set."""
+    return {"budget": {"n_sink": p.n_sink, "n_recent": p.n_recent, "n_selected": p.n_selected}, "params": asdict(p)}
 
 
 def weight_bytes(model: Any) -> int:
@@ -347,24 +349,20 @@ def _steps(runs: list) -> dict[str, int]:
     return {kind: runs[0].kinds.count(kind) for kind in ("slow", "fast", "dense", "stock")}
 
 
-def _total(counts: Iterator[dict[str, int]]) -> dict[str, int]:
-    return dict(next(iter(counts)))
-
-
 def _ratio(mine: list, other: list | None) -> float | None:
     return median(a.tps / b.tps for a, b in zip(mine, other)) if other else None
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
 
-class _bar:
+class _Bar:
     """A progress bar on stderr that leaves nothing behind; plain lines where stderr is no terminal."""
 
     def __init__(self, request: Request):
         total = sum(len(modes) for _, modes in request.cases) * len(request.kv_types) * request.reps
         self._total, self._live, self._said = total, sys.stderr.isatty(), ""
 
-    def __enter__(self) -> "_bar":
+    def __enter__(self) -> "_Bar":
         self._bar = None
         if self._live:
             from rich.console import Console

@@ -214,8 +214,8 @@ def _key(model: "Model", params: SfiParams, type_k: str, type_v: str) -> str:
     stat = model.path.stat()
     return _spelled({
         "model": str(model.path.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns, "source_id": source_id(),
-        "cpu": cpu_name(), "threads": model.n_threads, "type_k": type_k, "type_v": type_v, "support": params.support,
-        "budget": [params.n_sink, params.n_recent, params.n_selected], "max_span": params.max_span})
+        "cpu": cpu_name(), "threads": model.n_threads, "type_k": type_k, "type_v": type_v, "budget": params.budget,
+        "params": {**asdict(params), "auto_depth": 0}})
 
 
 def _spelled(key: dict[str, Any]) -> str:

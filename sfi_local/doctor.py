@@ -128,7 +128,7 @@ def _auto() -> dict[str, Any]:
 
     return {"file": str(calibrate.calibration_file()),
             "measured": [f"{Path(e['key']['model']).name} with {e['key']['threads']} threads, {e['key']['type_k']}, budget "
-                         f"{sum(e['key']['budget'])}: from {e['auto_depth']}" for e in calibrate.known() if e["timings"]]}
+                         f"{e['key']['budget']}: from {e['auto_depth']}" for e in calibrate.known() if e["timings"]]}
 
 
 SECTIONS = {"library": _library, "devices": _devices, "machine": _machine, "models": _models, "auto": _auto,

@@ -105,7 +105,7 @@ def test_modes_take_turns_on_the_same_tokens(tiny, monkeypatch):
 def test_auto_is_dense_below_its_depth_and_slow_fast_above(tiny):
     rows = bench.measure(request(tiny, depths=(0, 300), modes=("dense", "auto"), reps=1))
     below, above = (r for r in rows if r["mode"] == "auto")
-    assert below["steps"]["dense"] == 20 and above["steps"]["fast"] > 10 and above["auto_depth"] == 2 * SMALL.budget
+    assert below["steps"]["dense"] == 20 and above["steps"]["fast"] > 10 and above["params"]["auto_depth"] == 2 * SMALL.budget
     assert above["ratio_to_stock"] is above["ceiling"] is None
 
 
