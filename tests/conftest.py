@@ -11,7 +11,6 @@ import pytest
 from command_line import cli_command, cli_env
 from tiny_model import SEED, write_tiny
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: tests share their cores with others
 os.environ.setdefault("SFI_LOCAL_AUTO_DEPTH", "0")  # nothing is measured for auto, or written to the user's cache
 
 

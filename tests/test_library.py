@@ -54,6 +54,24 @@ def test_llama_cpp_imported_after_us_runs_on_our_library(native):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("given, expected", [({}, {"GOMP_SPINCOUNT": "300"}), ({"OMP_WAIT_POLICY": "active"}, {}),
+                                             ({"GOMP_SPINCOUNT": "7"}, {})])
+def test_threads_sleep_soon_unless_the_user_says_otherwise(monkeypatch, given, expected):
+    for name in library.SPIN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert library._spin_settings() == expected
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch):
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", "/mine")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    with library._environment({"LLAMA_CPP_LIB_PATH": "/ours", "GOMP_SPINCOUNT": "1"}):
+        assert library.os.environ["LLAMA_CPP_LIB_PATH"] == "/ours"
+    assert library.os.environ["LLAMA_CPP_LIB_PATH"] == "/mine" and "GOMP_SPINCOUNT" not in library.os.environ
+
+
 def test_importing_the_package_loads_nothing():
     done = python("import sys, sfi_local; assert not {'llama_cpp', 'cffi', 'numpy', 'click'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
