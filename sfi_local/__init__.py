@@ -15,7 +15,11 @@ that both run on one library.
 from __future__ import annotations
 
 import importlib
+from pkgutil import extend_path
 from typing import Any
+
+# Imported from a source tree, the package lacks what the build made: that lies in the installed one.
+__path__ = extend_path(__path__, __name__)
 
 _WHERE = {
     "load": "model", "Model": "model", "Step": "step", "Tally": "step", "SfiParams": "params", "Sampling": "sampling",

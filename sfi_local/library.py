@@ -14,10 +14,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import sfi_local
 from sfi_local.errors import LibraryError
 from sfi_local.machine import cpu_flags, cpu_name
 
-LIB_DIR = Path(__file__).resolve().parent / "lib"
+LIB_DIR = next((Path(folder).resolve() / "lib" for folder in sfi_local.__path__ if (Path(folder) / "lib").is_dir()),
+               Path(__file__).resolve().parent / "lib")
 REBUILD = "install sfi-local again (`CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install .` in its source)"
 
 # How often a thread of libgomp looks for work before it sleeps. By default it looks for milliseconds, which on a machine
@@ -100,6 +102,8 @@ def _check_not_foreign() -> None:
 
 
 def _import_sfi(info: ModuleType) -> ModuleType:
+    if sys.platform == "win32":
+        os.add_dll_directory(str(LIB_DIR))
     try:
         from sfi_local import _sfi
     except ImportError as error:
