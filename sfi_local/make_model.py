@@ -14,7 +14,11 @@ import click
 
 from sfi_local.errors import SfiError, UsageError
 
-SPREAD = 1.5  # of a row's outputs, for inputs of spread 1: attention is neither flat nor on one cell
+# Spreads for inputs of spread 1. Chosen so that bench can compare kernels at depth 32k: with flat attention, sums that
+# cancel, or layers that amplify rounding, the half precision sums of stock's kernel (F16 K and V) would be far off
+SPREAD = 1.5      # of a matrix' outputs
+SPREAD_QK = 2.0   # of queries and keys: attention is on some cells of many
+LAYER_GAIN = 0.1  # of what a layer adds to the residual, over the square root of the number of additions
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,16 @@ def write_model(path: Path, shape: Shape, kind: str = "q4_0", seed: int = 0, nam
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to be written: rows of cols weights, of a ggml type (``f32``: a vector of ones)."""
+    """A tensor to be written: rows of cols weights, of a ggml type.
+
+    scale: of the weights' spread; of an ``f32`` vector, whose elements are all the same, their value
+    """
 
     name: str
     rows: int
     cols: int
     kind: str
+    scale: float = 1.0
 
     @property
     def row_bytes(self) -> int:
@@ -122,22 +130,28 @@ class Tensor:
 
 
 def tensors_of(s: Shape, kind: str) -> list[Tensor]:
-    """All tensors of a shape. As llama-quantize does it, the output of a Q4_0 model is Q6_K, or Q8_0 where that needs
-    another number of columns."""
+    """All tensors of a shape.
+
+    As llama-quantize does it, the output of a Q4_0 model is Q6_K, or Q8_0 where that needs another number of columns.
+    """
     head_kind = kind if kind != "q4_0" else "q6_k" if s.n_embd % 256 == 0 else "q8_0"
     out = [Tensor("token_embd.weight", s.n_vocab, s.n_embd, head_kind if s.tied else kind),
            Tensor("output_norm.weight", 1, s.n_embd, "f32")]
     if not s.tied:
         out.append(Tensor("output.weight", s.n_vocab, s.n_embd, head_kind))
     q, kv = s.n_head * s.head_size, s.n_head_kv * s.head_size
-    matrices = {"attn_q": (q, s.n_embd), "attn_k": (kv, s.n_embd), "attn_v": (kv, s.n_embd), "attn_output": (s.n_embd, q),
-                "ffn_gate": (s.n_ff, s.n_embd), "ffn_up": (s.n_ff, s.n_embd), "ffn_down": (s.n_embd, s.n_ff)}
-    norms = {"attn_norm": s.n_embd, "ffn_norm": s.n_embd}
-    if s.architecture == "qwen3":
-        norms |= {"attn_q_norm": s.head_size, "attn_k_norm": s.head_size}
+    small, normed = LAYER_GAIN * (2 * s.n_layer) ** -0.5, s.architecture == "qwen3"
+    sharp = 1.0 if normed else SPREAD_QK / SPREAD
+    matrices = {"attn_q": (q, s.n_embd, sharp), "attn_k": (kv, s.n_embd, sharp), "attn_v": (kv, s.n_embd, 1.0),
+                "attn_output": (s.n_embd, q, small), "ffn_gate": (s.n_ff, s.n_embd, 1.0), "ffn_up": (s.n_ff, s.n_embd, 1.0),
+                "ffn_down": (s.n_embd, s.n_ff, small)}
+    norms = {"attn_norm": (1, s.n_embd, 1.0), "ffn_norm": (1, s.n_embd, 1.0)}
+    if normed:
+        norms |= {"attn_q_norm": (1, s.head_size, SPREAD_QK), "attn_k_norm": (1, s.head_size, SPREAD_QK)}
     for il in range(s.n_layer):
-        out += [Tensor(f"blk.{il}.{name}.weight", 1, cols, "f32") for name, cols in norms.items()]
-        out += [Tensor(f"blk.{il}.{name}.weight", rows, cols, kind) for name, (rows, cols) in matrices.items()]
+        for tensors, its_kind in ((norms, "f32"), (matrices, kind)):
+            out += [Tensor(f"blk.{il}.{name}.weight", rows, cols, its_kind, scale)
+                    for name, (rows, cols, scale) in tensors.items()]
     return out
 
 
@@ -152,10 +166,10 @@ def random_rows(t: Tensor, rng: Any) -> Any:
     import numpy as np
 
     if t.kind == "f32":
-        return np.ones((t.rows, t.cols), dtype=np.float32).view(np.uint8)
+        return np.full((t.rows, t.cols), t.scale, dtype=np.float32).view(np.uint8)
     weights, n_bytes = BLOCKS[t.kind]
     blocks = rng.integers(0, 256, size=(t.rows * t.cols // weights, n_bytes), dtype=np.uint8)
-    _FILL[t.kind](blocks, SPREAD / t.cols ** 0.5)
+    _FILL[t.kind](blocks, t.scale * SPREAD / t.cols ** 0.5)
     return blocks.reshape(t.rows, t.row_bytes)
 
 
