@@ -1,6 +1,6 @@
 // GGML_OP_SUPPORT_EVIDENCE on the CPU.
 //
-// Rows are the used queries times the heads of a group. One KV head after the other:
+// Rows are the used queries times the heads of a group. As many KV heads at once as the work buffer allows:
 //
 //   pass 1  logits of all rows for a block of cells; each row's maximum m and sum of exp(x - m); exp(x - m)^alpha
 //   pass 2  each row's log-sum-exp over all blocks, and from it the weight of each of its blocks
@@ -18,7 +18,8 @@
 
 namespace {
 
-constexpr int block_cells = 64; // K of a block, transposed to F32, stays in L2
+constexpr int     block_cells = 64;       // K of a block, transposed to F32, stays in L2
+constexpr int64_t work_floats = 8 << 20;  // of passes over several KV heads at once
 
 struct task {
     const ggml_tensor * dst, * q, * k;
@@ -26,18 +27,26 @@ struct task {
     int64_t n_list, n_embd, n_head_kv, group;
     int64_t n_queries;            // used ones
     int64_t rows, max_rows;       // used queries * group; what the buffers are sized for
-    int64_t n_blocks;
+    int64_t n_blocks, heads_at_once;
     int64_t j0, j1, n_visible;    // candidates; cells that any row sees
     int32_t query[64];            // the used queries
     sfi::tile_ops ops;
     float scale, softcap, alpha;
     bool  candidates_only;
 
-    float * powers;               // [n_blocks, max_rows, block_cells]  exp(x - m)^alpha
-    float * row_max, * row_sum;   // [rows, n_blocks]; pass 2 turns row_sum into the weight
+    // slot i: the i-th of the KV heads at work
+    float * powers;               // [heads_at_once, n_blocks, max_rows, block_cells]  exp(x - m)^alpha
+    float * row_max, * row_sum;   // [heads_at_once, max_rows, n_blocks]; pass 2 turns row_sum into the weight
     float * scratch;              // of this thread
 
-    float * block(int64_t b) const { return powers + b*max_rows*block_cells; }
+    float * block(int64_t slot, int64_t b) const { return powers + (slot*n_blocks + b)*max_rows*block_cells; }
+    float * max_of(int64_t slot, int64_t r) const { return row_max + (slot*max_rows + r)*n_blocks; }
+    float * sum_of(int64_t slot, int64_t r) const { return row_sum + (slot*max_rows + r)*n_blocks; }
+
+    static int64_t head_floats(int64_t max_rows, int64_t n_blocks) { return max_rows*n_blocks*(block_cells + 2); }
+    static int64_t heads_per_pass(int64_t n_head_kv, int64_t max_rows, int64_t n_blocks) {
+        return std::clamp<int64_t>(work_floats/std::max<int64_t>(head_floats(max_rows, n_blocks), 1), 1, n_head_kv);
+    }
 
     task(const ggml_compute_params * params, ggml_tensor * dst) :
             dst(dst), q(dst->src[0]), k(dst->src[1]),
@@ -49,6 +58,7 @@ struct task {
         group     = q->ne[1]/n_head_kv;
         n_blocks  = (n_list + block_cells - 1)/block_cells;
         max_rows  = group*q->ne[2];
+        heads_at_once = heads_per_pass(n_head_kv, max_rows, n_blocks);
 
         scale   = ggml_get_op_params_f32(dst, 0);
         softcap = ggml_get_op_params_f32(dst, 1);
@@ -68,9 +78,9 @@ struct task {
         rows = n_queries*group;
 
         float * p = (float *) params->wdata;
-        powers  = p; p += max_rows*n_blocks*block_cells;
-        row_max = p; p += max_rows*n_blocks;
-        row_sum = p; p += max_rows*n_blocks;
+        powers  = p; p += heads_at_once*max_rows*n_blocks*block_cells;
+        row_max = p; p += heads_at_once*max_rows*n_blocks;
+        row_sum = p; p += heads_at_once*max_rows*n_blocks;
         scratch = p + params->ith*scratch_size(n_embd, max_rows, n_blocks);
     }
 
@@ -94,7 +104,7 @@ void load_queries(const task & a, int64_t h_kv, float * to) {
 }
 
 // pass 1, one row of a block: logits x[0 .. n) become powers. What the row does not see, or does not count, gets 0.
-void row_powers(const task & a, int64_t r, int64_t block, const bool * is_pad, int n, float * x) {
+void row_powers(const task & a, int64_t slot, int64_t r, int64_t block, const bool * is_pad, int n, float * x) {
     const int64_t begin = block*block_cells;
     const int64_t first = a.candidates_only ? a.j0 : 0;
     const int64_t last  = std::min(a.visible(r), a.candidates_only ? a.j1 : a.n_list);
@@ -125,12 +135,12 @@ void row_powers(const task & a, int64_t r, int64_t block, const bool * is_pad, i
         }
         a.ops.exp(x, block_cells, 0.0f);
     }
-    a.row_max[r*a.n_blocks + block] = max;
-    a.row_sum[r*a.n_blocks + block] = sum;
+    a.max_of(slot, r)[block] = max;
+    a.sum_of(slot, r)[block] = sum;
 }
 
 // pass 1
-void block_powers(const task & a, int64_t h_kv, int64_t block, const float * q) {
+void block_powers(const task & a, int64_t slot, int64_t h_kv, int64_t block, const float * q) {
     const int64_t begin = block*block_cells;
     const int     n     = (int) std::min<int64_t>(block_cells, a.n_list - begin);
 
@@ -146,20 +156,20 @@ void block_powers(const task & a, int64_t h_kv, int64_t block, const float * q) 
         rows[i]   = (const char *) a.k->data + h_kv*a.k->nb[2] + (is_pad[i] ? 0 : cell)*a.k->nb[1];
     }
 
-    float * out = a.block(block);
+    float * out = a.block(slot, block);
     const int n_ahead = std::max(0, n - sfi::max_vector);
     a.ops.transpose((int) a.n_embd, { rows, 0, n, rows + n - n_ahead, 0, ggml_row_size(a.k->type, a.n_embd), n_ahead }, kt, block_cells, tmp);
     a.ops.gemm(q, (int) a.rows, (int) a.n_embd, kt, block_cells, (int) GGML_PAD(n, sfi::max_vector), out, block_cells);
 
     for (int64_t r = 0; r < a.rows; ++r) {
-        row_powers(a, r, block, any_pad ? is_pad : nullptr, n, out + r*block_cells);
+        row_powers(a, slot, r, block, any_pad ? is_pad : nullptr, n, out + r*block_cells);
     }
 }
 
 // pass 2: the weight of block b in row r is (exp(m_b - lse))^alpha / rows
-void row_weights(const task & a, int64_t r, int64_t n_blocks, float * tmp) {
-    const float * max = a.row_max + r*a.n_blocks;
-    float       * sum = a.row_sum + r*a.n_blocks;
+void row_weights(const task & a, int64_t slot, int64_t r, int64_t n_blocks, float * tmp) {
+    const float * max = a.max_of(slot, r);
+    float       * sum = a.sum_of(slot, r);
     const float top = *std::max_element(max, max + n_blocks);
     if (top == -INFINITY) {
         std::fill(sum, sum + n_blocks, 0.0f); // the row sees nothing
@@ -185,12 +195,12 @@ void row_weights(const task & a, int64_t r, int64_t n_blocks, float * tmp) {
 }
 
 // pass 3
-void block_evidence(const task & a, int64_t h_kv, int64_t block) {
+void block_evidence(const task & a, int64_t slot, int64_t h_kv, int64_t block) {
     const int64_t begin = block*block_cells;
     float evidence[block_cells] = {};
     for (int64_t r = 0; r < a.rows; ++r) {
-        const float   weight = a.row_sum[r*a.n_blocks + block];
-        const float * from   = a.block(block) + r*block_cells;
+        const float   weight = a.sum_of(slot, r)[block];
+        const float * from   = a.block(slot, block) + r*block_cells;
         for (int i = 0; i < block_cells; ++i) {
             evidence[i] += weight*from[i];
         }
@@ -208,28 +218,35 @@ void sfi::support_evidence(const ggml_compute_params * params, ggml_tensor * dst
     const int ith = params->ith, nth = params->nth;
     const int64_t n_seen = (a.n_visible + block_cells - 1)/block_cells;
 
-    for (int64_t h = 0; h < a.n_head_kv; ++h) {
+    for (int64_t h0 = 0; h0 < a.n_head_kv; h0 += a.heads_at_once) {
+        const int64_t n_heads = std::min(a.heads_at_once, a.n_head_kv - h0);
         float * q = a.scratch;
-        load_queries(a, h, q);
 
-        for (int64_t b = ith; b < n_seen; b += nth) {
-            block_powers(a, h, b, q);
+        // items in the order of heads, shared out in runs, so that a thread seldom changes its queries
+        const int64_t n_items = n_heads*n_seen, first = n_items*ith/nth, last = n_items*(ith + 1)/nth;
+        for (int64_t i = first; i < last; ++i) {
+            if (i == first || i % n_seen == 0) {
+                load_queries(a, h0 + i/n_seen, q);
+            }
+            block_powers(a, i/n_seen, h0 + i/n_seen, i % n_seen, q);
         }
         ggml_barrier(params->threadpool);
 
-        for (int64_t r = ith; r < a.rows; r += nth) {
-            row_weights(a, r, n_seen, q + a.max_rows*a.n_embd);
+        for (int64_t i = ith; i < n_heads*a.rows; i += nth) {
+            row_weights(a, i/a.rows, i % a.rows, n_seen, q + a.max_rows*a.n_embd);
         }
         ggml_barrier(params->threadpool);
 
-        for (int64_t b = ith; b < n_seen; b += nth) {
-            block_evidence(a, h, b);
+        for (int64_t i = first; i < last; ++i) {
+            block_evidence(a, i/n_seen, h0 + i/n_seen, i % n_seen);
         }
-        float * out = (float *) ((char *) dst->data + h*dst->nb[1]);
-        for (int64_t j = n_seen*block_cells + ith; j < a.n_list; j += nth) {
-            out[j] = 0.0f;
+        for (int64_t h = h0 + ith; h < h0 + n_heads; h += nth) {
+            float * out = (float *) ((char *) dst->data + h*dst->nb[1]);
+            std::fill(out + std::min(n_seen*block_cells, a.n_list), out + a.n_list, 0.0f);
         }
-        ggml_barrier(params->threadpool);
+        if (h0 + n_heads < a.n_head_kv) {
+            ggml_barrier(params->threadpool); // the buffers are used again
+        }
     }
 }
 
@@ -237,7 +254,8 @@ size_t sfi::support_evidence_work_size(const ggml_tensor * dst, int n_threads) {
     const ggml_tensor * q = dst->src[0];
     const int64_t max_rows = q->ne[1]/dst->ne[1]*q->ne[2];
     const int64_t n_blocks = (dst->ne[0] + block_cells - 1)/block_cells;
-    return (max_rows*n_blocks*(block_cells + 2) + n_threads*task::scratch_size(q->ne[0], max_rows, n_blocks))*sizeof(float);
+    const int64_t n_heads  = task::heads_per_pass(dst->ne[1], max_rows, n_blocks);
+    return (n_heads*task::head_floats(max_rows, n_blocks) + n_threads*task::scratch_size(q->ne[0], max_rows, n_blocks))*sizeof(float);
 }
 
 bool sfi::support_evidence_supported(const ggml_tensor * dst) {
