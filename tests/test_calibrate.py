@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sfi_local import SfiParams, calibrate
+from sfi_local import Sampling, SfiParams, calibrate
 from sfi_local.calibrate import Timing, auto_depth_of, break_even, calibration_file
 
 SMALL = SfiParams(n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
