@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from command_line import cli_command, cli_env
 from tiny_model import SEED, write_tiny
 
 os.environ.setdefault("SFI_LOCAL_AUTO_DEPTH", "0")  # nothing is measured for auto, or written to the user's cache
+
+
+# A shell starts background jobs deaf to Ctrl-C, and what they start inherits it; here Ctrl-C is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
