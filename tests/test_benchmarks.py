@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = {"SmolLM2-135M": "smollm2-135m", "Qwen3-0.6B": "qwen3-0.6b-32k"}
+FILES = {"SmolLM2-135M": "smollm2-135m", "Qwen3-0.6B": "qwen3-0.6b-*"}
 
 
 def measured(model, depth):
-    """mode -> row of the newest file of this model"""
+    """mode -> row of the newest file of this model that has the depth"""
     name = next(name for start, name in FILES.items() if model.startswith(start))
-    newest = max((ROOT / "benchmarks").glob(f"*-{name}.json"))
-    return {row["mode"]: row for row in json.loads(newest.read_text()) if row["depth"] == depth}
+    for path in sorted((ROOT / "benchmarks").glob(f"*-{name}.json"), reverse=True):
+        rows = {row["mode"]: row for row in json.loads(path.read_text()) if row["depth"] == depth}
+        if "sfi" in rows:
+            return rows
+    raise LookupError(f"no measurement of {model} at depth {depth}")
 
 
 def table():
