@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <new>
+#include <tuple>
 
 // The list of all cells is padded to this, so that a graph fits many depths.
 static constexpr int64_t list_pad = 1024;
@@ -199,9 +200,7 @@ void llama_support::finish(bool ok) {
     if (!ok || n_left > 0) {
         invalidate(stream);
     } else if (refresh) {
-        const int32_t n = (int32_t) st.cells.size();
-        st.j0 = std::min(params.n_sink, n);
-        st.j1 = std::max(st.j0, n - params.n_recent);
+        std::tie(st.j0, st.j1) = candidates((int32_t) st.cells.size());
         st.valid  = true;
         st.edited = false;
         st.span   = 0;
@@ -291,8 +290,8 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
         set_list(cells, st.cells.data(), st.cells.size());
     }
     if (is_used(plan)) {
-        const int32_t j0 = std::min(params.n_sink, n);
-        std::vector<int32_t> values = { j0, std::max(j0, n - params.n_recent) };
+        const auto [j0, j1] = support->candidates(n);
+        std::vector<int32_t> values = { j0, j1 };
         for (const llama_pos pos : st.query_pos) {
             const llama_pos age = st.last_pos - pos;
             const bool used = pos >= 0 && age < params.n_evidence && age % params.stride == 0;

@@ -138,6 +138,12 @@ private:
     void    allocate(const llama_model & model);
     void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
     int64_t list_size() const;
+
+    // the candidates of a refresh at n cells, as a range of `stream_state::cells`
+    std::pair<int32_t, int32_t> candidates(int32_t n) const {
+        const int32_t j0 = std::min(params.n_sink, n);
+        return { j0, std::max(j0, n - params.n_recent) };
+    }
 };
 
 enum : int64_t {
