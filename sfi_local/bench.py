@@ -138,7 +138,7 @@ def measure(request: Request) -> list[dict[str, Any]]:
     """All rows, see row(). Raises InputError, CheckError, and what loading a model raises."""
     from sfi_local.model import load
     from sfi_local.progress import Progress
-    from sfi_local.run import resolve_noted
+    from sfi_local.terminal import resolve_noted
 
     with Progress("fetching", "bytes") as fetching:
         path = resolve_noted(request.model, fetching)
