@@ -81,7 +81,7 @@ def view(request: ViewRequest) -> None:
         pieces = texts_of(model.vocabulary, [*tokens, *tally.tokens])
         data = page_data(collector, pieces, about(model, request, sampling))
         say(statistics(model, tally))
-    if not collector.moments:
+    if not collector.choices:
         say("No step was fast, so the page shows no chosen places: take --mode sfi and a text longer than the budget.")
     write(request, data, collector)
 
@@ -150,5 +150,5 @@ def write(request: ViewRequest, data: dict[str, Any], collector: Any) -> None:
         from sfi_local.view_png import draw
 
         with whole_file(request.png) as part:
-            draw(data, collector.moments, part)
+            draw(data, collector, part)
         click.echo(request.png)

@@ -1,7 +1,7 @@
 """What `sfi-local view` shows: collected step by step through the support-stability hook, and packed to be small.
 
-The selected positions of every layer and KV head are a bit stream of differences: each moment says, head by head, which
-positions joined or left since the moment before. A list of differences is coded as runs (so many positions to skip, so
+The selected positions of every layer and KV head are a bit stream of differences: each choice says, head by head, which
+positions joined or left since the choice before. A list of differences is coded as runs (so many positions to skip, so
 many in a row), and runs as exponential Golomb codes, which suit both the long runs that pooling makes and scattered
 single cells. view_page.html reads the same stream; :func:`unpack_sets` is its specification.
 """
@@ -9,44 +9,30 @@ single cells. view_page.html reads the same stream; :func:`unpack_sets` is its s
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Iterator, Sequence
 
 import numpy as np
 
+from sfi_local.engine import Stability
 from sfi_local.errors import NoSupportError
 from sfi_local.step import Step
 
-NUMBERS = ("n_selected", "evidence", "mass", "mass_prev", "jaccard")  # of engine.Stability, in the order they are packed
+NUMBERS = tuple(f.name for f in fields(Stability))  # what the hook says of one layer and KV head, in this order
 MAX_SETS_BYTES = 1_500_000  # of the packed sets; positions are binned until they fit
 _WORD = 62  # bits of the longest code
 
 Sets = list[np.ndarray]  # one sorted int array of positions (or bins) per head
 
 
-@dataclass(frozen=True)
-class Moment:
-    """The supports after a step that changed them.
-
-    sets:    per head, the selected positions, ascending
-    numbers: float32 [n_heads, len(NUMBERS)], what the hook said
-    """
-
-    sets: Sets
-    numbers: np.ndarray
-
-    def equals(self, other: "Moment | None") -> bool:
-        return (other is not None and np.array_equal(self.numbers, other.numbers, equal_nan=True)
-                and all(map(np.array_equal, self.sets, other.sets)))
-
-
 @dataclass
 class Collector:
-    """Takes each Step of a generation, and from its engine the supports that are in force after it.
+    """Takes each Step of a generation, and from its engine what holds after it; repetitions are kept once.
 
-    engine:  None where decoding is llama.cpp's own
-    heads:   (layer, KV head) of every layer that can be sparse, in the order of all per-head arrays
-    moments: without repetitions; in_force: per step the number of its moment, -1 where there is none
+    engine:      None where decoding is llama.cpp's own
+    heads:       (layer, KV head) of every layer that can be sparse, in the order of all per-head arrays
+    choices:     the Sets that were in force one after the other; chosen: per step the number of its choice, -1: none
+    measures:    float32 [n_heads, len(NUMBERS)], what the hook said; measured: per step the number of its measure, -1: none
     recent_from: per step, the first position of the recent window
     """
 
@@ -56,8 +42,10 @@ class Collector:
     n_recent: int
     heads: list[tuple[int, int]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    moments: list[Moment] = field(default_factory=list)
-    in_force: list[int] = field(default_factory=list)
+    choices: list[Sets] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    measures: list[np.ndarray] = field(default_factory=list)
+    measured: list[int] = field(default_factory=list)
     recent_from: list[int] = field(default_factory=list)
 
     @classmethod
@@ -71,31 +59,39 @@ class Collector:
 
     def add(self, step: Step) -> None:
         """Call it before the generator goes on: the engine must still be where the step left it."""
-        moment = None if step.kind in ("dense", "stock") else self._read()  # these neither follow a choice nor make one
-        if moment and not moment.equals(self.moments[-1] if self.moments else None):
-            self.moments.append(moment)
+        sets, numbers = self._read(step)
+        if sets and not (self.choices and all(map(np.array_equal, sets, self.choices[-1]))):
+            self.choices.append(sets)
+        if sets and not (self.measures and np.array_equal(numbers, self.measures[-1], equal_nan=True)):
+            self.measures.append(numbers)
         self.steps.append(step)
-        self.in_force.append(len(self.moments) - 1 if moment else -1)
-        self.recent_from.append(self._recent_from(step, moment))
+        self.chosen.append(len(self.choices) - 1 if sets else -1)
+        self.measured.append(len(self.measures) - 1 if sets else -1)
+        self.recent_from.append(self._recent_from(step, sets))
 
     def forget_choices(self) -> None:
         """For a generation without a fast step: what the prefill chose was never used."""
-        self.moments, self.in_force = [], [-1] * len(self.steps)
+        self.choices, self.measures = [], []
+        self.chosen = self.measured = [-1] * len(self.steps)
 
-    def _read(self) -> Moment | None:
+    def _read(self, step: Step) -> tuple[Sets, np.ndarray]:
+        """(sets, numbers) of all heads; no sets where there are none, or where the step neither followed nor made any."""
+        nothing = [], np.empty((0, len(NUMBERS)), dtype=np.float32)
+        if step.kind in ("dense", "stock"):
+            return nothing
         try:
             sets = [_positions(self.engine.selected(il, head)[1]) for il, head in self.heads]
             numbers = [[getattr(self.engine.stability(il, head), name) for name in NUMBERS] for il, head in self.heads]
         except NoSupportError:
-            return None
-        return Moment(sets, np.array(numbers, dtype=np.float32)) if sets else None
+            return nothing
+        return sets, np.array(numbers, dtype=np.float32)
 
-    def _recent_from(self, step: Step, moment: Moment | None) -> int:
+    def _recent_from(self, step: Step, sets: Sets) -> int:
         """A fast step attended to the first cells, the selected ones, and as many of the latest as are missing to n_cells."""
-        n_recent = self.n_recent
-        if step.kind == "fast" and moment:
-            n_recent = step.n_cells - min(self.n_sink, step.depth) - max(map(len, moment.sets))
-        return max(min(self.n_sink, step.depth), step.depth - n_recent)
+        n_sink, n_recent = min(self.n_sink, step.depth), self.n_recent
+        if step.kind == "fast" and sets:
+            n_recent = step.n_cells - n_sink - max(map(len, sets))
+        return max(n_sink, step.depth - n_recent)
 
 
 def _positions(positions: Sequence[int]) -> np.ndarray:
@@ -109,7 +105,8 @@ def page_data(collector: Collector, pieces: list[str], about: dict[str, Any]) ->
     pieces: the text of each token, prompt and answer; about: facts for the heading
     bin:    positions are stored in groups of so many; 1: each on its own
     """
-    steps, width, packed = collector.steps, *_pack_within(collector.moments, len(pieces), MAX_SETS_BYTES)
+    steps, width, packed = collector.steps, *_pack_within(collector.choices, len(pieces), MAX_SETS_BYTES)
+    measures = b"".join(numbers.astype("<f4").tobytes() for numbers in collector.measures)
     return {
         **about,
         "pieces": pieces,
@@ -118,24 +115,26 @@ def page_data(collector: Collector, pieces: list[str], about: dict[str, Any]) ->
         "heads": collector.heads,
         "kind": [s.kind for s in steps], "reason": [s.reason for s in steps], "ms": [round(s.t_ms, 3) for s in steps],
         "depth": [s.depth for s in steps], "n_cells": [s.n_cells for s in steps],
-        "recent_from": collector.recent_from, "in_force": collector.in_force,
-        "n_moments": len(collector.moments),
-        "bin": width,
-        "sets": base64.b64encode(packed).decode("ascii"),
-        "numbers": base64.b64encode(b"".join(m.numbers.astype("<f4").tobytes() for m in collector.moments)).decode("ascii"),
+        "recent_from": collector.recent_from,
+        "chosen": collector.chosen, "n_choices": len(collector.choices), "bin": width, "sets": _base64(packed),
+        "measured": collector.measured, "n_measures": len(collector.measures), "names": NUMBERS, "numbers": _base64(measures),
     }
 
 
 def sets_of(data: dict[str, Any]) -> list[Sets]:
-    """The sets of page_data again, per moment and head; in groups of data["bin"] positions."""
-    return unpack_sets(base64.b64decode(data["sets"]), data["n_moments"], len(data["heads"]),
+    """The choices of page_data again, per head; in groups of data["bin"] positions."""
+    return unpack_sets(base64.b64decode(data["sets"]), data["n_choices"], len(data["heads"]),
                        n_bins(len(data["pieces"]), data["bin"]))
 
 
 def numbers_of(data: dict[str, Any]) -> np.ndarray:
-    """The hook's numbers again: float32 [n_moments, n_heads, len(NUMBERS)]."""
+    """The hook's numbers again: float32 [n_measures, n_heads, len(NUMBERS)]."""
     flat = np.frombuffer(base64.b64decode(data["numbers"]), dtype="<f4")
-    return flat.reshape(data["n_moments"], len(data["heads"]), len(NUMBERS))
+    return flat.reshape(data["n_measures"], len(data["heads"]), len(NUMBERS))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -144,35 +143,35 @@ def n_bins(n_positions: int, width: int) -> int:
     return -(-n_positions // width)
 
 
-def _pack_within(moments: list[Moment], n_positions: int, n_bytes: int) -> tuple[int, bytes]:
+def _pack_within(choices: list[Sets], n_positions: int, n_bytes: int) -> tuple[int, bytes]:
     """(width, packed sets): the narrowest power of two as width of a bin for which they are no larger than n_bytes."""
     width = 1
     while True:
-        packed = pack_sets([[np.unique(s // width) for s in m.sets] for m in moments], n_bins(n_positions, width))
+        packed = pack_sets([[np.unique(s // width) for s in sets] for sets in choices], n_bins(n_positions, width))
         if len(packed) <= n_bytes or width >= n_positions:
             return width, packed
         width *= 2
 
 
-def pack_sets(moments: list[Sets], size: int) -> bytes:
-    """The sets of each moment and head, members in [0, size), as the bit stream described above."""
-    if not moments:
+def pack_sets(choices: list[Sets], size: int) -> bytes:
+    """The sets of each choice and head, members in [0, size), as the bit stream described above."""
+    if not choices:
         return b""
-    before: Sets = [np.empty(0, dtype=np.int32)] * len(moments[0])
+    before: Sets = [np.empty(0, dtype=np.int32)] * len(choices[0])
     bits = []
-    for sets in moments:
+    for sets in choices:
         codes = [_codes(np.setxor1d(a, b, assume_unique=True), size) for a, b in zip(before, sets)]
         bits.append(_bits(np.concatenate([v for v, _ in codes]), np.concatenate([k for _, k in codes])))
         before = sets
     return np.packbits(np.concatenate(bits)).tobytes()
 
 
-def unpack_sets(packed: bytes, n_moments: int, n_heads: int, size: int) -> list[Sets]:
+def unpack_sets(packed: bytes, n_choices: int, n_heads: int, size: int) -> list[Sets]:
     """The inverse of pack_sets."""
     read = _Reader(packed)
     member = np.zeros((n_heads, size), dtype=bool)
     out = []
-    for _ in range(n_moments):
+    for _ in range(n_choices):
         for head in range(n_heads):
             for start, stop in _runs_in(read, size):
                 member[head, start:stop] ^= True

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from sfi_local.view_data import NUMBERS, Moment
+from sfi_local.view_data import NUMBERS, Collector
 
 SLOW, CHOSEN, ALWAYS, OVERLAP = "#b45309", "#0f766e", "#ddd7ee", "#5b4b9a"
 N_COLUMNS = 1200  # of the map; more positions than that share a column
 
 
-def draw(data: dict[str, Any], moments: list[Moment], path: Path) -> None:
+def draw(data: dict[str, Any], collector: Collector, path: Path) -> None:
     """Write a PNG: above, what each token read of the text; below, how stable the choice is."""
     from matplotlib.figure import Figure
 
     n, n_positions = len(data["kind"]), len(data["pieces"])
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(2.4, 1))
-    above.imshow(colours(data, moments), aspect="auto", interpolation="nearest", extent=(0, n_positions, n + .5, .5))
+    above.imshow(colours(data, collector), aspect="auto", interpolation="nearest", extent=(0, n_positions, n + .5, .5))
     slow = [i + 1 for i, kind in enumerate(data["kind"]) if kind == "slow"]
     above.plot([0] * len(slow), slow, linestyle="", marker=">", color=SLOW, clip_on=False, label="slow step: everything was read")
     above.axvline(data["n_prompt"], color="black", linewidth=.8, label="the answer begins")
@@ -29,7 +29,7 @@ def draw(data: dict[str, Any], moments: list[Moment], path: Path) -> None:
         above.plot([], [], linestyle="", marker="s", markersize=9, color=colour, label=label)
     above.set(xlabel="position in the text, in tokens", ylabel="token of the answer", title=_title(data))
     above.legend(loc="upper center", bbox_to_anchor=(.5, -.13), ncols=4, frameon=False, fontsize=9)
-    _stability(below, data, moments)
+    _stability(below, collector)
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -39,40 +39,40 @@ def _title(data: dict[str, Any]) -> str:
     return f"What {name} read of {data['n_prompt']} tokens of text: {kinds} steps"
 
 
-def _stability(axes: Any, data: dict[str, Any], moments: list[Moment]) -> None:
-    """Mass and jaccard of each moment against the token after whose step it was read."""
-    x, means = [data["in_force"].index(m) + 1 for m in range(len(moments))], stability(moments)
+def _stability(axes: Any, collector: Collector) -> None:
+    """Mass and jaccard of each measure against the token whose step brought it."""
+    x, means = [collector.measured.index(m) + 1 for m in range(len(collector.measures))], stability(collector.measures)
     for name, colour, dash, label in (("mass", CHOSEN, "-", "mass: attention on older text that the new choice holds"),
                                       ("mass_prev", SLOW, "--", "the same, had the choice before been kept"),
                                       ("jaccard", OVERLAP, "-", "jaccard: overlap with the choice before")):
         axes.plot(x, means[name], color=colour, linestyle=dash, marker="o" if len(x) <= 60 else "", markersize=4, label=label)
-    axes.set(xlim=(.5, len(data["kind"]) + .5), ylim=(0, 1.05), xlabel="token of the answer", ylabel="share")
+    axes.set(xlim=(.5, len(collector.steps) + .5), ylim=(0, 1.05), xlabel="token of the answer", ylabel="share")
     axes.legend(loc="upper center", bbox_to_anchor=(.5, -.24), ncols=3, frameon=False, fontsize=9)
 
 
-def stability(moments: list[Moment]) -> dict[str, list[float]]:
-    """Per moment the mean over all heads of each of NUMBERS; NaN where no head has one."""
+def stability(measures: list[np.ndarray]) -> dict[str, list[float]]:
+    """Per measure the mean over all heads of each of NUMBERS; NaN where no head has one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing
-        return {name: [float(np.nanmean(m.numbers[:, i])) for m in moments] for i, name in enumerate(NUMBERS)}
+        return {name: [float(np.nanmean(numbers[:, i])) for numbers in measures] for i, name in enumerate(NUMBERS)}
 
 
-def shares(data: dict[str, Any], moments: list[Moment]) -> np.ndarray:
-    """Share of the heads that hold each position, per moment: float [n_moments, n_positions]."""
+def shares(data: dict[str, Any], collector: Collector) -> np.ndarray:
+    """Share of the heads that hold each position, per choice: float [n_choices, n_positions]."""
     n_positions = len(data["pieces"])
-    counts = [np.bincount(np.concatenate(m.sets), minlength=n_positions) for m in moments]
+    counts = [np.bincount(np.concatenate(sets), minlength=n_positions) for sets in collector.choices]
     return np.array(counts, dtype=float).reshape(-1, n_positions) / max(1, len(data["heads"]))
 
 
-def colours(data: dict[str, Any], moments: list[Moment]) -> np.ndarray:
+def colours(data: dict[str, Any], collector: Collector) -> np.ndarray:
     """The map: uint8 [n_tokens, n_columns, 3]; always read below, chosen over it."""
-    share, n_positions = shares(data, moments), len(data["pieces"])
+    share, n_positions = shares(data, collector), len(data["pieces"])
     edges = np.linspace(0, n_positions, min(N_COLUMNS, n_positions) + 1).astype(int)[:-1]
     width = np.diff([*edges, n_positions])
     position, rows = np.arange(n_positions), []
-    for depth, recent_from, m in zip(data["depth"], data["recent_from"], data["in_force"]):
+    for depth, recent_from, c in zip(data["depth"], data["recent_from"], data["chosen"]):
         always = (position < depth) & ((position < data["n_sink"]) | (position >= recent_from))
-        chosen = share[m] if m >= 0 else np.zeros(n_positions)
+        chosen = share[c] if c >= 0 else np.zeros(n_positions)
         rows.append(_blend(*(np.add.reduceat(x.astype(float), edges) / width for x in (always, chosen / max(1e-9, share.max(initial=0))))))
     return np.array(rows)
 

@@ -30,18 +30,18 @@ def data_of(html: str) -> dict:
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
-def random_moments(rng, size: int, n_moments: int = 5) -> list:
+def random_choices(rng, size: int, n_choices: int = 5) -> list:
     """Sets of five heads: none, few, half, all, and runs."""
     def sets():
         few, half = (np.flatnonzero(rng.random(size) < p).astype(np.int32) for p in (.02, .5))
         return [np.arange(0, dtype=np.int32), few, half, np.arange(size, dtype=np.int32), np.unique(np.minimum(size - 1, few + np.arange(9)[:, None]))]
-    return [sets() for _ in range(n_moments)]
+    return [sets() for _ in range(n_choices)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 63, 64, 65, 1000, 70000])
 def test_packed_sets_come_back(size):
-    moments = random_moments(np.random.default_rng(SEED + size), size)
-    for sent, got in zip(moments, unpack_sets(pack_sets(moments, size), len(moments), 5, size), strict=True):
+    choices = random_choices(np.random.default_rng(SEED + size), size)
+    for sent, got in zip(choices, unpack_sets(pack_sets(choices, size), len(choices), 5, size), strict=True):
         assert all(map(np.array_equal, sent, got))
 
 
@@ -50,8 +50,8 @@ def test_nothing_packs_to_nothing():
 
 
 def test_what_stays_costs_next_to_nothing():
-    moments = random_moments(np.random.default_rng(SEED), 6400, n_moments=1)
-    assert len(pack_sets(moments * 9, 6400)) - len(pack_sets(moments, 6400)) <= 8 * 5 / 8 + 1
+    choices = random_choices(np.random.default_rng(SEED), 6400, n_choices=1)
+    assert len(pack_sets(choices * 9, 6400)) - len(pack_sets(choices, 6400)) <= 8 * 5 / 8 + 1
 
 
 # ---- collecting ------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class Hook:
     def __init__(self, n_layer: int = 30, n_positions: int = 6400, n_selected: int = 256):
         self.rng, self.n_layer, self.n_positions = np.random.default_rng(SEED), n_layer, n_positions
         self.chosen = {(il, h): self.rng.choice(n_positions, n_selected, replace=False) for il in range(n_layer) for h in range(3)}
-        self.ready = True
+        self.ready, self.mass = True, .5
 
     def layers(self):
         return [SimpleNamespace(sparse=il not in (0, 7), n_head_kv=3) for il in range(self.n_layer)]
@@ -73,7 +73,7 @@ class Hook:
         return [-7], [-1, *self.chosen[il, head].tolist()]  # an emptied cell holds no position
 
     def stability(self, il, head):
-        return SimpleNamespace(n_selected=256, evidence=(il + 1) / 64, mass=head / 4, mass_prev=float("nan"), jaccard=.125)
+        return SimpleNamespace(n_selected=256, evidence=(il + 1) / 64, mass=self.mass, mass_prev=float("nan"), jaccard=.125)
 
     def move(self):
         """A quarter of each set moves."""
@@ -97,8 +97,16 @@ def collect(hook: Hook, n: int, moves) -> Collector:
 
 def test_only_what_changed_is_kept():
     collector = collect(Hook(4), 9, lambda i: i in (3, 6))
-    assert collector.in_force == [0, 0, 0, 1, 1, 1, 2, 2, 2] and len(collector.moments) == 3
+    assert collector.chosen == [0, 0, 0, 1, 1, 1, 2, 2, 2] and len(collector.choices) == 3
     assert collector.heads == [(il, head) for il in (1, 2, 3) for head in range(3)]
+    assert collector.measured == [0] * 9 and len(collector.measures) == 1
+
+
+def test_measures_change_on_their_own():
+    hook = Hook(2)
+    collector = collect(hook, 3, lambda i: setattr(hook, "mass", i // 2 / 8))
+    assert collector.chosen == [0, 0, 0] and collector.measured == [0, 0, 1]
+    assert numbers_of(page_data(collector, ["x"] * 6403, {}))[1, :, NUMBERS.index("mass")].tolist() == [.125] * 3
 
 
 def test_the_recent_window_is_pinned_at_the_refresh():
@@ -109,8 +117,8 @@ def test_before_there_is_a_support_nothing_is_in_force():
     hook = Hook(2)
     hook.ready = False
     collector = collect(hook, 2, lambda i: False)
-    assert collector.in_force == [-1, -1] and collector.moments == []
-    assert page_data(collector, ["x"] * 6402, {})["n_moments"] == 0
+    assert collector.chosen == [-1, -1] and collector.choices == []
+    assert page_data(collector, ["x"] * 6402, {})["n_choices"] == 0
     assert Collector(None, 5, 4, 256).heads == []
 
 
@@ -118,10 +126,10 @@ def test_a_hundred_tokens_that_all_choose_anew_stay_below_three_megabytes():
     hook = Hook()
     collector = collect(hook, 100, lambda i: i)
     data = page_data(collector, ["word "] * 6500, {"model": "m"})
-    assert len(collector.moments) == 100 and len(page(data).encode()) < 3_000_000
+    assert len(collector.choices) == 100 and len(page(data).encode()) < 3_000_000
     got = sets_of(data)
     for m in (0, 50, 99):
-        for sent, back in zip(collector.moments[m].sets, got[m], strict=True):
+        for sent, back in zip(collector.choices[m], got[m], strict=True):
             assert np.array_equal(np.unique(sent // data["bin"]), back)
 
 
@@ -131,7 +139,7 @@ def test_sets_too_large_for_the_page_are_binned(monkeypatch):
     data = page_data(collector, ["x"] * 6409, {})
     assert data["bin"] in (8, 16, 32, 64, 128) and len(data["sets"]) <= 2000 * 4 / 3 + 4
     assert all(np.array_equal(np.unique(sent // data["bin"]), back)
-               for moment, got in zip(collector.moments, sets_of(data)) for sent, back in zip(moment.sets, got))
+               for sets, got in zip(collector.choices, sets_of(data)) for sent, back in zip(sets, got))
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -192,7 +200,7 @@ def test_the_page_has_every_token_of_what_run_generates(cli, tiny, document, tmp
     assert data["pieces"][0] == "<|im_start|>" and len(data["pieces"]) == run["n_prompt"] + 40
     assert {k: data["kind"].count(k) for k in ("slow", "fast")} == {k: run["steps"][k] for k in ("slow", "fast")}
     assert data["kind"][0] == "prefill" and data["kind"].count("fast") > 20 and "max_span" in data["reason"]
-    assert {len(data[name]) for name in ("reason", "ms", "depth", "n_cells", "recent_from", "in_force")} == {40}
+    assert {len(data[name]) for name in ("reason", "ms", "depth", "n_cells", "recent_from", "chosen", "measured")} == {40}
 
 
 def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native):
@@ -211,20 +219,20 @@ def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native):
             collector.add(item)
         data = page_data(collector, ["x"] * (len(TEXT) + 20), {})
         sets, numbers = sets_of(data), numbers_of(data)
-        assert data["bin"] == 1 and data["n_moments"] >= 3 and len(data["heads"]) == 8
+        assert data["bin"] == 1 and min(data["n_choices"], data["n_measures"]) >= 3 and len(data["heads"]) == 8
         model.close_session()
         n_fast = 0
         for i, item in enumerate(generate()):
             assert item.kind == data["kind"][i]
             for k, (il, head) in enumerate(data["heads"]):
-                m = data["in_force"][i]
-                assert sets[m][k].tolist() == sorted(model.session.engine.selected(il, head)[1])
+                c, m = data["chosen"][i], data["measured"][i]
+                assert sets[c][k].tolist() == sorted(model.session.engine.selected(il, head)[1])
                 hook = [getattr(model.session.engine.stability(il, head), name) for name in NUMBERS]
                 assert numbers[m, k] == pytest.approx(hook, rel=1e-6, nan_ok=True)
             if item.kind == "fast":
                 n_fast += 1
                 always = 4 + item.depth - data["recent_from"][i]
-                assert always + len(sets[m][0]) == item.n_cells
+                assert always + len(sets[c][0]) == item.n_cells
         assert n_fast > 10
 
 
@@ -237,11 +245,11 @@ def test_the_picture_is_a_png_of_the_same_numbers(cli, tiny, document, tmp_path)
 
     collector = collect(Hook(3), 6, lambda i: i == 3)
     data = page_data(collector, ["x"] * 6406, {"model": "$x$"})
-    share = shares(data, collector.moments)
+    share = shares(data, collector)
     for m, sets in enumerate(sets_of(data)):
         assert np.array_equal(share[m] * 6, np.bincount(np.concatenate(sets), minlength=6406))
-    assert stability(collector.moments)["evidence"] == pytest.approx([numbers_of(data)[m, :, 1].mean() for m in (0, 1)])
-    assert colours(data, collector.moments).shape == (6, 1200, 3)
+    assert stability(collector.measures)["evidence"] == pytest.approx(numbers_of(data)[:, :, NUMBERS.index("evidence")].mean(axis=1))
+    assert colours(data, collector).shape == (6, 1200, 3)
 
 
 def test_without_matplotlib_a_sentence_before_any_work(cli, tiny, tmp_path):
@@ -266,7 +274,7 @@ def test_dense_steps_choose_nothing_and_the_page_says_so(cli, tiny, tmp_path):
         done = cli("view", tiny, "-p", "Hello", "-n", 5, "--mode", mode, "-t", 1)
         assert done.returncode == 0 and b"No step was fast" in done.stderr
         data = data_of((tmp_path / "view.html").read_text(encoding="utf-8"))
-        assert data["n_moments"] == 0 and set(data["in_force"]) == {-1} and data["kind"][1:] == [mode] * 4
+        assert data["n_choices"] == 0 and set(data["chosen"]) == {-1} and data["kind"][1:] == [mode] * 4
 
 
 @pytest.mark.parametrize("phase, returncode", [("decode", 130), ("write", 130), ("fail", 1)])
