@@ -43,7 +43,7 @@ def _stability(axes: Any, collector: Collector) -> None:
     """Mass and jaccard of each measure against the token whose step brought it."""
     x, means = [collector.measured.index(m) + 1 for m in range(len(collector.measures))], stability(collector.measures)
     for name, colour, dash, label in (("mass", CHOSEN, "-", "mass: attention on older text that the new choice holds"),
-                                      ("mass_prev", SLOW, "--", "the same, had the choice before been kept"),
+                                      ("mass_prev", CHOSEN, "--", "the same, had the choice before been kept"),
                                       ("jaccard", OVERLAP, "-", "jaccard: overlap with the choice before")):
         axes.plot(x, means[name], color=colour, linestyle=dash, marker="o" if len(x) <= 60 else "", markersize=4, label=label)
     axes.set(xlim=(.5, len(collector.steps) + .5), ylim=(0, 1.05), xlabel="token of the answer", ylabel="share")
