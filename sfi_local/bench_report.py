@@ -6,11 +6,11 @@ import csv
 import difflib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any, Callable
 
-from sfi_local.errors import UsageError
-from sfi_local.out_file import check_matplotlib, check_writable, whole_file
+from sfi_local.errors import SfiError, UsageError
 
 Rows = list[dict[str, Any]]
 PICTURES = (".png", ".svg", ".pdf")
@@ -107,12 +107,16 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def check_plot(path: str) -> None:
     """Before anything is measured: matplotlib is there, and the file can be written."""
-    suffix = Path(path).suffix.lower()
+    suffix, folder = Path(path).suffix.lower(), Path(path).resolve().parent
     if suffix not in PICTURES:
         near = difflib.get_close_matches(suffix, PICTURES, n=1)
         raise UsageError(f"--plot {path}: give a name that ends in {near[0] if near else ', '.join(PICTURES)}.")
-    check_writable(path)
-    check_matplotlib("--plot")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise SfiError(f"{path} cannot be written: give a path in a directory that is there and that you may write to.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SfiError("--plot needs matplotlib: run `pip install 'sfi-local[plot]'` or `pip install matplotlib`, or leave --plot out.") from None
 
 
 def plot(rows: Rows, path: str) -> None:
@@ -130,5 +134,11 @@ def plot(rows: Rows, path: str) -> None:
         axes.axhline(ceiling[0], linestyle=":", color="gray", label="ceiling")
     axes.set(xlabel="depth in tokens", ylabel="tokens/s", ylim=(0, None), title=rows[0]["model"])
     axes.legend()
-    with whole_file(path) as part:
+    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    try:
         figure.savefig(part, format=Path(path).suffix[1:].lower(), dpi=150)
+        os.replace(part, path)
+    except OSError as error:
+        raise SfiError(f"{path} cannot be written ({error.strerror}): give a path that you may write to.") from None
+    finally:
+        part.unlink(missing_ok=True)
