@@ -81,8 +81,8 @@ def view(request: ViewRequest) -> None:
         pieces = texts_of(model.vocabulary, [*tokens, *tally.tokens])
         data = page_data(collector, pieces, about(model, request, sampling))
         say(statistics(model, tally))
-    if not collector.choices:
-        say("No step was fast, so the page shows no chosen places: take --mode sfi and a text longer than the budget.")
+    if not tally.steps["fast"]:
+        say("No step was fast, so the page has little to show: take --mode sfi and more tokens.")
     write(request, data, collector)
 
 

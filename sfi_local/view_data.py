@@ -18,7 +18,11 @@ from sfi_local.engine import Stability
 from sfi_local.errors import NoSupportError
 from sfi_local.step import Step
 
-NUMBERS = tuple(f.name for f in fields(Stability))  # what the hook says of one layer and KV head, in this order
+_HOOK = tuple(f.name for f in fields(Stability))
+# What is known of one layer and KV head after a step, in this order: the hook's stability; the jaccard of the choice with
+# the one before, which for policy frozen is the hook's own; and of a fast step of policy sketch the attention mass outside
+# of the support and the error of a sketched logit, both the mean of the query heads. NaN where there is none.
+NUMBERS = (*_HOOK, "overlap", "tail_mass", "logit_error")
 MAX_SETS_BYTES = 1_500_000  # of the packed sets; positions are binned until they fit
 _WORD = 62  # bits of the longest code
 
@@ -32,14 +36,16 @@ class Collector:
     engine:      None where decoding is llama.cpp's own
     heads:       (layer, KV head) of every layer that can be sparse, in the order of all per-head arrays
     choices:     the Sets that were in force one after the other; chosen: per step the number of its choice, -1: none
-    measures:    float32 [n_heads, len(NUMBERS)], what the hook said; measured: per step the number of its measure, -1: none
+    measures:    float32 [n_heads, len(NUMBERS)]; measured: per step the number of its measure, -1: none
     recent_from: per step, the first position of the recent window
+    sketch:      the policy has a sketch to ask about
     """
 
     engine: Any
     n_prompt: int
     n_sink: int
     n_recent: int
+    sketch: bool = False
     heads: list[tuple[int, int]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     choices: list[Sets] = field(default_factory=list)
@@ -51,19 +57,20 @@ class Collector:
     @classmethod
     def of(cls, session: Any, n_prompt: int) -> "Collector":
         """The collector of a generation that has begun in a Session, with a prompt of n_prompt tokens."""
-        return cls(session.engine, n_prompt, session.params.n_sink, session.params.n_recent)
+        params = session.params
+        return cls(session.engine, n_prompt, params.n_sink, params.n_recent, params.support == "sketch")
 
     def __post_init__(self) -> None:
-        layers = self.engine.layers() if self.engine else []
-        self.heads = [(il, head) for il, layer in enumerate(layers) if layer.sparse for head in range(layer.n_head_kv)]
+        self._layers = self.engine.layers() if self.engine else []
+        self.heads = [(il, head) for il, layer in enumerate(self._layers) if layer.sparse for head in range(layer.n_head_kv)]
+        self._overlap = np.full(len(self.heads), np.nan)
 
     def add(self, step: Step) -> None:
         """Call it before the generator goes on: the engine must still be where the step left it."""
-        sets, numbers = self._read(step)
-        if sets and not (self.choices and all(map(np.array_equal, sets, self.choices[-1]))):
-            self.choices.append(sets)
-        if sets and not (self.measures and np.array_equal(numbers, self.measures[-1], equal_nan=True)):
-            self.measures.append(numbers)
+        sets = self._sets(step)
+        if sets:
+            self._take_choice(sets)
+            self._take_measure(np.column_stack([self._stabilities(), self._overlap, self._tails(step)]).astype(np.float32))
         self.steps.append(step)
         self.chosen.append(len(self.choices) - 1 if sets else -1)
         self.measured.append(len(self.measures) - 1 if sets else -1)
@@ -74,29 +81,56 @@ class Collector:
         self.choices, self.measures = [], []
         self.chosen = self.measured = [-1] * len(self.steps)
 
-    def _read(self, step: Step) -> tuple[Sets, np.ndarray]:
-        """(sets, numbers) of all heads; no sets where there are none, or where the step neither followed nor made any."""
-        nothing = [], np.empty((0, len(NUMBERS)), dtype=np.float32)
+    def _take_choice(self, sets: Sets) -> None:
+        if not self.choices:
+            self.choices.append(sets)
+        elif not all(map(np.array_equal, sets, self.choices[-1])):
+            self._overlap = np.array(list(map(_jaccard, sets, self.choices[-1])))
+            self.choices.append(sets)
+
+    def _take_measure(self, numbers: np.ndarray) -> None:
+        if not (self.measures and np.array_equal(numbers, self.measures[-1], equal_nan=True)):
+            self.measures.append(numbers)
+
+    def _sets(self, step: Step) -> Sets:
+        """The selected positions; [] where there are none, or where the step neither followed a choice nor made one."""
         if step.kind in ("dense", "stock"):
-            return nothing
+            return []
         try:
-            sets = [_positions(self.engine.selected(il, head)[1]) for il, head in self.heads]
-            numbers = [[getattr(self.engine.stability(il, head), name) for name in NUMBERS] for il, head in self.heads]
+            return [_positions(self.engine.selected(il, head)[1]) for il, head in self.heads]
         except NoSupportError:
-            return nothing
-        return sets, np.array(numbers, dtype=np.float32)
+            return []
+
+    def _stabilities(self) -> list[list[float]]:
+        return [[getattr(self.engine.stability(il, head), name) for name in _HOOK] for il, head in self.heads]
+
+    def _tails(self, step: Step) -> list[tuple[float, float]]:
+        """(tail_mass, logit_error) of each KV head: the mean over its query heads."""
+        if not self.sketch or step.kind != "fast":
+            return [(np.nan, np.nan)] * len(self.heads)
+        out = []
+        for il, head in self.heads:
+            group = self._layers[il].n_head // self._layers[il].n_head_kv
+            tails = [self.engine.tail(il, h) for h in range(head * group, (head + 1) * group)]
+            out.append((np.mean([t.mass for t in tails]), np.mean([t.logit_error for t in tails])))
+        return out
 
     def _recent_from(self, step: Step, sets: Sets) -> int:
         """A fast step attended to the first cells, the selected ones, and as many of the latest as are missing to n_cells."""
         n_sink, n_recent = min(self.n_sink, step.depth), self.n_recent
-        if step.kind == "fast" and sets:
-            n_recent = step.n_cells - n_sink - max(map(len, sets))
+        if step.kind == "fast":
+            n_recent = step.n_cells - n_sink - max(map(len, sets), default=0)
         return max(n_sink, step.depth - n_recent)
 
 
 def _positions(positions: Sequence[int]) -> np.ndarray:
     found = np.array(positions, dtype=np.int32)
     return np.unique(found[found >= 0])
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / max(1, len(a) + len(b) - both)
 
 
 def page_data(collector: Collector, pieces: list[str], about: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sfi_local.view_data import NUMBERS, Collector
 
-SLOW, CHOSEN, ALWAYS, OVERLAP = "#b45309", "#0f766e", "#ddd7ee", "#5b4b9a"
+SLOW, CHOSEN, ALWAYS, OVERLAP, READ = "#b45309", "#0f766e", "#ddd7ee", "#5b4b9a", "#1a56db"
 N_COLUMNS = 1200  # of the map; more positions than that share a column
 
 
@@ -40,14 +40,23 @@ def _title(data: dict[str, Any]) -> str:
 
 
 def _stability(axes: Any, collector: Collector) -> None:
-    """Mass and jaccard of each measure against the token whose step brought it."""
-    x, means = [collector.measured.index(m) + 1 for m in range(len(collector.measures))], stability(collector.measures)
-    for name, colour, dash, label in (("mass", CHOSEN, "-", "mass: attention on older text that the new choice holds"),
-                                      ("mass_prev", CHOSEN, "--", "the same, had the choice before been kept"),
-                                      ("jaccard", OVERLAP, "-", "jaccard: overlap with the choice before")):
-        axes.plot(x, means[name], color=colour, linestyle=dash, marker="o" if len(x) <= 60 else "", markersize=4, label=label)
+    """Mass, overlap and tail against the token whose step brought them, each where it was measured anew."""
+    means = stability(collector.measures)
+    steps = [collector.measured.index(m) for m in range(len(collector.measures))]
+    slow = [collector.steps[i].kind != "fast" for i in steps]
+    anew = [collector.chosen.index(collector.chosen[i]) == i for i in steps]
+    for values, drawn, colour, dash, label in (
+        (means["mass"], slow, CHOSEN, "-", "mass: attention on older text that the new choice holds"),
+        (means["mass_prev"], slow, CHOSEN, "--", "the same, had the choice before been kept"),
+        ([1 - x for x in means["tail_mass"]], [True] * len(steps), READ, "-", "attention of a fast step on what it read"),
+        (means["overlap"], anew, OVERLAP, "-", "jaccard: overlap with the choice before"),
+    ):
+        points = [(i + 1, y) for i, y, d in zip(steps, values, drawn) if d and y == y]
+        if points:
+            axes.plot(*zip(*points), color=colour, linestyle=dash, marker="o" if len(points) <= 60 else "", markersize=4, label=label)
     axes.set(xlim=(.5, len(collector.steps) + .5), ylim=(0, 1.05), xlabel="token of the answer", ylabel="share")
-    axes.legend(loc="upper center", bbox_to_anchor=(.5, -.24), ncols=3, frameon=False, fontsize=9)
+    if axes.lines:
+        axes.legend(loc="upper center", bbox_to_anchor=(.5, -.24), ncols=2, frameon=False, fontsize=9)
 
 
 def stability(measures: list[np.ndarray]) -> dict[str, list[float]]:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,7 +66,7 @@ class Hook:
         self.ready, self.mass = True, .5
 
     def layers(self):
-        return [SimpleNamespace(sparse=il not in (0, 7), n_head_kv=3) for il in range(self.n_layer)]
+        return [SimpleNamespace(sparse=il not in (0, 7), n_head=6, n_head_kv=3) for il in range(self.n_layer)]
 
     def selected(self, il, head):
         if not self.ready:
@@ -74,6 +75,9 @@ class Hook:
 
     def stability(self, il, head):
         return SimpleNamespace(n_selected=256, evidence=(il + 1) / 64, mass=self.mass, mass_prev=float("nan"), jaccard=.125)
+
+    def tail(self, il, head):
+        return SimpleNamespace(mass=head / 16, logit_error=il)
 
     def move(self):
         """A quarter of each set moves."""
@@ -99,7 +103,6 @@ def test_only_what_changed_is_kept():
     collector = collect(Hook(4), 9, lambda i: i in (3, 6))
     assert collector.chosen == [0, 0, 0, 1, 1, 1, 2, 2, 2] and len(collector.choices) == 3
     assert collector.heads == [(il, head) for il in (1, 2, 3) for head in range(3)]
-    assert collector.measured == [0] * 9 and len(collector.measures) == 1
 
 
 def test_measures_change_on_their_own():
@@ -111,6 +114,15 @@ def test_measures_change_on_their_own():
 
 def test_the_recent_window_is_pinned_at_the_refresh():
     assert collect(Hook(2), 5, lambda i: False).recent_from == [6400 - 256] * 5
+
+
+def test_a_fast_step_of_policy_sketch_says_what_it_left_to_the_sketch():
+    hook = Hook(2)
+    collector = Collector(hook, 6400, 4, 256, sketch=True)
+    for kind in ("slow", "fast"):
+        collector.add(step(kind, 6400, 516))
+    slow, fast = numbers_of(page_data(collector, ["x"] * 6402, {}))[..., NUMBERS.index("tail_mass")]
+    assert np.isnan(slow).all() and fast.tolist() == [.5 / 16, 2.5 / 16, 4.5 / 16]  # of query heads 0 and 1, 2 and 3, 4 and 5
 
 
 def test_before_there_is_a_support_nothing_is_in_force():
@@ -206,6 +218,7 @@ def test_the_page_has_every_token_of_what_run_generates(cli, tiny, document, tmp
 def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native):
     """The hook is asked again, step by step, in a second generation of the same tokens."""
     from sfi_local import load
+    from sfi_local.engine import Stability
     from sfi_local.params import SfiParams
     from sfi_local.sampling import Sampling
 
@@ -227,8 +240,9 @@ def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native):
             for k, (il, head) in enumerate(data["heads"]):
                 c, m = data["chosen"][i], data["measured"][i]
                 assert sets[c][k].tolist() == sorted(model.session.engine.selected(il, head)[1])
-                hook = [getattr(model.session.engine.stability(il, head), name) for name in NUMBERS]
-                assert numbers[m, k] == pytest.approx(hook, rel=1e-6, nan_ok=True)
+                hook = [getattr(model.session.engine.stability(il, head), f.name) for f in fields(Stability)]
+                assert numbers[m, k, :len(hook)] == pytest.approx(hook, rel=1e-6, nan_ok=True)
+                assert numbers[m, k, NUMBERS.index("overlap")] == pytest.approx(hook[-1], abs=1e-6, nan_ok=True)  # jaccard
             if item.kind == "fast":
                 n_fast += 1
                 always = 4 + item.depth - data["recent_from"][i]
@@ -275,6 +289,15 @@ def test_dense_steps_choose_nothing_and_the_page_says_so(cli, tiny, tmp_path):
         assert done.returncode == 0 and b"No step was fast" in done.stderr
         data = data_of((tmp_path / "view.html").read_text(encoding="utf-8"))
         assert data["n_choices"] == 0 and set(data["chosen"]) == {-1} and data["kind"][1:] == [mode] * 4
+
+
+def test_a_policy_that_chooses_nothing_has_a_page_too(cli, tiny, document, tmp_path):
+    done = cli("view", tiny, "-f", document, "-n", 20, "--support", "window", "--png", "w.png", *SMALL)
+    assert done.returncode == 0 and b"No step was fast" not in done.stderr, done.stderr
+    data = data_of((tmp_path / "view.html").read_text(encoding="utf-8"))
+    assert data["n_choices"] == 0 and data["kind"].count("fast") > 10
+    for i in (i for i, kind in enumerate(data["kind"]) if kind == "fast"):
+        assert data["depth"][i] - data["recent_from"][i] + 4 == data["n_cells"][i]
 
 
 @pytest.mark.parametrize("phase, returncode", [("decode", 130), ("write", 130), ("fail", 1)])
