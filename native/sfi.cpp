@@ -154,6 +154,7 @@ struct sfi_params sfi_default_params(void) {
     p.selector    = SFI_SELECTOR_TOPK;
     p.n_sink      = 4;
     p.n_recent    = 256;
+    p.pinned      = true;
     p.n_selected  = 2048;
     p.max_span    = 64;
     p.min_span    = 16;
@@ -191,7 +192,7 @@ static int check_params(const sfi_params & p) {
     }
     const int32_t many = 1 << 24;
     const struct { const char * name; int32_t value, min, max; } ranges[] = {
-        { "policy",      p.policy,      SFI_POLICY_FROZEN, SFI_POLICY_WINDOW },
+        { "policy",      p.policy,      SFI_POLICY_FROZEN, SFI_POLICY_ORACLE },
         { "selector",    p.selector,    SFI_SELECTOR_TOPK, SFI_SELECTOR_PAPER },
         { "n_sink",      p.n_sink,      0, many },
         { "n_queries",   p.n_queries,   1, 64 },
@@ -204,11 +205,22 @@ static int check_params(const sfi_params & p) {
         { "pool_after",  p.pool_after,  0, 4096 },
         { "pool_before", p.pool_before, 0, 4096 },
         { "nms_radius",  p.nms_radius,  0, 4096 },
+        { "sketch_k4",   p.sketch_k4,   0, 512 },
+        { "sketch_k2",   p.sketch_k2,   0, 512 },
+        { "sketch_k1",   p.sketch_k1,   0, 512 },
+        { "sketch_v4",   p.sketch_v4,   0, 512 },
+        { "sketch_v2",   p.sketch_v2,   0, 512 },
     };
     for (const auto & r : ranges) {
         if (const int err = check_range(r.name, r.value, r.min, r.max)) {
             return err;
         }
+    }
+    if (p.sketch_k4 % 4 || p.sketch_k2 % 4 || p.sketch_k1 % 4 || (4*p.sketch_k4 + 2*p.sketch_k2 + p.sketch_k1) % 32) {
+        return fail(SFI_ERR_ARGUMENT, "sketch_k4, sketch_k2 and sketch_k1 must be multiples of 4, and their bits together a multiple of 32.");
+    }
+    if (p.sketch_v4 % 16 || p.sketch_v2 % 16) {
+        return fail(SFI_ERR_ARGUMENT, "sketch_v4 and sketch_v2 must be multiples of 16.");
     }
     const struct { const char * name; float value; } constants[] = {
         { "alpha", p.alpha }, { "gamma", p.gamma }, { "beta", p.beta }, { "p", p.p }, { "eta", p.eta },
@@ -225,13 +237,29 @@ static int check_params(const sfi_params & p) {
     return SFI_OK;
 }
 
+static constexpr int32_t sketch_batch   = 64; // cells that leave the window, and get their codes, at once
+static constexpr int32_t sketch_queries = 64; // the basis is fitted to the last ones
+
+static llama_support_policy support_policy(sfi_policy policy) {
+    switch (policy) {
+        case SFI_POLICY_WINDOW: return LLAMA_SUPPORT_WINDOW;
+        case SFI_POLICY_SKETCH: return LLAMA_SUPPORT_SKETCH;
+        case SFI_POLICY_ORACLE: return LLAMA_SUPPORT_ORACLE;
+        default:                return LLAMA_SUPPORT_FROZEN;
+    }
+}
+
 static llama_support_params support_params(const sfi_params & p) {
     llama_support_params sp;
+    const bool sketch = p.policy == SFI_POLICY_SKETCH;
+    sp.policy     = support_policy(p.policy);
     sp.n_sink     = p.n_sink;
     sp.n_recent   = p.n_recent;
-    sp.n_selected = p.policy == SFI_POLICY_WINDOW ? 0 : p.n_selected;
-    sp.max_span   = p.max_span;
-    sp.n_queries  = p.n_queries;
+    sp.n_selected = p.n_selected;
+    sp.n_grow     = sketch ? sketch_batch : p.max_span;
+    sp.pinned     = p.pinned || sketch;
+    sp.n_queries  = sketch ? sketch_queries : p.n_queries;
+    sp.format     = { p.sketch_k4, p.sketch_k2, p.sketch_k1, p.sketch_v4, p.sketch_v2 };
     sp.stride     = p.query_stride;
     sp.n_evidence = p.selector == SFI_SELECTOR_PAPER ? 1 : p.n_queries; // the paper: the slow step's query alone
     sp.selector.kind        = p.selector == SFI_SELECTOR_PAPER ? GGML_SUPPORT_SELECTOR_PAPER : GGML_SUPPORT_SELECTOR_TOPK;
@@ -491,6 +519,10 @@ static slowfast::decision decide(const sfi * s, const llama_support & support, l
     return slowfast::decide(s->params, in, asked);
 }
 
+static int sketch_failed() {
+    return fail(SFI_ERR_DECODE, "The codes of the sketch could not be computed; llama.cpp's log says why.");
+}
+
 static int decode_status(int ret) {
     switch (ret) {
         case 0:  return SFI_OK;
@@ -518,6 +550,9 @@ static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llam
     const int ret = llama_decode(s->lctx, *batch);
     llama_synchronize(s->lctx);
     support.finish(ret == 0);
+    if (ret == 0 && refresh && !support.update_sketch(*s->lctx, seq)) {
+        return sketch_failed();
+    }
     return decode_status(ret);
 }
 
@@ -589,7 +624,7 @@ static int64_t other_bytes(const sfi * s, const llama_support & support, const l
     return size;
 }
 
-static void count(sfi * s, const llama_support & support, const sfi_step_info & info) {
+static void count(sfi * s, const llama_support & support, llama_seq_id seq, const sfi_step_info & info) {
     auto & stats = s->stats;
     const auto & hparams = s->lctx->get_model().hparams;
     const int64_t cell  = sparse_cell_bytes(support, hparams, false);
@@ -597,6 +632,10 @@ static void count(sfi * s, const llama_support & support, const sfi_step_info & 
 
     stats.kv_dense += cell*info.depth + other;
     stats.kv_read  += cell*info.n_cells + other;
+    if (info.kind == SFI_STEP_FAST) {
+        stats.kv_read += support.sketch_bytes(seq);
+        stats.kv_read += s->params.policy == SFI_POLICY_ORACLE ? sparse_cell_bytes(support, hparams, true)*info.depth : 0;
+    }
     if (info.reason != SFI_REASON_NONE) {
         ++stats.n_reason[info.reason];
     }
@@ -605,7 +644,7 @@ static void count(sfi * s, const llama_support & support, const sfi_step_info & 
             ++stats.n_slow;
             stats.us_slow += info.t_us;
             // evidence reads the keys once more
-            stats.kv_read += s->params.policy == SFI_POLICY_WINDOW ? 0 : sparse_cell_bytes(support, hparams, true)*info.depth;
+            stats.kv_read += s->params.policy != SFI_POLICY_FROZEN ? 0 : sparse_cell_bytes(support, hparams, true)*info.depth;
             break;
         case SFI_STEP_FAST:
             ++stats.n_fast;
@@ -640,6 +679,9 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
             return fail(SFI_ERR_NO_SUPPORT, "A fast step needs a support: prefill, or take a slow step first.");
         }
         const int64_t start = ggml_time_us();
+        if (d.kind == SFI_STEP_FAST && !support.update_sketch(*s->lctx, seq)) {
+            return sketch_failed();
+        }
         if (const int err = decode(s, support, seq, &token, 1, support_kind(d.kind), d.kind == SFI_STEP_SLOW, true)) {
             return err;
         }
@@ -652,7 +694,7 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
         done.depth   = support.depth(seq);
         done.n_cells = d.kind == SFI_STEP_FAST ? support.n_fast_cells(seq) : done.depth;
         done.t_us    = ggml_time_us() - start;
-        count(s, support, done);
+        count(s, support, seq, done);
         if (info) {
             *info = done;
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sfi_local.errors import ArgumentError
 
-POLICIES = {"frozen": 0, "window": 1}
+POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
 MAX_QUERIES = 64
 
@@ -35,6 +35,7 @@ class SfiParams:
     selector: str = "topk"
     n_sink: int = 4
     n_recent: int = 256
+    pinned: bool = True
     n_selected: int = 2048
     max_span: int = 64
     min_span: int = 16
@@ -44,6 +45,11 @@ class SfiParams:
     query_stride: int = 1
     pool_after: int = 16
     pool_before: int = 2
+    sketch_k4: int = 0
+    sketch_k2: int = 0
+    sketch_k1: int = 0
+    sketch_v4: int = 0
+    sketch_v2: int = 0
     alpha: float = 0.5
     gamma: float = 0.5
     beta: float = 0.568

@@ -45,6 +45,14 @@ GGML_API struct ggml_tensor * ggml_sparse_attn(
         float                 scale,
         float                 logit_softcap);
 
+// Have the operation also say where the attention went, for one token:
+//
+//   mass      F32 [2, n_head]                           // written
+//
+// mass(0, h) = the log-sum-exp of all logits of head h, tail and learned sink included; -INFINITY if it had none;
+// mass(1, h) = the share of the softmax that the tail took.
+GGML_API void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass);
+
 // What evidence is normalised over.
 enum ggml_support_softmax {
     GGML_SUPPORT_SOFTMAX_VISIBLE    = 0, // every cell the query sees: evidence is true attention mass

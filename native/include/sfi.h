@@ -55,6 +55,9 @@ struct sfi;
 enum sfi_policy {
     SFI_POLICY_FROZEN = 0, /* `selected` is chosen on slow steps and kept until the next */
     SFI_POLICY_WINDOW = 1, /* sink + recent only: the baseline every selector must beat */
+    SFI_POLICY_SKETCH = 2, /* `selected` is chosen at every step by a low-rank, few-bit copy of K and V, which also stands
+                              for all cells that are not attended to */
+    SFI_POLICY_ORACLE = 3, /* `selected` is chosen at every step by exact attention: no faster than dense, for measuring */
 };
 
 enum sfi_selector {
@@ -69,7 +72,8 @@ struct sfi_params {
     enum sfi_policy   policy;
     enum sfi_selector selector;
     int32_t n_sink;      /* >= 0 */
-    int32_t n_recent;    /* >= n_queries; the window's start is pinned at each refresh, its end follows the text */
+    int32_t n_recent;    /* >= n_queries; the window's end follows the text ... */
+    bool    pinned;      /* ... and its start stays where the last refresh put it; false: it slides (policy frozen, window) */
     int32_t n_selected;  /* >= 1 */
 
     /* the schedule, in steps */
@@ -83,6 +87,10 @@ struct sfi_params {
     int32_t query_stride; /* ... of every n-th of them, 1 .. 64: slow steps are cheaper by as much */
     int32_t pool_after;  /* an important cell also brings the cells after it ... */
     int32_t pool_before; /* ... and before it */
+
+    /* SFI_POLICY_SKETCH: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format.
+     * No components of K: as many bits as a head has values, 1/16 of F16. No components of V: the tail is dropped. */
+    int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2;
 
     /* SFI_SELECTOR_PAPER, see method in arXiv 2603.12038 */
     float   alpha, gamma, beta, p, eta, lambda_clip, a_soft, a_cross, temperature;
