@@ -321,8 +321,27 @@ static llama_kv_cache * sparse_cache(llama_memory_t memory, const llama_kv_cache
     return dynamic_cast<llama_kv_cache *>(memory);
 }
 
+// The sketch operations of a layer, on tensors without data.
+static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const llama_support_layer & layer, ggml_tensor * q, ggml_tensor * k,
+                                                    ggml_tensor * v, ggml_tensor * cells) {
+    const auto * f = &layer.format;
+    const int64_t n_head_kv = k->ne[2], n = cells->ne[0];
+    ggml_tensor * codes = ggml_new_tensor_3d(c, GGML_TYPE_I8, 16*ggml_sketch_cell_bytes(f), n/16, n_head_kv);
+    ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(f, k->ne[0], v->ne[0]), n_head_kv);
+    ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
+
+    ggml_tensor * logits   = ggml_sketch_logits(c, q, codes, basis, cells, plan, n, 1.0f, 0.0f, f);
+    ggml_tensor * selected = ggml_sketch_select(c, logits, n_head_kv, 16);
+    std::vector<ggml_tensor *> ops = { ggml_sketch_encode(c, codes, basis, k, v, cells, f), logits, selected };
+    if (f->n_v4 + f->n_v2 > 0) {
+        ops.push_back(ggml_sketch_tail(c, logits, codes, basis, selected, v->ne[0], f));
+    }
+    return ops;
+}
+
 // Would this layer's device compute our operations? Asked with tensors of the layer's shapes, without data.
-static bool device_supports(ggml_tensor * k_cache, const llama_hparams & hparams, ggml_type type_v, int32_t il, const llama_support_params & p) {
+static bool device_supports(const llama_support & support, const llama_hparams & hparams, int32_t il, const llama_support_params & p) {
+    ggml_tensor * k_cache = support.get_kv()->get_k_storage(il);
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k_cache->buffer));
     if (!dev) {
         dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
@@ -336,7 +355,7 @@ static bool device_supports(ggml_tensor * k_cache, const llama_hparams & hparams
     ggml_context * c = ctx.get();
     ggml_tensor * q     = ggml_new_tensor_4d(c, GGML_TYPE_F32, d_k, 1, n_head, 1);
     ggml_tensor * k     = ggml_new_tensor_4d(c, k_cache->type, d_k, n, n_head_kv, 1);
-    ggml_tensor * v     = ggml_new_tensor_4d(c, type_v, d_v, n, n_head_kv, 1);
+    ggml_tensor * v     = ggml_new_tensor_4d(c, support.get_kv()->type_v(), d_v, n, n_head_kv, 1);
     ggml_tensor * cells = ggml_new_tensor_1d(c, GGML_TYPE_I32, n);
     ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
     ggml_tensor * last  = ggml_new_tensor_3d(c, GGML_TYPE_F32, d_k, n_head, 1);
@@ -346,24 +365,23 @@ static bool device_supports(ggml_tensor * k_cache, const llama_hparams & hparams
     ggml_tensor * selected = ggml_support_select(c, evidence, cells, plan,
             p.selector.kind == GGML_SUPPORT_SELECTOR_PAPER ? k : nullptr, std::max(p.n_selected, 1), &p.selector);
     ggml_tensor * stability = ggml_support_stability(c, evidence, cells, plan, selected, selected);
-    for (ggml_tensor * op : { attn, evidence, selected, stability }) {
-        if (!ggml_backend_dev_supports_op(dev, op)) {
-            return false;
-        }
+    std::vector<ggml_tensor *> ops = { attn, evidence, selected, stability };
+    if (support.layer(il).codes) {
+        const auto more = sketch_operations(c, support.layer(il), last, k, v, cells);
+        ops.insert(ops.end(), more.begin(), more.end());
     }
-    return true;
+    return std::all_of(ops.begin(), ops.end(), [&](ggml_tensor * op) { return ggml_backend_dev_supports_op(dev, op); });
 }
 
 static int check_layers(const llama_support & support, const llama_model & model, const llama_support_params & p) {
     const auto & layers = support.get_layers();
-    const llama_kv_cache * kv = support.get_kv();
     bool any = false;
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
         if (!support.is_sparse(il)) {
             continue;
         }
         any = true;
-        if (!device_supports(kv->get_k_storage(il), model.hparams, kv->type_v(), il, p)) {
+        if (!device_supports(support, model.hparams, il, p)) {
             return fail(SFI_ERR_BACKEND, "Layer %d lives on a device without the sparse-attention operations; keep it on the CPU "
                     "(n_gpu_layers = 0) or use mode dense or stock.", il);
         }
@@ -518,6 +536,8 @@ static slowfast::decision decide(const sfi * s, const llama_support & support, l
     in.boundary    = s->detectors[seq].peek(s->tokens[token]);
     return slowfast::decide(s->params, in, asked);
 }
+
+static float mean_tail_mass(const llama_support & support, llama_seq_id seq);
 
 static int sketch_failed() {
     return fail(SFI_ERR_DECODE, "The codes of the sketch could not be computed; llama.cpp's log says why.");
@@ -694,6 +714,7 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
         done.depth   = support.depth(seq);
         done.n_cells = d.kind == SFI_STEP_FAST ? support.n_fast_cells(seq) : done.depth;
         done.t_us    = ggml_time_us() - start;
+        done.tail_mass = d.kind == SFI_STEP_FAST && support.scanned(seq) ? mean_tail_mass(support, seq) : 0.0f;
         count(s, support, seq, done);
         if (info) {
             *info = done;
@@ -844,6 +865,52 @@ int sfi_get_stability(const struct sfi * s, llama_seq_id seq, int32_t il, int32_
         out->mass       = x[0] > 0.0f ? x[1]/x[0] : 1.0f;
         out->mass_prev  = first ? NAN : x[0] > 0.0f ? x[2]/x[0] : 1.0f;
         out->jaccard    = first ? NAN : x[3];
+        return (int) SFI_OK;
+    });
+}
+
+// {log-sum-exp, share of the tail} of every head of a layer in the last fast step
+static std::vector<float> masses(const llama_support_layer & layer, llama_seq_id seq) {
+    std::vector<float> values(2*layer.mass->ne[1]);
+    ggml_backend_tensor_get(layer.mass, values.data(), seq*layer.mass->nb[2], values.size()*sizeof(float));
+    return values;
+}
+
+static float mean_tail_mass(const llama_support & support, llama_seq_id seq) {
+    double sum = 0.0;
+    int64_t n = 0;
+    for (const auto & layer : support.get_layers()) {
+        if (layer.mass) {
+            const auto values = masses(layer, seq);
+            for (size_t i = 1; i < values.size(); i += 2, ++n) {
+                sum += values[i];
+            }
+        }
+    }
+    return n ? (float) (sum/n) : 0.0f;
+}
+
+int sfi_get_tail(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t head, struct sfi_tail * tail) {
+    return guarded(s, [&](llama_support & support) {
+        if (!tail) {
+            return fail(SFI_ERR_ARGUMENT, "tail is NULL.");
+        }
+        for (const int err : { check_seq(support, seq), check_layer(support, il) }) {
+            if (err) {
+                return err;
+            }
+        }
+        const auto & layer = support.layer(il);
+        const auto & hparams = s->lctx->get_model().hparams;
+        if (const int err = check_range("head", head, 0, (int32_t) hparams.n_head(il) - 1)) {
+            return err;
+        }
+        if (!layer.mass || !support.scanned(seq)) {
+            return fail(SFI_ERR_NO_SUPPORT, "Layer %d has no tail: only a fast step of policy sketch leaves one, when there are cells beyond the window.", il);
+        }
+        const int32_t n_head_kv = hparams.n_head_kv(il), group = hparams.n_head(il)/n_head_kv;
+        tail->mass        = masses(layer, seq)[2*head + 1];
+        tail->logit_error = layer.logit_error[seq*n_head_kv + head/group]*(hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) layer.n_embd_k));
         return (int) SFI_OK;
     });
 }

@@ -140,6 +140,7 @@ struct sfi_step_info {
     int32_t pos;               /* position of the token */
     int32_t depth;             /* cells the sequence has after the step */
     int32_t n_cells;           /* cells each KV head of a sparse layer attended to */
+    float   tail_mass;         /* policy sketch, fast: attention mass that the sketch stood in for, mean over all heads; else 0 */
     int64_t t_us;              /* time of the step in microseconds, logits included */
 };
 
@@ -194,6 +195,15 @@ struct sfi_stability {
 /* Of the last refresh (a slow step, or the end of prefill). SFI_ERR_NO_SUPPORT if there was none. */
 SFI_API int sfi_get_stability(const struct sfi * sfi, llama_seq_id seq, int32_t il, int32_t head_kv,
                               struct sfi_stability * stability);
+
+/* Policy sketch: what the last fast step left to the sketch in one layer, for one query head (not KV head). */
+struct sfi_tail {
+    float mass;        /* share of its attention on cells outside of the support, in [0, 1] */
+    float logit_error; /* how far a sketched logit is from the exact one, root of the mean square, by the fit */
+};
+
+/* SFI_ERR_NO_SUPPORT where the policy has no sketch, or nothing has been scanned yet. */
+SFI_API int sfi_get_tail(const struct sfi * sfi, llama_seq_id seq, int32_t il, int32_t head, struct sfi_tail * tail);
 
 struct sfi_stats {
     int64_t n_slow, n_fast, n_dense, n_prefill;  /* steps; tokens of prefill */

@@ -100,6 +100,7 @@ public:
     // Policy sketch, between steps: fits the basis if it is missing or outgrown, writes the codes of cells that have left
     // the window or will with the next cell. False: computing failed, and the support is invalid.
     bool update_sketch(llama_context & lctx, uint32_t stream);
+    bool    scanned     (uint32_t stream) const { return streams[stream].n_coded > 0 && params.policy == LLAMA_SUPPORT_SKETCH; }
     int64_t sketch_bytes(uint32_t stream) const; // what a fast step reads of the codes and bases
 
     // ---- the graph ---------------------------------------------------------------------------------------------
