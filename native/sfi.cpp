@@ -148,17 +148,23 @@ static int guarded(const sfi * s, F && f) {
 // ---- parameters ----------------------------------------------------------------------------------------------------------
 
 struct sfi_params sfi_default_params(void) {
+    return sfi_policy_params(SFI_POLICY_SKETCH);
+}
+
+struct sfi_params sfi_policy_params(enum sfi_policy policy) {
+    // does `selected` follow every query? Then few cells are enough, and a slow step renews nothing
+    const bool follows = policy == SFI_POLICY_SKETCH || policy == SFI_POLICY_ORACLE;
     sfi_params p = {};
     p.struct_size = sizeof(p);
-    p.policy      = SFI_POLICY_FROZEN;
+    p.policy      = policy;
     p.selector    = SFI_SELECTOR_TOPK;
     p.n_sink      = 4;
-    p.n_recent    = 256;
+    p.n_recent    = follows ? 64 : 256;
     p.pinned      = true;
-    p.n_selected  = 2048;
-    p.max_span    = 64;
+    p.n_selected  = follows ? 256 : 2048;
+    p.max_span    = follows ? 0 : 64;
     p.min_span    = 16;
-    p.boundary    = true;
+    p.boundary    = !follows;
     p.auto_depth  = 0;
     p.n_queries   = 16;
     p.query_stride = 1;
@@ -197,9 +203,9 @@ static int check_params(const sfi_params & p) {
         { "n_sink",      p.n_sink,      0, many },
         { "n_queries",   p.n_queries,   1, 64 },
         { "query_stride", p.query_stride, 1, 64 },
-        { "n_recent",    p.n_recent,    p.n_queries, many },
+        { "n_recent",    p.n_recent,    p.policy == SFI_POLICY_FROZEN ? p.n_queries : 1, many },
         { "n_selected",  p.n_selected,  1, many },
-        { "max_span",    p.max_span,    1, many },
+        { "max_span",    p.max_span,    p.policy == SFI_POLICY_FROZEN || p.policy == SFI_POLICY_WINDOW, many },
         { "min_span",    p.min_span,    0, many },
         { "auto_depth",  p.auto_depth,  0, INT32_MAX },
         { "pool_after",  p.pool_after,  0, 4096 },

@@ -239,6 +239,12 @@ def default_params() -> SfiParams:
     return _from_native(native.ffi.new("struct sfi_params *", native.lib.sfi_default_params()))
 
 
+def policy_params(support: str) -> SfiParams:
+    """The library's defaults of a policy (``sfi_policy_params()``)."""
+    native = open_library()
+    return _from_native(native.ffi.new("struct sfi_params *", native.lib.sfi_policy_params(POLICIES[support])))
+
+
 _NUMBERS = [f.name for f in fields(SfiParams) if f.name not in ("support", "selector")]
 
 

@@ -77,7 +77,7 @@ struct sfi_params {
     int32_t n_selected;  /* >= 1 */
 
     /* the schedule, in steps */
-    int32_t max_span;    /* fast steps after which a step is slow at the latest, >= 1 */
+    int32_t max_span;    /* fast steps after which a step is slow at the latest; 0: never (not for frozen and window) */
     int32_t min_span;    /* fast steps before a boundary may make a step slow, >= 0 */
     bool    boundary;    /* slow step at the first content token after the end of a sentence */
     int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells; 0: slow-fast at every depth */
@@ -97,7 +97,11 @@ struct sfi_params {
     int32_t nms_radius;
 };
 
+/* The defaults: policy sketch, without slow steps but those that it needs itself. */
 SFI_API struct sfi_params sfi_default_params(void);
+
+/* The defaults of another policy: frozen and window refresh at boundaries, as in arXiv 2603.12038. */
+SFI_API struct sfi_params sfi_policy_params(enum sfi_policy policy);
 
 /* Attach to a context. On failure *out is NULL and sfi_last_error() says what to change.
  * SFI_ERR_MODEL: no layer of this model can be sparse. SFI_ERR_CONTEXT: flash attention off, embeddings,
