@@ -128,9 +128,9 @@ def test_a_typed_budget_is_refused_and_the_default_one_is_made_smaller(tiny):
     with load(tiny, mode="sfi", n_ctx=1024, n_threads=1, params=SfiParams.of("frozen")) as model:
         with pytest.raises(ArgumentError, match="2308 cells"):
             run(model)
-    with load(tiny, mode="sfi", n_ctx=256, n_threads=1) as model:
-        run(model, n=2)
-        assert model.session.params.budget == 256 and "256" in model.unread_notes()[0]
+    with load(tiny, mode="sfi", n_ctx=320, n_threads=1) as model:
+        run(model, prompt="Name three rivers.", n=2)
+        assert model.session.params.budget == 320 and "320" in model.unread_notes()[0]
 
 
 def test_ctrl_c_in_prefill_stops_it_and_leaves_a_usable_session(models):
