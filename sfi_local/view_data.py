@@ -19,9 +19,10 @@ from sfi_local.errors import NoSupportError
 from sfi_local.step import Step
 
 _HOOK = tuple(f.name for f in fields(Stability))
-# What is known of one layer and KV head after a step, in this order: the hook's stability; the jaccard of the choice with
-# the one before, which for policy frozen is the hook's own; and of a fast step of policy sketch the attention mass outside
-# of the support and the error of a sketched logit, both the mean of the query heads. NaN where there is none.
+# What is known of one layer and KV head after a step, in this order: the hook's stability, which the policies that choose
+# anew at every step do not have; the jaccard of the choice with the one before, for policy frozen the hook's own; and of a
+# fast step of policy sketch the attention mass outside of the support and the error of a sketched logit, both the mean of
+# the query heads. NaN where there is none.
 NUMBERS = (*_HOOK, "overlap", "tail_mass", "logit_error")
 MAX_SETS_BYTES = 1_500_000  # of the packed sets; positions are binned until they fit
 _WORD = 62  # bits of the longest code
@@ -38,14 +39,14 @@ class Collector:
     choices:     the Sets that were in force one after the other; chosen: per step the number of its choice, -1: none
     measures:    float32 [n_heads, len(NUMBERS)]; measured: per step the number of its measure, -1: none
     recent_from: per step, the first position of the recent window
-    sketch:      the policy has a sketch to ask about
+    support:     the policy
     """
 
     engine: Any
     n_prompt: int
     n_sink: int
     n_recent: int
-    sketch: bool = False
+    support: str = "frozen"
     heads: list[tuple[int, int]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     choices: list[Sets] = field(default_factory=list)
@@ -58,11 +59,12 @@ class Collector:
     def of(cls, session: Any, n_prompt: int) -> "Collector":
         """The collector of a generation that has begun in a Session, with a prompt of n_prompt tokens."""
         params = session.params
-        return cls(session.engine, n_prompt, params.n_sink, params.n_recent, params.support == "sketch")
+        return cls(session.engine, n_prompt, params.n_sink, params.n_recent, params.support)
 
     def __post_init__(self) -> None:
         self._layers = self.engine.layers() if self.engine else []
         self.heads = [(il, head) for il, layer in enumerate(self._layers) if layer.sparse for head in range(layer.n_head_kv)]
+        self._anew = self.support in ("sketch", "oracle")  # these choose at every fast step, and only there
         self._overlap = np.full(len(self.heads), np.nan)
 
     def add(self, step: Step) -> None:
@@ -70,7 +72,7 @@ class Collector:
         sets = self._sets(step)
         if sets:
             self._take_choice(sets)
-            self._take_measure(np.column_stack([self._stabilities(), self._overlap, self._tails(step)]).astype(np.float32))
+            self._take_measure(np.column_stack([self._stabilities(sets), self._overlap, self._tails()]).astype(np.float32))
         self.steps.append(step)
         self.chosen.append(len(self.choices) - 1 if sets else -1)
         self.measured.append(len(self.measures) - 1 if sets else -1)
@@ -94,19 +96,21 @@ class Collector:
 
     def _sets(self, step: Step) -> Sets:
         """The selected positions; [] where there are none, or where the step neither followed a choice nor made one."""
-        if step.kind in ("dense", "stock"):
+        if step.kind in ("dense", "stock") or self._anew and (step.kind != "fast" or step.n_cells >= step.depth):
             return []
         try:
             return [_positions(self.engine.selected(il, head)[1]) for il, head in self.heads]
         except NoSupportError:
             return []
 
-    def _stabilities(self) -> list[list[float]]:
+    def _stabilities(self, sets: Sets) -> list[list[float]]:
+        if self._anew:
+            return [[len(s)] + [np.nan] * (len(_HOOK) - 1) for s in sets]
         return [[getattr(self.engine.stability(il, head), name) for name in _HOOK] for il, head in self.heads]
 
-    def _tails(self, step: Step) -> list[tuple[float, float]]:
+    def _tails(self) -> list[tuple[float, float]]:
         """(tail_mass, logit_error) of each KV head: the mean over its query heads."""
-        if not self.sketch or step.kind != "fast":
+        if self.support != "sketch":
             return [(np.nan, np.nan)] * len(self.heads)
         out = []
         for il, head in self.heads:

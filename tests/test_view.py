@@ -18,7 +18,7 @@ from sfi_local.view_data import (NUMBERS, Collector, n_bins, numbers_of, pack_se
 from sfi_local.view_page import page
 from tiny_model import SEED
 
-SMALL = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1, "--temp", 0, "--seed", 1)
+SMALL = ("--support", "frozen", "--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1, "--temp", 0, "--seed", 1)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 NASTY = '</script><script>alert(1)</script> & &amp; <!-- ]]> "\' \u2028 \\u003c __DATA__ \U0001f98a'
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -118,11 +118,13 @@ def test_the_recent_window_is_pinned_at_the_refresh():
 
 def test_a_fast_step_of_policy_sketch_says_what_it_left_to_the_sketch():
     hook = Hook(2)
-    collector = Collector(hook, 6400, 4, 256, sketch=True)
-    for kind in ("slow", "fast"):
-        collector.add(step(kind, 6400, 516))
-    slow, fast = numbers_of(page_data(collector, ["x"] * 6402, {}))[..., NUMBERS.index("tail_mass")]
-    assert np.isnan(slow).all() and fast.tolist() == [.5 / 16, 2.5 / 16, 4.5 / 16]  # of query heads 0 and 1, 2 and 3, 4 and 5
+    collector = Collector(hook, 6400, 4, 256, "sketch")
+    for kind, n_cells in (("prefill", 6400), ("fast", 516), ("slow", 6400), ("fast", 6400)):
+        collector.add(step(kind, 6400, n_cells))
+    assert collector.chosen == [-1, 0, -1, -1]  # what the hook says after the others is an older choice
+    (numbers,) = numbers_of(page_data(collector, ["x"] * 6404, {}))
+    assert numbers[:, NUMBERS.index("tail_mass")].tolist() == [.5 / 16, 2.5 / 16, 4.5 / 16]  # query heads 0, 1; 2, 3; 4, 5
+    assert numbers[:, NUMBERS.index("n_selected")].tolist() == [256] * 3 and np.isnan(numbers[:, NUMBERS.index("mass")]).all()
 
 
 def test_before_there_is_a_support_nothing_is_in_force():
@@ -215,14 +217,15 @@ def test_the_page_has_every_token_of_what_run_generates(cli, tiny, document, tmp
     assert {len(data[name]) for name in ("reason", "ms", "depth", "n_cells", "recent_from", "chosen", "measured")} == {40}
 
 
-def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native):
+@pytest.mark.parametrize("support", ["frozen", "sketch", "oracle"])
+def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native, support):
     """The hook is asked again, step by step, in a second generation of the same tokens."""
     from sfi_local import load
-    from sfi_local.engine import Stability
     from sfi_local.params import SfiParams
     from sfi_local.sampling import Sampling
 
-    with load(tiny, mode="sfi", params=SfiParams(n_recent=32, n_selected=40, max_span=6)) as model:
+    params = SfiParams.of(support, n_recent=32, n_selected=40, max_span=6)
+    with load(tiny, mode="sfi", params=params) as model:
         def generate():
             return model.generate([*TEXT.encode()], n=20, sampling=Sampling(temp=0))
 
@@ -237,17 +240,31 @@ def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native):
         n_fast = 0
         for i, item in enumerate(generate()):
             assert item.kind == data["kind"][i]
-            for k, (il, head) in enumerate(data["heads"]):
-                c, m = data["chosen"][i], data["measured"][i]
-                assert sets[c][k].tolist() == sorted(model.session.engine.selected(il, head)[1])
-                hook = [getattr(model.session.engine.stability(il, head), f.name) for f in fields(Stability)]
-                assert numbers[m, k, :len(hook)] == pytest.approx(hook, rel=1e-6, nan_ok=True)
-                assert numbers[m, k, NUMBERS.index("overlap")] == pytest.approx(hook[-1], abs=1e-6, nan_ok=True)  # jaccard
+            c, m = data["chosen"][i], data["measured"][i]
             if item.kind == "fast":
                 n_fast += 1
-                always = 4 + item.depth - data["recent_from"][i]
-                assert always + len(sets[c][0]) == item.n_cells
+                assert 4 + item.depth - data["recent_from"][i] + len(sets[c][0]) == item.n_cells
+            elif support != "frozen":
+                assert c == -1
+                continue
+            for k, (il, head) in enumerate(data["heads"]):
+                assert sets[c][k].tolist() == sorted(model.session.engine.selected(il, head)[1])
+                hook = hook_of(model.session.engine, support, il, head)
+                said = dict(zip(NUMBERS, numbers[m, k].tolist()))
+                assert {name: said[name] for name in hook} == pytest.approx(hook, abs=1e-6, nan_ok=True)
         assert n_fast > 10
+
+
+def hook_of(engine, support: str, il: int, head: int) -> dict:
+    """What the hook says of one KV head, by the names of NUMBERS."""
+    stability = engine.stability(il, head)
+    if support == "frozen":
+        return {**vars(stability), "overlap": stability.jaccard}
+    if support == "oracle":
+        return {"n_selected": stability.n_selected}
+    tails = [engine.tail(il, h) for h in (2 * head, 2 * head + 1)]  # two query heads per KV head
+    return {"n_selected": stability.n_selected, "tail_mass": sum(t.mass for t in tails) / 2,
+            "logit_error": sum(t.logit_error for t in tails) / 2}
 
 
 def test_the_picture_is_a_png_of_the_same_numbers(cli, tiny, document, tmp_path):
@@ -292,7 +309,7 @@ def test_dense_steps_choose_nothing_and_the_page_says_so(cli, tiny, tmp_path):
 
 
 def test_a_policy_that_chooses_nothing_has_a_page_too(cli, tiny, document, tmp_path):
-    done = cli("view", tiny, "-f", document, "-n", 20, "--support", "window", "--png", "w.png", *SMALL)
+    done = cli("view", tiny, "-f", document, "-n", 20, *SMALL, "--support", "window", "--png", "w.png")
     assert done.returncode == 0 and b"No step was fast" not in done.stderr, done.stderr
     data = data_of((tmp_path / "view.html").read_text(encoding="utf-8"))
     assert data["n_choices"] == 0 and data["kind"].count("fast") > 10
