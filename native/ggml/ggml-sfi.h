@@ -214,7 +214,8 @@ GGML_API struct ggml_tensor * ggml_sketch_logits(
 //   result  I32 [n_selected, n_head_kv]                // order not promised, padded with -1
 //
 // score(c) = mean over the heads h of the group of softmax(logits of h)(c). Cells of logit -INFINITY are never
-// selected. Equal scores: the lower cell wins.
+// selected. Equal logits in all heads: the lower cell wins. A score may be off by 1e-4 of itself, and the order of such
+// neighbours with it.
 GGML_API struct ggml_tensor * ggml_sketch_select(
         struct ggml_context * ctx,
         struct ggml_tensor  * logits,
