@@ -1,4 +1,4 @@
-"""The comparisons that stand between a measurement and its numbers."""
+"""The comparisons that stand between a measurement, of bench or eval, and its numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_KL_AGAIN = 1e-4  # of one step; threads may add in another order
 
 
 class CheckError(SfiError):
-    """A mode did not compute what it stands for, so its time means nothing."""
+    """A mode did not compute what it stands for, so its numbers mean nothing."""
 
 
 def compare(name: str, logits: Any, other_name: str, other: Any, max_kl: float) -> float:
@@ -51,11 +51,17 @@ def slow_and_fast(decoded: "Decoded", budget: int, depth: int, slow_every: int |
         if kinds != expected:
             raise CheckError(f"No numbers are shown: every {slow_every}th step was to be slow, and "
                              f"{kinds.count('slow')} of {len(kinds)} were.")
-    elif set(kinds) - {"slow", "fast"} or len(kinds) > 1 and "fast" not in kinds:
-        raise CheckError(f"No numbers are shown: the steps of mode sfi were {', '.join(sorted(set(kinds)))}.")
+    else:
+        sparse("mode sfi", kinds)
     if "fast" in kinds and depth > budget and not decoded.kv_read_share < 1:
         raise CheckError(f"No numbers are shown: fast steps read {100 * decoded.kv_read_share:.0f} % of K and V at depth "
                          f"{depth}, with a budget of {budget} cells.")
+
+
+def sparse(name: str, kinds: list[str]) -> None:
+    """The steps of a row or mode were slow and fast ones, and there were fast ones unless a single step was taken."""
+    if set(kinds) - {"slow", "fast"} or len(kinds) > 1 and "fast" not in kinds:
+        raise CheckError(f"No numbers are shown: the steps of {name} were {', '.join(sorted(set(kinds)))}.")
 
 
 def same_again(name: str, kl: float) -> None:

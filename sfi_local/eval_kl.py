@@ -7,16 +7,15 @@ KV type, and every row starts from that state.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Sequence
 
 from sfi_local import kv_layout
 from sfi_local.eval_greedy import Greedy, Output, compare_greedy, decode_greedy
-from sfi_local.eval_rows import DENSE, Plan, Row, Spent, plan
+from sfi_local.eval_rows import Plan, Row, Spent, plan
 from sfi_local.params import SfiParams
 from sfi_local.session import Schedule
-from sfi_local.switch_session import SwitchSession
+from sfi_local.switch_session import Sessions, SwitchSession
 
 
 @dataclass
@@ -70,26 +69,18 @@ def measure(model: Any, depths: Sequence[int], n: int, rows: Sequence[Row], para
     bar:      has say, advance, filling as bar.Bar
     Raises CheckError where a row did other steps than it stands for, and what SwitchSession raises.
     """
-    n_ctx, bar = depths[-1] + max(n, n_greedy) + 1, bar or Quiet()
+    n_ctx, bar = depths[-1] + max(n, n_greedy), bar or Quiet()
     found: list[Fidelity] = []
-    with ExitStack() as stack:
-        sessions: dict[str, SwitchSession] = {}
-
-        def session_of(row: Row, depth: int) -> SwitchSession:
-            kind = row.kv_type or kv_type
-            if kind not in sessions:
-                sessions[kind] = stack.enter_context(SwitchSession(model, n_ctx, params, kind))
-            if len(sessions[kind].trunk) != depth:
-                sessions[kind].set_trunk(tokens[:depth], bar.filling)
-            return sessions[kind]
-
+    with Sessions(model, n_ctx, params, kv_type) as sessions:
         for depth in depths:
             bar.say(f"{kv_type} @ {depth}: dense")
-            dense = _Dense(model, session_of(DENSE, depth), params.fit_context(n_ctx), tokens[depth:depth + n + 1], n, n_greedy)
+            session = sessions.at(kv_type, tokens[:depth], bar.filling)
+            dense = _Dense(model, session, params.fit_context(n_ctx), tokens[depth:depth + n + 1], n, n_greedy)
             spent: dict[str, Spent] = {}
             for row in rows:
                 bar.say(f"{kv_type} @ {depth}: {row.name}")
-                one = dense.compare(session_of(row, depth), row, plan(row, params, n, n_ctx, spent))
+                session = sessions.at(row.kv_type, tokens[:depth], bar.filling)
+                one = dense.compare(session, row, plan(row, params, n, n_ctx, spent))
                 check(one)
                 spent[row.name] = one.spent
                 found.append(one)
@@ -178,6 +169,6 @@ def check(one: Fidelity) -> None:
     if one.row.mode in ("dense", "stock"):
         bench_check.only(one, one.row.mode)
     elif one.row.mode == "sfi":
-        bench_check.slow_and_fast(one, one.params.budget, one.depth, None)
+        bench_check.sparse(one.row.name, one.kinds)
     if one.row.is_yardstick:
         bench_check.same_again(one.row.name, max(one.kl))

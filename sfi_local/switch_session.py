@@ -75,3 +75,28 @@ class SwitchSession(Session):
         import numpy as np
 
         return np.ctypeslib.as_array(self.context.get_logits_ith(-1), shape=(self.context.model.n_vocab(),))
+
+
+class Sessions:
+    """A SwitchSession per KV type, made when first asked for and freed together. kv_type: where none is named."""
+
+    def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str):
+        self._model, self._n_ctx, self._params, self._kv_type = model, n_ctx, params, kv_type
+        self._sessions: dict[str, SwitchSession] = {}
+
+    def __enter__(self) -> "Sessions":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    def at(self, kv_type: str | None, trunk: Sequence[int], progress: Progress | None = None) -> SwitchSession:
+        """The session of a KV type with a trunk in its cache, prefilled if it was another."""
+        kind = kv_type or self._kv_type
+        if kind not in self._sessions:
+            self._sessions[kind] = SwitchSession(self._model, self._n_ctx, self._params, kind)
+        session = self._sessions[kind]
+        if session.trunk != list(trunk):
+            session.set_trunk(trunk, progress)
+        return session
