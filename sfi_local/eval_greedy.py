@@ -43,17 +43,17 @@ class Greedy:
 
 
 def decode_greedy(session: SwitchSession, vocabulary: Any, n: int) -> Output:
-    """n tokens, fewer where the answer ends, from a session that has begun a mode."""
+    """n tokens, fewer where the answer ends (that token included), from a session that has begun a mode."""
     output = Output([], [])
     for i in range(n):
         if i:
             session.step(output.tokens[-1])
         logits = session.last_logits().copy()
         token = int(logits.argmax())
-        if vocabulary.is_end(token) and i:
-            break
         output.tokens.append(token)
         output.logits.append(logits)
+        if vocabulary.is_end(token):
+            break
     return output
 
 

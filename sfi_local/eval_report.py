@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
@@ -162,10 +163,10 @@ def plot(rows: Rows, path: str) -> None:
     colors = {name: f"C{i % 10}" for i, name in enumerate(n for n in dict.fromkeys(r["name"] for r in rows) if not is_oracle(n))}
     for axes, depth in zip(all_axes, depths):
         _panel(axes, [r for r in rows if r["depth"] == depth], colors)
-        axes.set_title(f"{rows[0]['model']} @ {depth}")
+        axes.set_title(f"{Path(rows[0]['model']).name} @ {depth}")
     all_axes[0].set_ylabel("mean KL from dense, nats per token")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    shown = {label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
     rows_report.save_figure(figure, path)
 
 
