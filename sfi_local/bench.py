@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import depths, names, sfi_options, take_params
+from sfi_local.options import depth_list, name_list, sfi_options, take_params
 from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
@@ -21,11 +21,11 @@ MODES = ("stock", "dense", "sfi", "auto")  # in the order in which they take tur
 
 @click.command("bench", short_help="Measure modes side by side at several depths.")
 @click.argument("model")
-@click.option("--depth", "depths", default="0,2000", show_default=True, callback=depths, metavar="A,B",
+@click.option("--depth", "depths", default="0,2000", show_default=True, callback=depth_list, metavar="A,B",
               help="Tokens in the KV cache before the first step; 32k is 32768.")
-@click.option("--modes", default="stock,dense,sfi", show_default=True, callback=names(MODES, "mode"), metavar="A,B",
+@click.option("--modes", default="stock,dense,sfi", show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
               help=f"Of {', '.join(MODES)}.")
-@click.option("--kv-type", "kv_types", default="f16", show_default=True, callback=names(tuple(KV_TYPES), "KV type"),
+@click.option("--kv-type", "kv_types", default="f16", show_default=True, callback=name_list(tuple(KV_TYPES), "KV type"),
               metavar="A,B", help=f"Types of K and V, of {', '.join(KV_TYPES)}.")
 @click.option("-n", "--n", "n", type=click.IntRange(1), default=128, show_default=True, metavar="N",
               help="Steps per repetition.")

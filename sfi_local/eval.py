@@ -9,7 +9,7 @@ import click
 
 from sfi_local.errors import UsageError
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import depths, names, sfi_options, take_params
+from sfi_local.options import depth_list, name_list, sfi_options, take_params
 from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
@@ -24,11 +24,11 @@ MODES = ("dense", "stock", "sfi", "auto")  # in the order in which they are show
 @click.argument("model")
 @click.option("--text", metavar="FILE", help="The text that is decoded, or what pass keys are hidden in; - reads stdin "
               "[default: Python's own help topics].")
-@click.option("--depth", "depths", default="2000", show_default=True, callback=depths, metavar="A,B",
+@click.option("--depth", "depths", default="2000", show_default=True, callback=depth_list, metavar="A,B",
               help="Tokens in the KV cache before the first step; length of the prompts with --passkey and --copy.")
 @click.option("-n", "--n", "n", type=click.IntRange(1), default=256, show_default=True, metavar="N",
               help="Tokens of the text that are decoded at each depth.")
-@click.option("--modes", default="dense,stock,sfi", show_default=True, callback=names(MODES, "mode"), metavar="A,B",
+@click.option("--modes", default="dense,stock,sfi", show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
               help=f"Of {', '.join(MODES)}; dense is measured in any case.")
 @click.option("--reference", is_flag=True, help="Also the rows a policy is judged against: stock, the policies, frozen as in "
               "the paper and with a fixed period, sink + recent of the same bytes, the oracle, KV in q8_0 and q4_0.")
@@ -125,7 +125,7 @@ class Request:
         from sfi_local import eval_rows
 
         rows = eval_rows.mode_rows(tuple(dict.fromkeys(("dense", *self.modes))), self.fit_budget)
-        rows += eval_rows.reference_rows(self.modes, self.kv_type) if self.reference else []
+        rows += eval_rows.reference_rows(self.modes, self.kv_type, self.params) if self.reference else []
         return eval_rows.unique(rows + [eval_rows.parse_row(text) for text in self.own_rows])
 
 

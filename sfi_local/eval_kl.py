@@ -138,11 +138,20 @@ def bytes_read(session: SwitchSession, layers: list, at: list[int], kv_type: str
     """(bytes per step, share of dense's) that the steps since reset_stats read of the cache.
 
     at: depth of each step; kv_type: of the dense steps that are the measure. The library counts in mode sfi and dense;
-    a stock step reads every cell.
+    a stock step reads every cell. The oracle's search is not counted: its row is the limit of what could be chosen.
     """
     dense, mine = (sum(kv_layout.kv_bytes(layers, depth, kind, kind) for depth in at) for kind in (kv_type, session.kv_type))
     share = session.engine.stats().kv_read_share if session.engine else 1.0
+    if session.engine and session.mode == "sfi" and session.params.support == "oracle":
+        share = chosen_share(session, at)
     return share * mine / len(at), share * mine / dense
+
+
+def chosen_share(session: SwitchSession, at: list[int]) -> float:
+    """Bytes of the cells that steps of policy oracle attended to, over those of dense steps."""
+    cell = sum(layer.kv_cell_bytes for layer in session.engine.layers() if layer.sparse)
+    spared = cell * sum(depth - min(depth, session.params.budget) for depth in at)
+    return 1 - spared / session.engine.stats().kv_dense
 
 
 def log_softmax(logits: Any) -> Any:

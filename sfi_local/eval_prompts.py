@@ -73,7 +73,7 @@ def passkey(model: Any, filler: list[int], place: float, key: str, depth: int) -
     n = len(filler)
     while n >= 0:
         prose = model.detokenize(filler[:n])
-        cut = sentence_end(prose, round(place * len(prose)))
+        cut = sentence_end(prose, round(place * len(prose)), len(prose) // 40)
         prompt = ask(model, prose[:cut] + NEEDLE.format(key=key) + prose[cut:] + QUESTION, OPENING, key)
         if len(prompt.tokens) <= depth:
             return prompt
@@ -82,11 +82,11 @@ def passkey(model: Any, filler: list[int], place: float, key: str, depth: int) -
                      f"or more.")
 
 
-def sentence_end(text: str, at: int) -> int:
-    """The end of the last sentence, else word, that ends at or before a place."""
-    ends = [m.end() for m in re.finditer(r"[.!?][\"')]*(?=\s)", text[:at + 1])] or [m.start() for m in re.finditer(
-        r"\s", text[:at + 1])]
-    return min(at, ends[-1]) if ends else 0
+def sentence_end(text: str, at: int, reach: int) -> int:
+    """The last end of a sentence in the ``reach`` characters before a place, else of a word, else the place itself."""
+    near = text[max(0, at - reach):at + 1]
+    ends = [m.end() for m in re.finditer(r"[.!?][\"')]*(?=\s)", near)] or [m.start() for m in re.finditer(r"\s", near)]
+    return max(0, at - reach) + ends[-1] if ends else at
 
 
 # ---- a passage to copy -----------------------------------------------------------------------------------------------

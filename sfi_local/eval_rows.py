@@ -8,22 +8,19 @@ from typing import Any
 from sfi_local.errors import UsageError
 from sfi_local.kv_layout import KV_TYPES
 from sfi_local.options import meant
-from sfi_local.params import POLICIES, SfiParams
+from sfi_local.params import SfiParams
 from sfi_local.session import MODES, Schedule
 
-ORACLE_BUDGETS = (64, 256, 1024)  # cells selected, of the oracle's rows
+ORACLE_BUDGETS = (32, 128, 512)  # cells selected, of the oracle's rows
 
-# every parameter that a reference stands for, whatever the defaults are
-FROZEN = {"support": "frozen", "selector": "topk", "n_sink": 4, "n_recent": 256, "n_selected": 2048, "max_span": 64,
-          "min_span": 16, "boundary": True, "n_queries": 16, "pool_after": 16, "pool_before": 2}
-PAPER = {**FROZEN, "selector": "paper", "n_queries": 1, "pool_after": 0, "pool_before": 0}
+PAPER = {"support": "frozen", "selector": "paper", "n_queries": 1, "pool_after": 0, "pool_before": 0, "pinned": False}
 
 
 @dataclass(frozen=True)
 class Row:
     """What is measured beside dense.
 
-    changes:    fields of SfiParams that differ from the run's
+    changes:    fields of SfiParams that differ from the run's; with ``support`` among them, from that policy's defaults
     kv_type:    of its own context; None: the run's
     slow_every: every n-th step is slow instead of the schedule; steps
     same, like: ``bytes`` or ``refreshes`` are to be those of the earlier row ``like``
@@ -63,19 +60,18 @@ def mode_rows(modes: tuple[str, ...], fit: bool) -> list[Row]:
     return [Row(mode, mode, fit=fit) for mode in modes]
 
 
-def reference_rows(modes: tuple[str, ...], kv_type: str) -> list[Row]:
-    """What a policy is judged against; policies that this build lacks are left out."""
+def reference_rows(modes: tuple[str, ...], kv_type: str, params: SfiParams) -> list[Row]:
+    """What the run's parameters are judged against."""
     rows = [] if "stock" in modes else [Row("stock", "stock")]
+    rows += [Row(policy, "sfi", {"support": policy}) for policy in ("sketch", "frozen")
+             if "sfi" not in modes or params != SfiParams.of(policy)]
     rows += [
-        Row("sketch", "sfi", {"support": "sketch"}),
-        Row("frozen", "sfi", FROZEN),
         Row("paper", "sfi", PAPER),
         Row("paper, fixed period", "sfi", PAPER, same="refreshes", like="paper"),
-        Row("sink + recent", "sfi", {"support": "window"}, same="bytes", like="sfi" if "sfi" in modes else "frozen"),
+        Row("sink + recent", "sfi", {"support": "window"}, same="bytes", like="sfi" if "sfi" in modes else "sketch"),
     ]
-    rows += [Row(f"oracle {n}", "sfi", {**FROZEN, "support": "oracle", "n_recent": 64, "n_selected": n}) for n in ORACLE_BUDGETS]
-    rows += [Row(kind, "dense", kv_type=kind) for kind in ("q8_0", "q4_0") if KV_TYPES[kind] < KV_TYPES[kv_type]]
-    return [row for row in rows if row.changes.get("support", "frozen") in POLICIES]
+    rows += [Row(f"oracle {n}", "sfi", {"support": "oracle", "n_selected": n}) for n in ORACLE_BUDGETS]
+    return rows + [Row(kind, "dense", kv_type=kind) for kind in ("q8_0", "q4_0") if KV_TYPES[kind] < KV_TYPES[kv_type]]
 
 
 def unique(rows: list[Row]) -> list[Row]:
@@ -102,9 +98,9 @@ class Plan:
 
 def plan(row: Row, base: SfiParams, n: int, n_ctx: int, spent: dict[str, Spent]) -> Plan:
     """The plan of n steps of a row; base: the run's parameters, spent: what the rows before it took. Raises ArgumentError."""
-    params, n_slow = base.replace(**row.changes), None
+    params, n_slow = settings(row, base), None
     if row.same == "bytes":
-        params = window_of(params, spent[row.like])
+        params = window_of(params, n, spent[row.like])
     elif row.same == "refreshes":
         n_slow = spent[row.like].n_slow
     elif row.slow_every:
@@ -128,13 +124,17 @@ def spread(n: int, n_slow: int) -> Schedule:
     return kind
 
 
-def window_of(params: SfiParams, spent: Spent) -> SfiParams:
-    """The parameters of policy ``window`` that read as many bytes as another row: its slow steps, the rest as recent."""
-    n_fast = max(1, spent.n - spent.n_slow)
-    cells = (spent.kv_read_share * spent.n - spent.n_slow) * spent.depth / n_fast
-    growth = n_fast / (spent.n_slow + 1) / 2  # the pinned window gets a cell with every fast step
-    n_recent = max(1, round(cells - growth) - params.n_sink)
-    return params.replace(support="window", n_queries=1, n_recent=n_recent)
+def settings(row: Row, base: SfiParams) -> SfiParams:
+    """The parameters of a row that is like no other."""
+    if "support" not in row.changes:
+        return base.replace(**row.changes)
+    return SfiParams.of(**{"auto_depth": base.auto_depth, **row.changes})
+
+
+def window_of(params: SfiParams, n: int, spent: Spent) -> SfiParams:
+    """A sliding window that reads in n steps as many bytes as another row did, none of them in slow steps."""
+    n_recent = max(1, round(spent.kv_read_share * spent.depth) - params.n_sink)
+    return params.replace(pinned=False, boundary=False, max_span=n + 1, n_recent=n_recent)
 
 
 # ---- rows that are typed ---------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def parse_row(text: str) -> Row:
     _one_of(name, "mode", mode, MODES)
     if "kv_type" in own:
         _one_of(name, "kv_type", own["kv_type"], KV_TYPES)
-    SfiParams(**given).validate()
+    settings(Row(name, mode, given), SfiParams()).validate()
     budget = any(key in given for key in ("n_sink", "n_recent", "n_selected"))
     return Row(name.strip(), mode, given, own.get("kv_type"), own.get("slow_every"), fit=not budget)
 

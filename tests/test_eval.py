@@ -20,7 +20,7 @@ from sfi_local.eval_rows import Row
 from sfi_local.switch_session import SwitchSession
 from sfi_local.text_input import measured_text
 
-SMALL = SfiParams(n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
+SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1, "-n", 20)
 FIELDS = {"mode", "depth", "n", "kld_mean", "kld_median", "kld_p99", "top1", "delta_nll", "kv_read_share", "kv_bytes", "name",
           "kv_type", "steps", "reasons", "params", "budget", "model", "machine", "source_id", "date", "command", "threads", "text"}
@@ -87,7 +87,7 @@ def test_a_plot_is_written(measure, model, tiny, tmp_path):
 # ---- equivalences ----------------------------------------------------------------------------------------------------
 
 def test_dense_equals_itself_whatever_came_between_and_a_window_does_not(measure):
-    found = measure(DENSE, Row("window", "sfi", {"support": "window"}), Row("again", "dense"), depths=(300, 400))
+    found = measure(DENSE, Row("window", "sfi", {"support": "window", "n_recent": 32}), Row("again", "dense"), depths=(300, 400))
     for depth in (300, 400):
         assert found["dense", depth].kl == found["again", depth].kl == [0.0] * 20
         assert found["window", depth].kinds.count("fast") > 10 and np.mean(found["window", depth].kl) > 0.01
@@ -138,11 +138,12 @@ def test_the_share_of_bytes_is_the_librarys_and_counts_the_kv_type(measure):
 
 
 def test_rows_like_another_spend_as_much(measure):
-    rows = [DENSE, SFI, Row("fixed", "sfi", same="refreshes", like="sfi"), Row("window", "sfi", same="bytes", like="sfi")]
+    rows = [DENSE, SFI, Row("fixed", "sfi", same="refreshes", like="sfi"), Row("window", "sfi", {"support": "window"}, same="bytes", like="sfi")]
     found = measure(*rows, n=60)
     assert found["fixed", 300].kinds.count("slow") == found["sfi", 300].kinds.count("slow") > 2
     assert set(found["fixed", 300].reasons) == {"forced"} != set(found["sfi", 300].reasons)
-    assert found["window", 300].kv_read_share == pytest.approx(found["sfi", 300].kv_read_share, rel=0.1)
+    assert found["window", 300].kv_read_share == pytest.approx(found["sfi", 300].kv_read_share, rel=0.05)
+    assert found["window", 300].kinds == ["fast"] * 60
 
 
 def test_the_first_difference_is_where_free_outputs_part(model, tokens, measure):
@@ -159,6 +160,14 @@ def test_the_first_difference_is_where_free_outputs_part(model, tokens, measure)
     assert greedy.first == equal.index(False) and greedy.gap > 0 and 0 <= greedy.n_ties <= greedy.n_differ <= greedy.n
     same = measure(DENSE, n=2, n_greedy=n)["dense", 300].greedy
     assert (same.first, same.gap, same.tie, same.n_differ) == (None, None, None, 0)
+
+
+def test_the_oracle_is_counted_by_what_it_chose_and_is_nearer_than_a_window_of_as_many(measure):
+    found = measure(DENSE, Row("oracle", "sfi", {"support": "oracle", "n_recent": 32, "n_selected": 40}),
+                    Row("window", "sfi", {"support": "window", "pinned": False, "boundary": False, "n_recent": 72}))
+    oracle, window = found["oracle", 300], found["window", 300]
+    assert oracle.kv_read_share == pytest.approx(76 / 310.5) and window.kv_read_share == pytest.approx(76 / 310.5)
+    assert oracle.kinds == window.kinds == ["fast"] * 20 and np.mean(oracle.kl) < np.mean(window.kl)
 
 
 # ---- nothing is shown of a row that did something else -----------------------------------------------------------------

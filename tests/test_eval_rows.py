@@ -4,10 +4,9 @@ import pytest
 
 from sfi_local import SfiParams
 from sfi_local.errors import ArgumentError, UsageError
-from sfi_local.eval_rows import FROZEN, Row, Spent, mode_rows, parse_row, plan, reference_rows, spread, unique
-from sfi_local.params import POLICIES
+from sfi_local.eval_rows import Row, Spent, mode_rows, parse_row, plan, reference_rows, spread, unique
 
-BASE = SfiParams(n_sink=4, n_recent=256, n_selected=2048)
+BASE = SfiParams()
 
 
 def kinds(schedule, n):
@@ -30,28 +29,29 @@ def test_each_schedule_of_a_plan_begins_anew():
 
 @pytest.mark.parametrize("spent", [Spent(200, 9, 6500.0, 0.40), Spent(200, 0, 6500.0, 0.09), Spent(512, 3, 3000.0, 0.6)])
 def test_a_window_of_the_same_bytes_reads_as_many(spent):
-    params = plan(Row("x", "sfi", same="bytes", like="y"), BASE, spent.n, 8192, {"y": spent}).params
-    n_fast = spent.n - spent.n_slow
-    per_fast = params.n_sink + params.n_recent + n_fast / (spent.n_slow + 1) / 2
-    assert params.support == "window"
-    assert spent.n_slow * spent.depth + n_fast * per_fast == pytest.approx(spent.kv_read_share * spent.n * spent.depth, rel=0.01)
+    params = plan(Row("x", "sfi", {"support": "window"}, same="bytes", like="y"), BASE, spent.n, 8192, {"y": spent}).params
+    assert (params.support, params.pinned, params.boundary) == ("window", False, False) and params.max_span > spent.n
+    assert params.n_sink + params.n_recent == pytest.approx(spent.kv_read_share * spent.depth, rel=0.01)
 
 
-def test_references_are_rows_this_build_has_and_stand_for_the_same_whatever_was_asked():
-    rows = {row.name: row for row in reference_rows(("dense", "sfi"), "f16")}
-    assert {"stock", "frozen", "paper", "paper, fixed period", "sink + recent", "q8_0", "q4_0"} <= set(rows)
-    assert all(row.changes.get("support", "frozen") in POLICIES for row in rows.values())
-    other = SfiParams(n_sink=1, n_recent=20, n_selected=30, max_span=5, boundary=False)
+def test_references_stand_for_the_same_whatever_was_asked():
+    other = SfiParams(n_sink=1, n_recent=20, n_selected=30, max_span=5)
+    rows = {row.name: row for row in reference_rows(("dense", "sfi"), "f16", other)}
+    assert {"stock", "sketch", "frozen", "paper", "paper, fixed period", "sink + recent", "q8_0", "q4_0"} <= set(rows)
     params = plan(rows["paper"], other, 10, 8192, {}).params
     assert (params.selector, params.n_selected, params.n_queries, params.boundary) == ("paper", 2048, 1, True)
-    assert plan(rows["frozen"], other, 10, 8192, {}).params == other.replace(**FROZEN)
-    assert "q8_0" not in {row.name for row in reference_rows(("stock",), "q8_0")} and "stock" not in {
-        row.name for row in reference_rows(("stock",), "q8_0")}
+    assert plan(rows["frozen"], other, 10, 8192, {}).params == SfiParams.of("frozen")
+    assert {plan(row, other, 10, 8192, {}).params.support for name, row in rows.items() if name.startswith("oracle ")} == {"oracle"}
+
+
+def test_no_reference_is_measured_twice():
+    default = {row.name for row in reference_rows(("stock", "sfi"), "q8_0", SfiParams())}
+    assert not {"stock", "sketch", "q8_0"} & default and {"frozen", "q4_0"} <= default
 
 
 def test_what_a_row_is_like_was_measured_before_it():
     for modes in (("dense", "sfi"), ("dense",), ("dense", "stock", "sfi")):
-        rows = unique(mode_rows(modes, True) + reference_rows(modes, "f16"))
+        rows = unique(mode_rows(modes, True) + reference_rows(modes, "f16", BASE))
         names = [row.name for row in rows]
         assert rows[0].is_yardstick and all(row.like in names[:i] for i, row in enumerate(rows) if row.like)
 
@@ -81,4 +81,9 @@ def test_two_rows_of_one_name_are_refused():
 def test_a_typed_budget_is_refused_where_it_does_not_fit_and_the_default_adapts():
     with pytest.raises(ArgumentError, match="larger than the context"):
         plan(parse_row("x:n_selected=5000"), BASE, 10, 4096, {})
-    assert plan(parse_row("x:boundary=off"), BASE, 10, 1000, {}).params.budget == 1000
+    assert plan(parse_row("x:support=frozen"), BASE, 10, 1000, {}).params.budget == 1000
+
+
+def test_a_row_with_a_policy_begins_with_its_defaults():
+    assert plan(parse_row("x:support=frozen,n_selected=9"), BASE, 10, 4096, {}).params == SfiParams.of("frozen", n_selected=9)
+    assert plan(parse_row("x:n_selected=9"), SfiParams.of("frozen"), 10, 4096, {}).params == SfiParams.of("frozen", n_selected=9)

@@ -14,9 +14,9 @@ from sfi_local.eval_tasks import answer_all
 from sfi_local.switch_session import SwitchSession
 from sfi_local.text_input import measured_text
 
-SMALL = SfiParams(n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
+SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1)
-DENSE, SFI, WINDOW = Row("dense", "dense"), Row("sfi", "sfi"), Row("window", "sfi", {"support": "window"})
+DENSE, SFI, WINDOW = Row("dense", "dense"), Row("sfi", "sfi"), Row("window", "sfi", {"support": "window", "n_recent": 32})
 LINES = {"random_idx": ["odd-cat", 1], "expected_number": 2416, "num_lines": 2, "correct_line": "line odd-cat: ... <2416>\n",
          "prompt": "line even-dog: REGISTER_CONTENT is <17>\nline odd-cat: REGISTER_CONTENT is <2416>\n\nWhat is in odd-cat?"}
 PAIRS = {"ordered_kv_records": [["a1", "b2"], ["c3", "d4"]], "key": "c3", "value": "d4"}
@@ -42,14 +42,14 @@ def test_pass_keys_lie_at_even_places_of_prompts_of_the_length_asked_for(model, 
     places = [t.index(p.answer) / len(t) for t, p in zip(texts, prompts)][:N_PLACES]
     size = min(n, N_PLACES)
     assert places == sorted(places, reverse=True)
-    assert places == pytest.approx([(i + 0.5) / size for i in reversed(range(size))], abs=0.15)
+    assert places == pytest.approx([(i + 0.5) / size for i in reversed(range(size))], abs=0.1)
     assert [p.tokens for p in passkeys(model, text, "text", depth, n)] == [p.tokens for p in prompts]
 
 
 def test_every_ten_pass_keys_have_other_prose_and_share_theirs(model):
     prompts = passkeys(model, measured_text(None)[0], "text", 900, 20)
     for first, second in zip(prompts, prompts[1:10]):
-        at = model.detokenize(second.tokens).index("The pass key is")
+        at = model.detokenize(second.tokens).index("\n\nThe pass key is")
         assert model.detokenize(first.tokens)[:at] == model.detokenize(second.tokens)[:at]
     assert prompts[10].tokens[60:200] != prompts[0].tokens[60:200]
 
@@ -63,9 +63,9 @@ def test_texts_that_are_too_short_for_pass_keys(model):
 
 def test_a_key_comes_after_a_sentence():
     text = 'One two. Three? "Four!" Five six'
-    assert [text[:sentence_end(text, at)] for at in (5, 8, 12, 15, 24, 32)] == [
+    assert [text[:sentence_end(text, at, 20)] for at in (5, 8, 12, 15, 24, 32)] == [
         "One", "One two.", "One two.", "One two. Three?", 'One two. Three? "Four!"', 'One two. Three? "Four!"']
-    assert sentence_end("word", 3) == 0
+    assert text[:sentence_end(text, 30, 3)] == text[:28] and sentence_end("word", 3, 20) == 3
 
 
 def test_copies_end_with_the_beginning_of_what_is_to_go_on(model):
@@ -152,17 +152,19 @@ def test_answers_are_those_of_a_run_and_a_window_gives_others(model):
     from sfi_local.sampling import Sampling
 
     prompts, text = [], measured_text(None)[0]
-    for start in (0, 4000):
-        tokens = model.tokenize(text[start:start + 700])
+    for start in range(0, 40_000, 4000):
+        tokens = model.tokenize(text[start:start + 690])
         with SwitchSession(model, 720, SMALL, "f16") as session:
             session.use("dense")
             said = [s.token for s in generate(session, model.vocabulary, tokens, Sampling(temp=0).chain(), 16)]
-        prompts.append(Prompt(tokens, len(said), said))
+        if len(said) == 16:  # this model likes to end its answers
+            prompts.append(Prompt(tokens, len(said), said))
+    assert len(prompts) > 2
     everything = Row("all", "sfi", {"n_selected": 680})
     dense, every, window = answer_all(model, prompts, [DENSE, everything, WINDOW], SMALL)
-    assert dense.scores == every.scores == [1, 1] and dense.passed == [True, True]
+    assert set(dense.scores) == set(every.scores) == {1} and all(dense.passed)
     assert max(window.scores) < 1 and window.kinds.count("fast") > 10 and window.kv_read_share < 0.3
-    assert every.kinds.count("fast") > 10 and dense.kv_read_share == 1 and dense.depth == 700
+    assert every.kinds.count("fast") > 10 and dense.kv_read_share == 1 and dense.depth <= 690
 
 
 def test_a_row_whose_steps_were_dense_is_noticed(model, monkeypatch):

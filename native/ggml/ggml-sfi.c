@@ -81,6 +81,15 @@ struct ggml_tensor * ggml_sparse_attn(
     return result;
 }
 
+void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass) {
+    GGML_ASSERT(result->op == GGML_OP_SPARSE_ATTN);
+    GGML_ASSERT(mass->type == GGML_TYPE_F32 && has_rows(mass));
+    GGML_ASSERT(mass->ne[0] == 2 && mass->ne[1] == result->ne[1]);
+    GGML_ASSERT(result->ne[2] == 1 && result->ne[3] == 1);
+
+    result->src[7] = mass;
+}
+
 struct ggml_tensor * ggml_support_evidence(
         struct ggml_context     * ctx,
         struct ggml_tensor      * q,
