@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any, Callable
 
@@ -87,3 +88,33 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
     return SfiParams.of(given.pop("support", _DEFAULT.support), **given).validate(), not any(name in given for name in _BUDGET)
+
+
+def name_list(allowed: tuple[str, ...], what: str) -> Callable:
+    """A callback that parses a list of names, in the order of ``allowed``. Raises UsageError."""
+    def parse(ctx: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+        given = [name.strip() for name in text.split(",") if name.strip()]
+        for name in given:
+            if name not in allowed:
+                raise UsageError(f"There is no {what} {name!r}:{meant(name, allowed)} There are {', '.join(allowed)}.")
+        if not given:
+            raise UsageError(f"{option.opts[0]} is empty: give one or more of {', '.join(allowed)}.")
+        return tuple(name for name in allowed if name in given)
+    return parse
+
+
+def meant(name: str, allowed: Any) -> str:
+    """`` did you mean NAME?`` where one is near, else nothing."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.3)
+    return f" did you mean {near[0]}?" if near else ""
+
+
+def depth_list(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    """A callback that parses depths, in ascending order; 32k is 32768. Raises UsageError."""
+    found = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(k?)\s*", item, re.I)
+        if not match:
+            raise UsageError(f"{item.strip()!r} is not a depth: write e.g. --depth 0,2000,8000 or --depth 32k (32768).")
+        found.add(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(sorted(found))
