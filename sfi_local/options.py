@@ -16,6 +16,34 @@ _BUDGET = ("n_sink", "n_recent", "n_selected")
 _DEFAULT = SfiParams()
 
 
+def answer_options(n: int, mode: str) -> Callable:
+    """Options of a prompt and of how it is answered, with the defaults of -n and --mode."""
+    def add(command: Callable) -> Callable:
+        for option in reversed((
+            click.option("-f", "--file", "file", metavar="FILE", help="Text the question is about; - reads stdin."),
+            click.option("-p", "--prompt", metavar="TEXT", help="The question or instruction."),
+            click.option("-n", "--n", "n", type=click.IntRange(-1), default=n, show_default=True, metavar="N",
+                         help="Tokens to generate at most; -1: until the answer ends or the context is full."),
+            click.option("--mode", type=click.Choice(["auto", "sfi", "dense", "stock"]), default=mode, show_default=True,
+                         help="sfi: slow-fast; dense: every step dense; stock: llama.cpp's own path; auto: sfi where it pays."),
+            click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Seed of the sampler [default: random]."),
+            click.option("--temp", type=click.FloatRange(0), default=0.8, show_default=True, metavar="X",
+                         help="Temperature; 0 takes the most likely token."),
+            click.option("--top-k", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="0: all tokens."),
+            click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, metavar="X"),
+            click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, metavar="X"),
+            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."),
+            click.option("--system", metavar="TEXT", help="System prompt."),
+            click.option("--raw", is_flag=True, help="Give the text to the model as it is, without its chat template."),
+            click.option("--max-prompt-tokens", type=click.IntRange(1), metavar="N",
+                         help="Take only the head of the file, so that the whole prompt has N tokens at most."),
+            click.option("--truncate", is_flag=True, help="Take only the head of the file, as much as the context holds."),
+        )):
+            command = option(command)
+        return command
+    return add
+
+
 def model_options(command: Callable) -> Callable:
     """Options of loading a model."""
     for option in reversed((
