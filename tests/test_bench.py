@@ -16,6 +16,7 @@ from command_line import cli_command, cli_env, sentence
 from sfi_local import SfiParams, bench, bench_report, state_fill
 from sfi_local.bench_check import CheckError, compare, slow_and_fast
 from sfi_local.bench_session import PIECE, BenchSession, Decoded
+from sfi_local.text_input import measured_text
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1, "--reps", 2, "-n", 20)
@@ -44,7 +45,7 @@ def session(model):
     made = []
 
     def make(fill="prefill", kv="f16", params=SMALL, n_ctx=2048):
-        tokens = model.tokenize(bench.default_text()[0][:n_ctx])
+        tokens = model.tokenize(measured_text(None)[0][:n_ctx])
         made.append(BenchSession(model, n_ctx, params, kv, tokens, fill))
         return made[-1]
 
@@ -113,7 +114,8 @@ def test_auto_is_dense_below_its_depth_and_slow_fast_above(tiny):
 
 def test_no_time_is_shown_of_a_mode_that_did_other_steps(tiny, monkeypatch):
     real = BenchSession.use
-    monkeypatch.setattr(BenchSession, "use", lambda self, mode: real(self, "dense" if mode == "sfi" else mode))
+    monkeypatch.setattr(BenchSession, "use", lambda self, mode, params=None: real(
+        self, "dense" if mode == "sfi" else mode, params))
     with pytest.raises(CheckError, match="sfi were dense"):
         bench.measure(request(tiny, reps=1))
 
