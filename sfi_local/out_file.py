@@ -29,7 +29,7 @@ def check_matplotlib(option: str) -> None:
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yield the path to write to; it gets its name when the block ends well, and is removed when it does not."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

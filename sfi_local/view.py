@@ -140,15 +140,15 @@ def about(model: Any, request: ViewRequest, sampling: Any) -> dict[str, Any]:
 
 def write(request: ViewRequest, data: dict[str, Any], collector: Any) -> None:
     """The files, each whole or not at all; their paths on stdout."""
-    from sfi_local.out_file import whole_file
+    from sfi_local.out_file import written_whole
     from sfi_local.view_page import page
 
-    with whole_file(request.html) as part:
+    with written_whole(request.html) as part:
         part.write_text(page(data), encoding="utf-8")
     click.echo(request.html)
     if request.png:
         from sfi_local.view_png import draw
 
-        with whole_file(request.png) as part:
+        with written_whole(request.png) as part:
             draw(data, collector, part)
         click.echo(request.png)

@@ -120,16 +120,22 @@ class Collector:
         return out
 
     def _recent_from(self, step: Step, sets: Sets) -> int:
-        """A fast step attended to the first cells, the selected ones, and as many of the latest as are missing to n_cells."""
+        """A fast step attended to the first cells, to as many selected ones as its heads have in the mean, and to as many of
+        the latest as are missing to n_cells."""
         n_sink, n_recent = min(self.n_sink, step.depth), self.n_recent
         if step.kind == "fast":
-            n_recent = step.n_cells - n_sink - max(map(len, sets), default=0)
+            n_recent = step.n_cells - n_sink - _mean_size(sets)
         return max(n_sink, step.depth - n_recent)
 
 
 def _positions(positions: Sequence[int]) -> np.ndarray:
     found = np.array(positions, dtype=np.int32)
     return np.unique(found[found >= 0])
+
+
+def _mean_size(sets: Sets) -> int:
+    """Members per head, rounded as the library rounds Step.n_cells."""
+    return (sum(map(len, sets)) + len(sets) // 2) // len(sets) if sets else 0
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -243,7 +242,8 @@ def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native, support):
             c, m = data["chosen"][i], data["measured"][i]
             if item.kind == "fast":
                 n_fast += 1
-                assert 4 + item.depth - data["recent_from"][i] + len(sets[c][0]) == item.n_cells
+                mean = sum(map(len, sets[c])) / 8  # rounded in n_cells
+                assert abs(4 + item.depth - data["recent_from"][i] + mean - item.n_cells) <= .5
             elif support != "frozen":
                 assert c == -1
                 continue
