@@ -13,6 +13,7 @@ from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
 # name: (module, function, short help); the short help is here so that --help imports nothing
 COMMANDS = {
     "run": ("run", "command", "Answer a prompt, about a file if one is given; chat on a terminal."),
+    "view": ("view", "command", "Show where each generated token looked, as an HTML page."),
     "models": ("models", "models_command", "List the known models and where they are."),
     "pull": ("models", "pull_command", "Fetch a model into the cache."),
     "bench": ("bench", "command", "Measure modes side by side at several depths."),

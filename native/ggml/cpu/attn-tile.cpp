@@ -1,7 +1,5 @@
 #include "attn-tile.h"
 
-#include <cstdlib>
-
 namespace sfi {
 
 static SFI_INLINE void prefetch_next(const row_set & rows, int i) {
@@ -287,32 +285,19 @@ bool tile_ops_supported(ggml_type type) {
     return ops_of<scalar>(type, GGML_TYPE_F32).dot != nullptr;
 }
 
-// SFI_SIMD names a narrower path than the widest this build has; for tests
-static const char * simd_path() {
-    static const char * path = [] {
-        const char * env = getenv("SFI_SIMD");
-        return env ? env : "";
-    }();
-    return path;
-}
-
 tile_ops tile_ops_for(ggml_type type_k, ggml_type type_v, bool reference) {
-    const char * path = simd_path();
-    if (reference || !strcmp(path, "scalar")) {
-        return ops_of<scalar>(type_k, type_v);
-    }
+    switch (simd_for(reference)) {
 #if defined(SFI_AVX512)
-    if (strcmp(path, "avx2")) {
-        return ops_of<avx512>(type_k, type_v);
-    }
+        case simd::avx512: return ops_of<avx512>(type_k, type_v);
 #endif
 #if defined(SFI_AVX2)
-    return ops_of<avx2>(type_k, type_v);
-#elif defined(SFI_NEON)
-    return ops_of<neon>(type_k, type_v);
-#else
-    return ops_of<scalar>(type_k, type_v);
+        case simd::avx2:   return ops_of<avx2>(type_k, type_v);
 #endif
+#if defined(SFI_NEON)
+        case simd::neon:   return ops_of<neon>(type_k, type_v);
+#endif
+        default:           return ops_of<scalar>(type_k, type_v);
+    }
 }
 
 } // namespace sfi

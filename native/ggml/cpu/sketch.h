@@ -24,6 +24,7 @@ struct sketch_layout {
     int k_planes, v_planes;
     int n_k_fields, n_v_groups;
     sketch_field k[sketch_max_components/4];
+    int k_first[sketch_max_components/8 + 1]; // of a plane of K: its first field; its fields are those before the next one's
     sketch_field v[sketch_max_components/16][4];
 
     explicit sketch_layout(const ggml_tensor * dst) {
@@ -35,10 +36,14 @@ struct sketch_layout {
         n_k_fields = 0;
         for (int j = 0; j < n_k; j += 4) {
             const int bits = j < f.n_k4 ? 4 : j < f.n_k4 + f.n_k2 ? 2 : 1;
+            if (bit % 8 == 0) {
+                k_first[bit/8] = n_k_fields;
+            }
             k[n_k_fields++] = { bit/8, bit % 8, (1 << bits) - 1 };
             bit += bits;
         }
         k_planes = bit/8;
+        k_first[k_planes] = n_k_fields;
 
         int plane = k_planes;
         n_v_groups = 0;
@@ -55,7 +60,7 @@ struct sketch_layout {
 
     int64_t block_bytes() const { return (k_planes + v_planes)*sketch_plane; }
     int     k_mask(int j) const { return k[j/4].mask; }
-    int     v_mask(int j) const { return v[j/16][0].mask; }
+    bool    k_is_uniform(int plane) const { return k[k_first[plane]].mask == k[k_first[plane + 1] - 1].mask; }
 
     static ggml_sketch_format format_of(const ggml_tensor * dst) { // op_params: scale, softcap, format
         ggml_sketch_format f;

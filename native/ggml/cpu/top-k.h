@@ -15,6 +15,13 @@ inline uint32_t sortable(float x) {
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
+inline float from_sortable(uint32_t u) {
+    u = u & 0x80000000u ? u ^ 0x80000000u : ~u;
+    float x;
+    memcpy(&x, &u, sizeof(x));
+    return x;
+}
+
 // The k-th largest key (1-based) among n >= k scores, and how many of the keys equal to it belong to the top k.
 // Radix select: 11 bits at a time, three passes at most, each over what the last one left.
 struct threshold { uint32_t key; int64_t n_equal; };
@@ -39,6 +46,33 @@ inline threshold kth_largest(const float * score, int64_t n, int64_t k) {
         mask   |= (digits - 1) << shift;
     }
     return { prefix, k };
+}
+
+// The same for few keys, by bisection: every step is one pass that compilers vectorise. The keys need not be scores.
+inline threshold kth_largest_key(const uint32_t * key, int64_t n, int64_t k) {
+    uint32_t least = UINT32_MAX, most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        least = key[i] < least ? key[i] : least;
+        most  = key[i] > most  ? key[i] : most;
+    }
+    int64_t above = 0; // keys above `most`
+    while (least < most) { // n_keys(>= least) >= k > n_keys(> most)
+        const uint32_t middle = least + (most - least)/2 + 1;
+        int32_t count = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            count += key[i] >= middle;
+        }
+        if (count == k) {
+            return { middle - 1, 0 };
+        }
+        if (count > k) {
+            least = middle;
+        } else {
+            most  = middle - 1;
+            above = count;
+        }
+    }
+    return { most, k - above };
 }
 
 } // namespace sfi
