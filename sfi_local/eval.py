@@ -71,11 +71,12 @@ def command(**options: Any) -> None:
     request = Request(**options, params=params, fit_budget=fit_budget)
     request.check(plot)
     from sfi_local import eval_report, rows_report
+    from sfi_local.out_file import check_writable
 
     if plot:
         rows_report.check_plot(plot)
     if save:
-        rows_report.check_writable(save)
+        check_writable(save)
     rows = measure(request)
     if save:
         eval_report.save(rows, save)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfi_local import rows_report
 from sfi_local.machine import human_bytes
+from sfi_local.out_file import whole_file
 from sfi_local.rows_report import Columns, Rows, kinds, number, percent
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _what(rows: Rows) -> str:
 
 def save(rows: Rows, path: str) -> None:
     """The rows as JSON; the file is there whole or not at all."""
-    with rows_report.written_whole(path) as part:
+    with whole_file(path) as part:
         part.write_text(rows_report.as_json(rows) + "\n", encoding="utf-8")
 
 

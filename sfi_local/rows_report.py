@@ -1,4 +1,4 @@
-"""Rows of a measurement as aligned columns, Markdown, JSON or CSV; files that are there whole or not at all."""
+"""Rows of a measurement as aligned columns, Markdown, JSON or CSV, and the file of their picture."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import csv
 import difflib
 import io
 import json
-import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
-from sfi_local.errors import SfiError, UsageError
+from sfi_local.errors import UsageError
+from sfi_local.out_file import check_matplotlib, check_writable, whole_file
 
 Rows = list[dict[str, Any]]
 # title: (field, how it is shown)
@@ -89,7 +88,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 def check_plot(path: str) -> None:
     """Before anything is measured: matplotlib is there, and the file can be written."""
@@ -98,34 +97,10 @@ def check_plot(path: str) -> None:
         near = difflib.get_close_matches(suffix, PICTURES, n=1)
         raise UsageError(f"--plot {path}: give a name that ends in {near[0] if near else ', '.join(PICTURES)}.")
     check_writable(path)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise SfiError("--plot needs matplotlib: run `pip install 'sfi-local[plot]'` or `pip install matplotlib`, or leave "
-                       "--plot out.") from None
-
-
-def check_writable(path: str) -> None:
-    """Before anything is measured: a file can be made there."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise SfiError(f"{path} cannot be written: give a path in a directory that is there and that you may write to.")
-
-
-@contextmanager
-def written_whole(path: str) -> Iterator[Path]:
-    """A file to write beside ``path``, which takes its place at the end of ``with``, or is gone after a failure."""
-    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise SfiError(f"{path} cannot be written ({error.strerror}): give a path that you may write to.") from None
-    finally:
-        part.unlink(missing_ok=True)
+    check_matplotlib("--plot")
 
 
 def save_figure(figure: Any, path: str) -> None:
     """A figure of matplotlib, in the format its name ends in."""
-    with written_whole(path) as part:
+    with whole_file(path) as part:
         figure.savefig(part, format=Path(path).suffix[1:].lower(), dpi=150)
