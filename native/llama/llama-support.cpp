@@ -370,20 +370,19 @@ static void store_queries(const llm_graph_context & g, const llama_support_input
     ggml_build_forward_expand(g.gf, ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows));
 }
 
+// the queries that give evidence, as [n_embd_head_k, n_head, n_queries]
+static ggml_tensor * kept_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                  int64_t n_embd, int64_t n_head) {
+    return ggml_reshape_3d(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), n_embd, n_head, inp->support->get_params().n_queries);
+}
+
 // evidence -> selected, and how stable it is; the previous set is read before the new one replaces it
 static void refresh_support(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
-                            ggml_tensor * k, int64_t n_head, float kq_scale, float softcap, int il) {
+                            ggml_tensor * evidence, ggml_tensor * k, int il) {
     ggml_context * ctx = g.ctx0;
     const auto & params = inp->support->get_params();
     const bool   paper  = params.selector.kind == GGML_SUPPORT_SELECTOR_PAPER;
     const auto   stream = inp->built.stream;
-
-    ggml_tensor * q = stream_of(ctx, layer.queries, stream);
-    q = ggml_reshape_3d(ctx, q, k->ne[0], n_head, params.n_queries);
-
-    ggml_tensor * evidence = ggml_support_evidence(ctx, q, k, inp->cells, inp->plan, kq_scale, softcap,
-            paper ? params.selector.alpha : 1.0f,
-            paper ? GGML_SUPPORT_SOFTMAX_CANDIDATES : GGML_SUPPORT_SOFTMAX_VISIBLE);
     g.cb(evidence, "support_evidence", il);
 
     ggml_tensor * selected = ggml_support_select(ctx, evidence, inp->cells, inp->plan, paper ? k : nullptr,
@@ -396,6 +395,37 @@ static void refresh_support(const llm_graph_context & g, const llama_support_inp
 
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, stability, stream_of(ctx, layer.stability, stream)));
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, previous));
+}
+
+// evidence by an operation of its own, which reads all keys
+static ggml_tensor * build_evidence(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                    ggml_tensor * k, int64_t n_head, float kq_scale, float softcap) {
+    const auto & selector = inp->support->get_params().selector;
+    const bool   paper    = selector.kind == GGML_SUPPORT_SELECTOR_PAPER;
+    return ggml_support_evidence(g.ctx0, kept_queries(g, inp, layer, k->ne[0], n_head), k, inp->cells, inp->plan, kq_scale, softcap,
+            paper ? selector.alpha : 1.0f,
+            paper ? GGML_SUPPORT_SOFTMAX_CANDIDATES : GGML_SUPPORT_SOFTMAX_VISIBLE);
+}
+
+// A slow step that makes its evidence while it attends; null where the evidence must be another or the backend has no such pass.
+static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                     ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale,
+                                     float softcap, int il) {
+    if (inp->support->get_params().selector.kind == GGML_SUPPORT_SELECTOR_PAPER) {
+        return nullptr;
+    }
+    const int64_t n_head = q->ne[2], n_embd_v = v->ne[0];
+    ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, kept_queries(g, inp, layer, k->ne[0], n_head),
+            inp->plan, kq_scale, softcap);
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.queries->buffer));
+    if (!dev || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU || !ggml_backend_dev_supports_op(dev, both)) {
+        return nullptr;
+    }
+    g.cb(both, "sparse_attn_evidence", il);
+    ggml_tensor * evidence = ggml_view_2d(g.ctx0, both, inp->cells->ne[0], k->ne[2], inp->cells->ne[0]*sizeof(float),
+            n_embd_v*n_head*sizeof(float));
+    refresh_support(g, inp, layer, evidence, k, il);
+    return ggml_view_2d(g.ctx0, both, n_embd_v*n_head, 1, n_embd_v*n_head*sizeof(float), 0);
 }
 
 ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_support_input * inp,
@@ -414,8 +444,16 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     if (key.n_stored > 0) {
         store_queries(g, inp, layer, q);
     }
+    ggml_tensor * q_rows = ggml_permute(ctx, q, 0, 2, 1, 3);
+    if (key.refresh && key.kind == LLAMA_SUPPORT_SLOW) {
+        if (ggml_tensor * cur = build_slow_attn(g, inp, layer, q_rows, k, v, sinks, kq_scale, softcap, il)) {
+            g.cb(cur, "sparse_attn", il);
+            ggml_build_forward_expand(g.gf, cur);
+            return cur;
+        }
+    }
     if (key.refresh) {
-        refresh_support(g, inp, layer, k, q->ne[1], kq_scale, softcap, il);
+        refresh_support(g, inp, layer, build_evidence(g, inp, layer, k, q->ne[1], kq_scale, softcap), k, il);
     }
     if (key.kind == LLAMA_SUPPORT_PREFILL) {
         return nullptr;
@@ -424,8 +462,7 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     const bool fast = key.kind == LLAMA_SUPPORT_FAST;
     ggml_tensor * selected = fast && layer.selected ? stream_of(ctx, layer.selected, key.stream) : nullptr;
 
-    q = ggml_permute(ctx, q, 0, 2, 1, 3);
-    ggml_tensor * cur = ggml_sparse_attn(ctx, q, k, v, fast ? inp->always : inp->cells, selected, nullptr, sinks, kq_scale, softcap);
+    ggml_tensor * cur = ggml_sparse_attn(ctx, q_rows, k, v, fast ? inp->always : inp->cells, selected, nullptr, sinks, kq_scale, softcap);
     g.cb(cur, "sparse_attn", il);
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);

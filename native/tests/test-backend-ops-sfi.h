@@ -194,8 +194,11 @@ struct test_sparse_attn : public test_sfi {
                 for (int64_t h = 0; h < nh; h++) {
                     const int64_t l = s*n_lists() + (per_token ? b : 0), kv = h/nr;
                     std::vector<int32_t> cells;
-                    if (t[3]) { cells.insert(cells.end(), &always[l*n_always], &always[l*n_always] + n_always); }
-                    if (t[4]) { cells.insert(cells.end(), &selected[(l*nh_kv + kv)*n_selected], &selected[(l*nh_kv + kv)*n_selected] + n_selected); }
+                    const auto add = [&cells](const std::vector<int32_t> & lists, int64_t row, int64_t n) {
+                        cells.insert(cells.end(), lists.begin() + row*n, lists.begin() + (row + 1)*n);
+                    };
+                    if (t[3]) { add(always,   l,            n_always); }
+                    if (t[4]) { add(selected, l*nh_kv + kv, n_selected); }
 
                     // logits are small here: no maximum needed
                     std::vector<double> o(hsv, 0.0);

@@ -177,12 +177,7 @@ static float max_of(const float * x, int n) {
     for (int i = S::W; i < n; i += S::W) {
         max = S::max(max, S::load(x + i));
     }
-    float lanes[S::W];
-    S::store(lanes, max);
-    for (int i = 1; i < S::W; ++i) {
-        lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-    }
-    return lanes[0];
+    return S::hmax(max);
 }
 
 template <class S, ggml_type T>
@@ -288,31 +283,45 @@ bool tile_ops_supported(ggml_type type) {
 }
 
 // SFI_SIMD names a narrower path than the widest this build has; for tests
-static const char * simd_path() {
-    static const char * path = [] {
+static simd_path widest_path() {
+    static const simd_path path = [] {
         const char * env = getenv("SFI_SIMD");
-        return env ? env : "";
+        if (env && !strcmp(env, "scalar")) {
+            return simd_path::scalar;
+        }
+#if defined(SFI_AVX512)
+        if (!env || strcmp(env, "avx2")) {
+            return simd_path::avx512;
+        }
+#endif
+#if defined(SFI_AVX2)
+        return simd_path::avx2;
+#elif defined(SFI_NEON)
+        return simd_path::neon;
+#else
+        return simd_path::scalar;
+#endif
     }();
     return path;
 }
 
+simd_path simd_path_for(bool reference) {
+    return reference ? simd_path::scalar : widest_path();
+}
+
 tile_ops tile_ops_for(ggml_type type_k, ggml_type type_v, bool reference) {
-    const char * path = simd_path();
-    if (reference || !strcmp(path, "scalar")) {
-        return ops_of<scalar>(type_k, type_v);
-    }
+    switch (simd_path_for(reference)) {
 #if defined(SFI_AVX512)
-    if (strcmp(path, "avx2")) {
-        return ops_of<avx512>(type_k, type_v);
-    }
+        case simd_path::avx512: return ops_of<avx512>(type_k, type_v);
 #endif
 #if defined(SFI_AVX2)
-    return ops_of<avx2>(type_k, type_v);
-#elif defined(SFI_NEON)
-    return ops_of<neon>(type_k, type_v);
-#else
-    return ops_of<scalar>(type_k, type_v);
+        case simd_path::avx2:   return ops_of<avx2>(type_k, type_v);
 #endif
+#if defined(SFI_NEON)
+        case simd_path::neon:   return ops_of<neon>(type_k, type_v);
+#endif
+        default:                return ops_of<scalar>(type_k, type_v);
+    }
 }
 
 } // namespace sfi

@@ -8,6 +8,9 @@
 //   sum4(a, b, c, d, out)    out[i] = sum of the lanes of the i-th vector
 //   transpose(in, ld, out, ld)  a W x W block
 //   exp(x)                   for x <= 0, relative error below 3e-7, 0 below -87
+//   exp2_rough(x)            2^x for x <= 0, relative error below 1.1e-4, 0 below -125
+//   hmax(x)                  the largest lane
+//   below(a, b, x)           x where a < b, elsewhere -INFINITY
 
 #pragma once
 
@@ -77,6 +80,9 @@ namespace exp_constants {
     constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f; // ln 2 = hi + lo, hi exact in few bits
     constexpr float min_x = -87.0f;                                  // below: 0 (the result would be denormal)
     constexpr float c[6] = { 1.0f, 0.5f, 1.6666667e-1f, 4.1666482e-2f, 8.3338463e-3f, 1.3934438e-3f };
+
+    constexpr float min_x2 = -125.0f;                                // of exp2_rough
+    constexpr float c2[3] = { 0.69328295f, 0.24221102f, 0.05500883f }; // 2^r = 1 + r*(..), |r| <= 0.5
 }
 
 struct scalar {
@@ -105,6 +111,9 @@ struct scalar {
     static void sum4(V a, V b, V c, V d, float * out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
     static void transpose(const float * in, int, float * out, int) { *out = *in; }
     static V    exp(V x)                { return x < exp_constants::min_x ? 0.0f : std::exp(x); }
+    static V    exp2_rough(V x)         { return x < exp_constants::min_x2 ? 0.0f : std::exp2(x); }
+    static float hmax(V x)              { return x; }
+    static V    below(V a, V b, V x)    { return a < b ? x : -INFINITY; }
 };
 
 #if defined(SFI_AVX2)
@@ -168,6 +177,21 @@ struct avx2 {
         const V result = mul(y, _mm256_castsi256_ps(e));
         return _mm256_and_ps(result, _mm256_cmp_ps(x, set1(min_x), _CMP_GE_OQ));
     }
+    static V    exp2_rough(V x) {
+        using namespace exp_constants;
+        const V n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const V r = _mm256_sub_ps(x, n);
+        const V y = fma(fma(fma(set1(c2[2]), r, set1(c2[1])), r, set1(c2[0])), r, set1(1.0f));
+        const __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23); // added to the exponent of y
+        const V result = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), e));
+        return _mm256_and_ps(result, _mm256_cmp_ps(x, set1(min_x2), _CMP_GE_OQ));
+    }
+    static float hmax(V x) {
+        __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+        return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+    }
+    static V    below(V a, V b, V x)    { return _mm256_blendv_ps(set1(-INFINITY), x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 };
 #endif
 
@@ -243,6 +267,15 @@ struct avx512 {
         y = fma(y, r, set1(1.0f));
         return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(min_x), _CMP_GE_OQ), y, n);
     }
+    static V    exp2_rough(V x) {
+        using namespace exp_constants;
+        const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const V r = _mm512_sub_ps(x, n);
+        const V y = fma(fma(fma(set1(c2[2]), r, set1(c2[1])), r, set1(c2[0])), r, set1(1.0f));
+        return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(min_x2), _CMP_GE_OQ), y, n);
+    }
+    static float hmax(V x)              { return _mm512_reduce_max_ps(x); }
+    static V    below(V a, V b, V x)    { return _mm512_mask_mov_ps(set1(-INFINITY), _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
 };
 #endif
 
@@ -297,6 +330,17 @@ struct neon {
         const V result = mul(y, vreinterpretq_f32_s32(e));
         return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(result), vcgeq_f32(x, set1(min_x))));
     }
+    static V    exp2_rough(V x) {
+        using namespace exp_constants;
+        const V n = vrndnq_f32(x);
+        const V r = vsubq_f32(x, n);
+        const V y = fma(fma(fma(set1(c2[2]), r, set1(c2[1])), r, set1(c2[0])), r, set1(1.0f));
+        const int32x4_t e = vshlq_n_s32(vcvtq_s32_f32(n), 23); // added to the exponent of y
+        const int32x4_t result = vaddq_s32(vreinterpretq_s32_f32(y), e);
+        return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_s32(result), vcgeq_f32(x, set1(min_x2))));
+    }
+    static float hmax(V x)              { return vmaxvq_f32(x); }
+    static V    below(V a, V b, V x)    { return vbslq_f32(vcltq_f32(a, b), x, set1(-INFINITY)); }
 };
 #endif
 

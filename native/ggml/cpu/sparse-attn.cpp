@@ -15,6 +15,7 @@
 #include "sfi-ops.h"
 
 #include "attn-tile.h"
+#include "evidence-pass.h"
 #include "ggml-cpu-impl.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@
 
 namespace {
 
-constexpr int tile_cells  = 64;             // logits of a group and the rows' addresses stay in L1
+using sfi::tile_cells;
 constexpr int block_cells = 4*tile_cells;   // the unit of work that a thread takes
 constexpr int chunk_cells = 16;             // rows of `always` that all heads visit before anyone goes on
 
@@ -57,6 +58,7 @@ struct layout {
         per_head = always_blocks + selected_blocks;
     }
 
+    int64_t n_output()   const { return n_embd_v*n_head*n_tokens*n_stream; }
     int64_t n_partials() const { return n_stream*n_tokens*n_head*per_head; }
     int64_t n_items()    const { return n_stream*n_tokens*(always_blocks + n_head_kv*selected_blocks); }
     // a thread's logits of one tile and its scaled queries, for all heads
@@ -70,6 +72,7 @@ struct task {
     float         scale, softcap;
     size_t        k_row_size, v_row_size; // bytes of one head
     float       * partials;
+    const sfi::evidence_pass * evidence = nullptr;
 
     explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), always(dst->src[3]), selected(dst->src[4]),
@@ -104,6 +107,7 @@ void load_queries(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1, 
 struct tile {
     const char * k[tile_cells];
     const char * v[tile_cells];
+    uint8_t      place[tile_cells]; // in the part of the list
     int          n = 0;
 
     // pass 1: drop the pads
@@ -115,6 +119,7 @@ struct tile {
             if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) { // negative cells are huge
                 k[n] = k0 + list[i]*a.k->nb[1];
                 v[n] = v0 + list[i]*a.v->nb[1];
+                place[n] = (uint8_t) i;
                 ++n;
             }
         }
@@ -144,9 +149,9 @@ void softmax(const task & a, float * x, int n, float * o) {
 }
 
 // Passes 2 to 4 for one tile and the KV heads [h0, h1). o: the partial of the first head, `stride` floats before the
-// next one's. `next` is the tile after this one, null at the end of a block.
+// next one's. `next` is the tile after this one, null at the end of a block. number: of the tile in the list.
 void attend(const task & a, const tile & t, const tile * next, int64_t h0, int64_t h1, const float * q, float * logits,
-            float * o, int64_t stride) {
+            float * o, int64_t stride, int64_t number) {
     const int  group  = (int) a.l.group, d_k = (int) a.l.n_embd_k, d_v = (int) a.l.n_embd_v;
     const bool shared = h1 - h0 > 1;
     const int  chunk  = shared ? chunk_cells : tile_cells;
@@ -157,9 +162,15 @@ void attend(const task & a, const tile & t, const tile * next, int64_t h0, int64
         for (int64_t h = h0; h < h1; ++h) {
             const sfi::row_set rows = { t.k + c, h*a.k->nb[2], n, t.v + c, h*a.v->nb[2], a.v_row_size, n };
             a.ops.dot(q + (h - h0)*group*d_k, group, d_k, rows, logits + (h - h0)*group*tile_cells + c, tile_cells);
+            if (a.evidence) {
+                a.evidence->add_keys(number, h, rows, c);
+            }
         }
     }
-    for (int64_t g = 0; g < (h1 - h0)*group; ++g) {
+    for (int64_t h = h0; h < h1 && a.evidence; ++h) {
+        a.evidence->finish_tile(number, h, t.place, t.n);
+    }
+    for (int64_t g = 0; g < (h1 - h0)*group && t.n > 0; ++g) {
         softmax(a, logits + g*tile_cells, t.n, o + g*stride);
     }
     // pass 4
@@ -203,8 +214,8 @@ void attend_block(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1,
     const tile * cur = gather(begin);
     for (int64_t i = begin; i < end; i += tile_cells) {
         const tile * next = i + tile_cells < end ? gather(i + tile_cells) : nullptr;
-        if (cur->n > 0) {
-            attend(a, *cur, next, h0, h1, q, logits, a.partial(s, t, h0*a.l.group, slot), stride);
+        if (cur->n > 0 || a.evidence) {
+            attend(a, *cur, next, h0, h1, q, logits, a.partial(s, t, h0*a.l.group, slot), stride, i/tile_cells);
         }
         cur = next;
     }
@@ -232,7 +243,7 @@ void attend_item(const task & a, int64_t i, float * scratch) {
 void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     const layout & l = a.l;
     const int64_t n = l.n_embd_v;
-    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1] + t*a.dst->nb[2] + s*a.dst->nb[3]);
+    float * out = (float *) a.dst->data + ((s*l.n_tokens + t)*l.n_head + h)*n;
 
     const float * tail = a.tail
         ? (const float *) ((const char *) a.tail->data + h*a.tail->nb[1] + t*a.tail->nb[2] + s*a.tail->nb[3])
@@ -272,35 +283,71 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
 
 } // namespace
 
-void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
-    const task a(params, dst);
-    const layout & l = a.l;
+namespace {
 
-    // blocks go to whichever thread is free: cores are rarely equally fast or equally idle
-    if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
-    }
-    ggml_barrier(params->threadpool);
-
-    float * scratch = a.partials + l.n_partials()*l.partial + params->ith*l.scratch();
-    for (int64_t i = params->ith; i < l.n_items(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+void attend_all(const ggml_compute_params * params, const task & a, float * scratch) {
+    for (int64_t i = params->ith; i < a.l.n_items(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         attend_item(a, i, scratch);
     }
-    ggml_barrier(params->threadpool);
+}
 
+void merge_all(const ggml_compute_params * params, const task & a) {
+    const layout & l = a.l;
     const int64_t n_rows = l.n_stream*l.n_tokens*l.n_head;
     for (int64_t i = params->ith; i < n_rows; i += params->nth) {
         merge(a, i/(l.n_head*l.n_tokens), i/l.n_head % l.n_tokens, i % l.n_head);
     }
 }
 
+int64_t attn_floats(const layout & l, int n_threads) {
+    return l.n_partials()*l.partial + n_threads*l.scratch();
+}
+
+} // namespace
+
+void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    task a(params, dst);
+    const int ith = params->ith, nth = params->nth;
+    float * scratch = a.partials + a.l.n_partials()*a.l.partial + ith*a.l.scratch();
+
+    // blocks go to whichever thread is free: cores are rarely equally fast or equally idle
+    if (ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, nth);
+    }
+    if (!ggml_sparse_attn_has_evidence(dst)) {
+        ggml_barrier(params->threadpool);
+        attend_all(params, a, scratch);
+        ggml_barrier(params->threadpool);
+        merge_all(params, a);
+        return;
+    }
+
+    evidence_pass evidence(params, dst, (char *) (a.partials + attn_floats(a.l, nth)), a.l.n_output());
+    evidence.prepare(ith, nth);
+    a.evidence = &evidence;
+    ggml_barrier(params->threadpool);
+    attend_all(params, a, scratch);
+    ggml_barrier(params->threadpool);
+    merge_all(params, a);
+    for (int64_t h = nth - 1 - ith; h < evidence.n_head_kv; h += nth) {
+        evidence.finish_head(h);
+    }
+    ggml_barrier(params->threadpool);
+    for (int64_t i = ith; i < evidence.n_tiles; i += nth) {
+        evidence.write_tile(i);
+    }
+}
+
 size_t sfi::sparse_attn_work_size(const ggml_tensor * dst, int n_threads) {
-    const layout l(dst);
-    return (l.n_partials()*l.partial + n_threads*l.scratch())*sizeof(float);
+    return attn_floats(layout(dst), n_threads)*sizeof(float)
+        + (ggml_sparse_attn_has_evidence(dst) ? evidence_pass::work_size(dst, n_threads) : 0);
 }
 
 bool sfi::sparse_attn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
+    if (ggml_sparse_attn_has_evidence(dst) && !evidence_pass::supported(dst)) {
+        return false;
+    }
     return q->ne[0] % 16 == 0 && q->ne[0] <= 512 && v->ne[0] % 16 == 0 && v->ne[0] <= 512
         && k->ne[0] % ggml_blck_size(k->type) == 0 && v->ne[0] % ggml_blck_size(v->type) == 0
         && tile_ops_supported(k->type) && tile_ops_supported(v->type);
