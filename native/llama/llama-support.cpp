@@ -418,7 +418,10 @@ static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_su
     ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, kept_queries(g, inp, layer, k->ne[0], n_head),
             inp->plan, kq_scale, softcap);
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.queries->buffer));
-    if (!dev || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU || !ggml_backend_dev_supports_op(dev, both)) {
+    if (!dev && ggml_backend_buffer_is_host(layer.queries->buffer)) {
+        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // whose own buffers do not name it
+    }
+    if (!dev || !ggml_backend_dev_supports_op(dev, both)) {
         return nullptr;
     }
     g.cb(both, "sparse_attn_evidence", il);

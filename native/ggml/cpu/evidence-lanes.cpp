@@ -134,6 +134,9 @@ static void dot(const void * packed, int n_rows_padded, int n_embd, const void *
         for (; i + 8 <= n_keys; i += 8) {
             dot_keys<L, 8>(q, n, k + i*n, out + i*n_rows_padded + r, n_rows_padded);
         }
+        for (; i + 4 <= n_keys; i += 4) {
+            dot_keys<L, 4>(q, n, k + i*n, out + i*n_rows_padded + r, n_rows_padded);
+        }
         for (; i < n_keys; ++i) {
             dot_keys<L, 1>(q, n, k + i*n, out + i*n_rows_padded + r, n_rows_padded);
         }

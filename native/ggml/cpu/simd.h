@@ -66,7 +66,7 @@ namespace sfi {
 
 static SFI_INLINE void prefetch(const void * p) {
 #if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 3);
+    extern int sfi_tune_hint; if (sfi_tune_hint) __builtin_prefetch(p, 0, 2); else __builtin_prefetch(p, 0, 3);
 #elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
     _mm_prefetch((const char *) p, _MM_HINT_T0);
 #else
