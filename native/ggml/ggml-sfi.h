@@ -81,8 +81,8 @@ GGML_API struct ggml_tensor * ggml_support_evidence(
 //
 // The first part of the result is ggml_sparse_attn() with always = cells: [n_embd_v, n_head]. The second is
 // ggml_support_evidence() with alpha = 1 over every visible cell, [n_list, n_head_kv], but as evidence only ranks cells, less
-// exact: each value of q and k may be rounded to BF16 first, so a logit may be off by 2^-7 scale sum |q_i k_i|, and
-// each exp by 1e-3 of itself.
+// exact: each value of q and k may be rounded to BF16 first (and a k below 2^-14 to 0), so a logit may be off by 2^-7
+// scale sum |q_i k_i|, and each exp by 1e-3 of itself.
 //
 // The node is a GGML_OP_SPARSE_ATTN with queries and plan in src[7] and src[8]. A backend that has only the plain
 // operation must refuse it: ggml_sparse_attn_has_evidence().

@@ -13,6 +13,7 @@ template <class S_> struct lanes_f32 {
     using S = S_;
     using E = float;
     static int elements(int n_embd) { return n_embd; }
+    static float query_scale(ggml_type) { return 1.0f; }
     static void pack(const float * q, int n_rows, int n_embd, E * packed) {
         for (int d = 0; d < n_embd; ++d) {
             for (int r = 0; r < S::W; ++r) {
@@ -34,6 +35,14 @@ template <class S_> struct lanes_f32 {
 struct bf16_pairs {
     using E = uint32_t;
     static int elements(int n_embd) { return n_embd/2; }
+    static float query_scale(ggml_type type_k) { return type_k == GGML_TYPE_F16 ? 0x1p112f : 1.0f; }
+
+    // F16 has 5 bits of exponent and 10 of mantissa, BF16 8 and 7. Rounded and moved by 3 bits, the bits of x in F16 are those
+    // of 2^-112 x in BF16; what F16 holds as denormal becomes 0.
+    static __m512i scaled_down(__m512i x) {
+        x = _mm512_srai_epi16(_mm512_add_epi16(x, _mm512_set1_epi16(4)), 3);
+        return _mm512_and_si512(x, _mm512_set1_epi16((short) 0x8fff));
+    }
 
     static uint32_t bf16(float x) {
         uint32_t u;
@@ -48,12 +57,24 @@ struct bf16_pairs {
         }
     }
     template <ggml_type T> static void stage(const char * key, int n_embd, E * out) {
+        if (T == GGML_TYPE_BF16) {
+            memcpy(out, key, n_embd*sizeof(uint16_t));
+            return;
+        }
         int d = 0;
+        if (T == GGML_TYPE_F16) {
+            for (; d + 32 <= n_embd; d += 32) {
+                _mm512_storeu_si512(out + d/2, scaled_down(_mm512_loadu_si512(key + d*sizeof(uint16_t))));
+            }
+        }
         for (; d + 32 <= n_embd; d += 32) {
             const __m512bh x = _mm512_cvtne2ps_pbh(row<avx512, T>::load(key, d + 16), row<avx512, T>::load(key, d));
             _mm512_storeu_si512(out + d/2, (__m512i) x);
         }
-        if (d < n_embd) { // n_embd is a multiple of 16
+        if (d < n_embd && T == GGML_TYPE_F16) { // n_embd is a multiple of 16
+            const __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) (key + d*sizeof(uint16_t))));
+            _mm256_storeu_si256((__m256i *) (out + d/2), _mm512_castsi512_si256(scaled_down(x)));
+        } else if (d < n_embd) {
             _mm256_storeu_si256((__m256i *) (out + d/2), (__m256i) _mm512_cvtneps_pbh(row<avx512, T>::load(key, d)));
         }
     }
@@ -215,7 +236,7 @@ static void weigh(const float * x, int n, int n_rows_padded, const float * weigh
 template <class L>
 static lanes_ops ops_of(ggml_type type_k) {
     using S = typename L::S;
-    lanes_ops ops = { S::W, query_bytes<L>, key_bytes<L>, pack<L>, nullptr, dot<L>, powers<S>, weights<S>, weigh<S> };
+    lanes_ops ops = { S::W, L::query_scale(type_k), query_bytes<L>, key_bytes<L>, pack<L>, nullptr, dot<L>, powers<S>, weights<S>, weigh<S> };
     switch (type_k) {
         case GGML_TYPE_F32:  ops.stage = stage<L, GGML_TYPE_F32>;  break;
         case GGML_TYPE_F16:  ops.stage = stage<L, GGML_TYPE_F16>;  break;

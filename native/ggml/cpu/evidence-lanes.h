@@ -12,7 +12,8 @@
 namespace sfi {
 
 struct lanes_ops {
-    int width; // lanes of a vector; rows are padded to a multiple of it
+    int   width;       // lanes of a vector; rows are padded to a multiple of it
+    float query_scale; // dot() gives 1/query_scale of the product: multiply the queries before pack()
 
     // bytes of `n_rows` packed queries, and of one staged key
     size_t (*query_bytes)(int n_rows_padded, int n_embd);

@@ -69,7 +69,7 @@ size_t evidence_pass::work_size(const ggml_tensor * dst, int n_threads) {
 }
 
 void evidence_pass::prepare(int ith, int nth) {
-    const float factor = softcap > 0.0f ? scale/softcap : scale*log2e;
+    const float factor = ops.query_scale*(softcap > 0.0f ? scale/softcap : scale*log2e);
     float * q = (float *) keys;
     for (int64_t h = ith; h < n_head_kv; h += nth) {
         for (int r = 0; r < rows; ++r) {
@@ -117,17 +117,18 @@ void evidence_pass::write_tile(int64_t tile) const {
     const int64_t begin = tile*tile_cells, end = std::min(begin + tile_cells, n_list);
     int n = 0;
     for (int64_t j = begin; j < end; ++j) {
-        n += (uint64_t) cells[j] < (uint64_t) k->ne[1];
+        n += (uint64_t) cells[j] < (uint64_t) k->ne[1]; // negative cells are huge
     }
     const bool any = rows > 0 && begin < j1 && end > j0;
+    const bool all = any && begin >= j0 && end <= j1 && n == tile_cells;
     for (int64_t h = 0; h < n_head_kv; ++h) {
+        float * out = result + h*n_list;
         float evidence[tile_cells];
         if (any) {
-            ops.weigh(powers_of(tile, h), n, rows_padded, max_of(tile, h), evidence);
+            ops.weigh(powers_of(tile, h), n, rows_padded, max_of(tile, h), all ? out + begin : evidence);
         }
-        float * out = result + h*n_list;
-        for (int64_t j = begin, i = 0; j < end; ++j) {
-            const bool is_cell = (uint64_t) cells[j] < (uint64_t) k->ne[1]; // negative cells are huge
+        for (int64_t j = begin, i = 0; j < end && !all; ++j) {
+            const bool is_cell = (uint64_t) cells[j] < (uint64_t) k->ne[1];
             out[j] = any && is_cell && j >= j0 && j < j1 ? evidence[i] : 0.0f;
             i += is_cell;
         }

@@ -66,9 +66,9 @@ namespace sfi {
 
 static SFI_INLINE void prefetch(const void * p) {
 #if defined(__GNUC__)
-    extern int sfi_tune_hint; if (sfi_tune_hint) __builtin_prefetch(p, 0, 2); else __builtin_prefetch(p, 0, 3);
+    __builtin_prefetch(p, 0, 2); // into the second level: what is fetched ahead would push what is at work out of the first
 #elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
-    _mm_prefetch((const char *) p, _MM_HINT_T0);
+    _mm_prefetch((const char *) p, _MM_HINT_T1);
 #else
     (void) p;
 #endif

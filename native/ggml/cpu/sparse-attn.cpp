@@ -22,7 +22,6 @@
 #include <algorithm>
 #include <cmath>
 
-extern "C" { __attribute__((visibility("default"))) int sfi_tune[8] = {0,1}; } namespace sfi { int sfi_tune_hint = 1; } // TUNE
 namespace {
 
 using sfi::tile_cells;
@@ -178,7 +177,8 @@ block block_of(const task & a, int64_t i) {
     if (b < l.always_blocks) {
         return part(0, l.n_head_kv, b, list_of(a.always, t, 0, s), l.n_always, b);
     }
-    const int64_t h = (b - l.always_blocks)/l.selected_blocks, number = (b - l.always_blocks) % l.selected_blocks;
+    // heads in turn: they often choose neighbours, whose rows share lines that the hardware has fetched already
+    const int64_t h = (b - l.always_blocks) % l.n_head_kv, number = (b - l.always_blocks)/l.n_head_kv;
     return part(h, h + 1, l.always_blocks + number, list_of(a.selected, h, t, s), l.n_selected, number);
 }
 
@@ -188,7 +188,6 @@ int chunk_of(const task & a, const block & b) {
         return tile_cells;
     }
     const int64_t n = chunk_bytes/(int64_t) std::max<size_t>(b.n_heads()*std::max(a.k_row_size, a.v_row_size), 1);
-    if (sfi_tune[0]) return sfi_tune[0]; // TUNE
     return (int) std::clamp<int64_t>(n & ~3, 8, tile_cells);
 }
 
@@ -350,7 +349,7 @@ int64_t attn_floats(const layout & l, int n_threads) {
 } // namespace
 
 void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
-    task a(params, dst); sfi_tune_hint = sfi_tune[1]; // TUNE
+    task a(params, dst);
     const int ith = params->ith, nth = params->nth;
     float * scratch = a.partials + a.l.n_partials()*a.l.partial + ith*a.l.scratch();
 

@@ -80,8 +80,12 @@ int64_t count_from(const int32_t * key, int64_t n, int32_t least) {
 struct threshold { int32_t key; int64_t n_equal; };
 
 threshold kth_largest(const int32_t * key, int64_t n, int64_t k) {
-    const auto [least, most] = std::minmax_element(key, key + n);
-    int64_t lo = *least, hi = (int64_t) *most + 1; // count_from(lo) >= k > count_from(hi)
+    int32_t least = key[0], most = key[0];
+    for (int64_t i = 1; i < n; ++i) {
+        least = std::min(least, key[i]);
+        most  = std::max(most,  key[i]);
+    }
+    int64_t lo = least, hi = (int64_t) most + 1;   // count_from(lo) >= k > count_from(hi)
     int64_t n_greater = 0;                         // count_from(hi)
     while (hi - lo > 1) {
         const int64_t mid = lo + (hi - lo)/2, count = count_from(key, n, (int32_t) mid);
@@ -121,9 +125,7 @@ void take(const int32_t * key, const int32_t * cells, int64_t n, threshold t, in
 }
 
 // The cells of the top n_selected scores in position order, padded with -1; pads among the cells are never chosen.
-// The scores become keys in place.
-void take_top(const candidates & c, float * score, int32_t * out, int64_t n_selected) {
-    int32_t * key = (int32_t *) score;
+void take_top(const candidates & c, const float * score, int32_t * key, int32_t * out, int64_t n_selected) {
     int32_t n_valid = 0;
     for (int64_t i = 0; i < c.n(); ++i) {
         const int32_t of_score = sortable(score[i]);
@@ -265,7 +267,7 @@ void sfi::support_select(const ggml_compute_params * params, ggml_tensor * dst) 
         ggml_barrier(params->threadpool);
     }
     for (int64_t h = ith; h < n_head_kv; h += nth) {
-        take_top(c, score + h*ld, (int32_t *) ((char *) dst->data + h*dst->nb[1]), dst->ne[0]);
+        take_top(c, score + h*ld, (int32_t *) tmp, (int32_t *) ((char *) dst->data + h*dst->nb[1]), dst->ne[0]);
     }
 }
 
