@@ -289,15 +289,21 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     if (is_used(cells)) {
         set_list(cells, st.cells.data(), st.cells.size());
     }
-    if (is_used(plan)) {
+    const auto set_plan = [&](ggml_tensor * dst, llama_pos youngest, llama_pos oldest) {
         const auto [j0, j1] = support->candidates(n);
         std::vector<int32_t> values = { j0, j1 };
         for (const llama_pos pos : st.query_pos) {
             const llama_pos age = st.last_pos - pos;
-            const bool used = pos >= 0 && age < params.n_evidence && age % params.stride == 0;
+            const bool used = pos >= 0 && age >= youngest && age < oldest && age % params.stride == 0;
             values.push_back(used ? std::max(0, n - age) : 0);
         }
-        ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
+        ggml_backend_tensor_set(dst, values.data(), 0, ggml_nbytes(dst));
+    };
+    if (is_used(plan)) {
+        set_plan(plan, 0, params.n_evidence);
+    }
+    if (is_used(others)) {
+        set_plan(others, 1, params.n_slow_evidence);
     }
     if (is_used(rows)) {
         std::vector<int64_t> values;
@@ -341,7 +347,8 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
         inp->cells = new_input(g, GGML_TYPE_I32, key.n_list, "support_cells");
     }
     if (key.refresh) {
-        inp->plan = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
+        inp->plan   = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
+        inp->others = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_others");
     }
     if (key.n_stored > 0) {
         inp->rows = new_input(g, GGML_TYPE_I64, key.n_stored, "support_rows");
@@ -378,19 +385,19 @@ static ggml_tensor * kept_queries(const llm_graph_context & g, const llama_suppo
 
 // evidence -> selected, and how stable it is; the previous set is read before the new one replaces it
 static void refresh_support(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
-                            ggml_tensor * evidence, ggml_tensor * k, int il) {
+                            ggml_tensor * evidence, ggml_tensor * plan, ggml_tensor * k, int il) {
     ggml_context * ctx = g.ctx0;
     const auto & params = inp->support->get_params();
     const bool   paper  = params.selector.kind == GGML_SUPPORT_SELECTOR_PAPER;
     const auto   stream = inp->built.stream;
     g.cb(evidence, "support_evidence", il);
 
-    ggml_tensor * selected = ggml_support_select(ctx, evidence, inp->cells, inp->plan, paper ? k : nullptr,
+    ggml_tensor * selected = ggml_support_select(ctx, evidence, inp->cells, plan, paper ? k : nullptr,
             params.n_selected, &params.selector);
     g.cb(selected, "support_selected", il);
 
     ggml_tensor * previous  = stream_of(ctx, layer.selected, stream);
-    ggml_tensor * stability = ggml_support_stability(ctx, evidence, inp->cells, inp->plan, selected, previous);
+    ggml_tensor * stability = ggml_support_stability(ctx, evidence, inp->cells, plan, selected, previous);
     g.cb(stability, "support_stability", il);
 
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, stability, stream_of(ctx, layer.stability, stream)));
@@ -407,7 +414,7 @@ static ggml_tensor * build_evidence(const llm_graph_context & g, const llama_sup
             paper ? GGML_SUPPORT_SOFTMAX_CANDIDATES : GGML_SUPPORT_SOFTMAX_VISIBLE);
 }
 
-// A slow step that makes its evidence while it attends; null where the evidence must be another or the backend has no such pass.
+// A slow step that makes its evidence while it attends: that of the query at work costs nothing. Null where the evidence must be another or the backend has no such pass.
 static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
                                      ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale,
                                      float softcap, int il) {
@@ -416,7 +423,7 @@ static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_su
     }
     const int64_t n_head = q->ne[2], n_embd_v = v->ne[0];
     ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, kept_queries(g, inp, layer, k->ne[0], n_head),
-            inp->plan, kq_scale, softcap);
+            inp->others, kq_scale, softcap);
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.queries->buffer));
     if (!dev && ggml_backend_buffer_is_host(layer.queries->buffer)) {
         dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // whose own buffers do not name it
@@ -427,7 +434,7 @@ static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_su
     g.cb(both, "sparse_attn_evidence", il);
     ggml_tensor * evidence = ggml_view_2d(g.ctx0, both, inp->cells->ne[0], k->ne[2], inp->cells->ne[0]*sizeof(float),
             n_embd_v*n_head*sizeof(float));
-    refresh_support(g, inp, layer, evidence, k, il);
+    refresh_support(g, inp, layer, evidence, inp->others, k, il);
     return ggml_view_2d(g.ctx0, both, n_embd_v*n_head, 1, n_embd_v*n_head*sizeof(float), 0);
 }
 
@@ -456,7 +463,7 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
         }
     }
     if (key.refresh) {
-        refresh_support(g, inp, layer, build_evidence(g, inp, layer, k, q->ne[1], kq_scale, softcap), k, il);
+        refresh_support(g, inp, layer, build_evidence(g, inp, layer, k, q->ne[1], kq_scale, softcap), inp->plan, k, il);
     }
     if (key.kind == LLAMA_SUPPORT_PREFILL) {
         return nullptr;

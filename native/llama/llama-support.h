@@ -35,6 +35,7 @@ struct llama_support_params {
     int32_t max_span   = 64;
     int32_t n_queries  = 16;   // how many are kept
     int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) ...
+    int32_t n_slow_evidence = 1; // the same on a slow step that makes evidence on the way; the query at work is the first
     int32_t stride     = 1;    // ... and every how manieth does
     ggml_support_selector selector = {};
 };
@@ -177,6 +178,7 @@ struct llama_support_input : public llm_graph_input_i {
     ggml_tensor * always = nullptr; // I32 [always_size]    fast
     ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, refreshing prefill
     ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh
+    ggml_tensor * others = nullptr; // I32 [2 + n_queries]  slow: a plan without the query at work, see build_slow_attn()
     ggml_tensor * rows   = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes
 };
 

@@ -32,6 +32,8 @@ evidence_pass::evidence_pass(const ggml_compute_params * params, const ggml_tens
     n_list    = dst->src[3]->ne[0];
     n_tiles   = tiles_of(n_list);
     n_head_kv = k->ne[2];
+    n_head    = queries->ne[1];
+    tiles_padded = GGML_PAD(n_tiles, max_vector);
     n_embd    = (int) k->ne[0];
     group     = queries->ne[1]/n_head_kv;
     scale     = ggml_get_op_params_f32(dst, 0);
@@ -54,6 +56,8 @@ evidence_pass::evidence_pass(const ggml_compute_params * params, const ggml_tens
     key_bytes   = ops.key_bytes(n_embd);
 
     work   = (char *) GGML_PAD((uintptr_t) work, (uintptr_t) padding);
+    own     = take<float>(work, n_tiles*n_head*tile_cells);
+    own_max = take<float>(work, n_head*tiles_padded);
     powers = take<float>(work, n_tiles*n_head_kv*tile_cells*rows_padded);
     max    = take<float>(work, n_tiles*n_head_kv*rows_padded);
     sum    = take<float>(work, n_tiles*n_head_kv*rows_padded);
@@ -63,9 +67,9 @@ evidence_pass::evidence_pass(const ggml_compute_params * params, const ggml_tens
 
 size_t evidence_pass::work_size(const ggml_tensor * dst, int n_threads) {
     const int64_t rows = max_rows(dst), n_head_kv = dst->src[1]->ne[2], n_embd = dst->src[1]->ne[0];
-    const int64_t n = tiles_of(dst->src[3]->ne[0])*n_head_kv*rows;
-    const int64_t n_floats = n*(tile_cells + 2) + n_head_kv*rows*n_embd + n_threads*std::max<int64_t>(tile_cells, rows)*n_embd;
-    return n_floats*sizeof(float) + (6 + n_threads + n_head_kv)*padding;
+    const int64_t n_tiles = tiles_of(dst->src[3]->ne[0]), n = n_tiles*n_head_kv*rows, n_head = dst->src[0]->ne[2];
+    const int64_t n_floats = n_head*(n_tiles*tile_cells + n_tiles + max_vector) + n*(tile_cells + 2) + n_head_kv*rows*n_embd + n_threads*std::max<int64_t>(tile_cells, rows)*n_embd;
+    return n_floats*sizeof(float) + (8 + n_threads + n_head_kv)*padding;
 }
 
 void evidence_pass::prepare(int ith, int nth) {
@@ -109,8 +113,21 @@ void evidence_pass::finish_tile(int64_t tile, int64_t h, const uint8_t * place, 
 
 void evidence_pass::finish_head(int64_t h) const {
     float share[rows_limit] = {};
-    std::fill(share, share + rows, rows > 0 ? 1.0f/rows : 0.0f);
+    std::fill(share, share + rows, this->share());
     ops.weights(max_of(0, h), sum_of(0, h), (int) n_tiles, n_head_kv*rows_padded, rows_padded, share);
+}
+
+void evidence_pass::finish_own(int64_t head, float max, float sum, exp_fn exp) const {
+    float * weight = own_max + head*tiles_padded;
+    std::fill(weight + n_tiles, weight + tiles_padded, -INFINITY);
+    if (max == -INFINITY) {
+        std::fill(weight, weight + n_tiles, 0.0f);
+        return;
+    }
+    exp(weight, (int) tiles_padded, max);
+    for (int64_t i = 0; i < n_tiles; ++i) {
+        weight[i] *= share()/sum;
+    }
 }
 
 void evidence_pass::write_tile(int64_t tile) const {
@@ -119,15 +136,26 @@ void evidence_pass::write_tile(int64_t tile) const {
     for (int64_t j = begin; j < end; ++j) {
         n += (uint64_t) cells[j] < (uint64_t) k->ne[1]; // negative cells are huge
     }
-    const bool any = rows > 0 && begin < j1 && end > j0;
-    const bool all = any && begin >= j0 && end <= j1 && n == tile_cells;
+    const bool any = begin < j1 && end > j0;
+    const bool all = begin >= j0 && end <= j1 && n == tile_cells;
     for (int64_t h = 0; h < n_head_kv; ++h) {
         float * out = result + h*n_list;
-        float evidence[tile_cells];
-        if (any) {
-            ops.weigh(powers_of(tile, h), n, rows_padded, max_of(tile, h), all ? out + begin : evidence);
+        float evidence[tile_cells] = {};
+        if (any && has_rows()) {
+            ops.weigh(powers_of(tile, h), n, rows_padded, max_of(tile, h), evidence);
         }
-        for (int64_t j = begin, i = 0; j < end && !all; ++j) {
+        for (int64_t g = h*group; g < (h + 1)*group && any; ++g) {
+            const float   weight = own_max[g*tiles_padded + tile];
+            const float * x = own_of(tile) + g*tile_cells;
+            for (int i = 0; i < n; ++i) {
+                evidence[i] += weight*x[i];
+            }
+        }
+        if (all) {
+            std::copy(evidence, evidence + tile_cells, out + begin);
+            continue;
+        }
+        for (int64_t j = begin, i = 0; j < end; ++j) {
             const bool is_cell = (uint64_t) cells[j] < (uint64_t) k->ne[1];
             out[j] = any && is_cell && j >= j0 && j < j1 ? evidence[i] : 0.0f;
             i += is_cell;

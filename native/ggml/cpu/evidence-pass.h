@@ -1,9 +1,14 @@
 // Evidence made while SPARSE_ATTN passes over all cells, so that their keys are read once.
 //
-//   prepare()       before the pass: the queries, scaled to base-2 logits, packed by KV head
-//   add_keys()      logits of a few cells of one KV head, while their keys are in the cache
+// The weights of the query at work are computed anyway: they are kept, with the maximum they were taken against. Further
+// queries cost a product of their own per cell:
+//
+//   prepare()       before the pass: those queries, scaled to base-2 logits, packed by KV head
+//   add_keys()      their logits of a few cells of one KV head, while the keys are in the cache
 //   finish_tile()   logits become 2^(x - m), m the tile's maximum of each row
-//   finish_head()   after all tiles: the weight of each tile in each row
+//   keep_max()      what the weights of one head of the query at work were taken against
+//   finish_head()   after all tiles: the weight of each tile in each row of a KV head
+//   finish_own()    the same for a head of the query at work
 //   write_tile()    after all heads: the evidence of the tile's cells
 //
 // Rows and powers lie as evidence-lanes.h says; the contract is ggml_sparse_attn_evidence() in ggml-sfi.h.
@@ -21,7 +26,7 @@ constexpr int tile_cells = 64; // logits of a group and the rows' addresses stay
 struct evidence_pass {
     const ggml_tensor * queries, * k;
     const int32_t * cells, * plan;
-    int64_t n_list, n_tiles, n_head_kv, group;
+    int64_t n_list, n_tiles, n_head, n_head_kv, group;
     int     n_embd;
     float   scale, softcap;
     int64_t j0, j1;
@@ -30,6 +35,9 @@ struct evidence_pass {
     int32_t query[64];        // the used ones
     lanes_ops ops;
 
+    float * own;              // [n_tiles, n_head, tile_cells]  weights of the query at work
+    float * own_max;          // [n_head, tiles_padded]         finish_own() turns it into weights of the tiles
+    int64_t tiles_padded;
     float * powers;           // [n_tiles, n_head_kv, tile_cells, rows_padded]
     float * max, * sum;       // [n_tiles, n_head_kv, rows_padded]
     char  * packed;           // [n_head_kv, query_bytes]
@@ -48,9 +56,14 @@ struct evidence_pass {
     void prepare(int ith, int nth);
     void add_keys(int64_t tile, int64_t h, const row_set & rows, int at) const;
     void finish_tile(int64_t tile, int64_t h, const uint8_t * place, int n) const;
+    void keep_max(int64_t tile, int64_t head, float max) const { own_max[head*tiles_padded + tile] = max; }
     void finish_head(int64_t h) const;
+    void finish_own(int64_t head, float max, float sum, exp_fn exp) const; // sum of exp(x - max) over all cells
     void write_tile(int64_t tile) const;
 
+    bool    has_rows() const { return rows > 0; } // beside those of the query at work
+    float   share() const { return 1.0f/(rows + group); }
+    float * own_of(int64_t tile) const { return own + tile*n_head*tile_cells; }
     float * powers_of(int64_t tile, int64_t h) const { return powers + (tile*n_head_kv + h)*tile_cells*rows_padded; }
     float * max_of(int64_t tile, int64_t h) const { return max + (tile*n_head_kv + h)*rows_padded; }
     float * sum_of(int64_t tile, int64_t h) const { return sum + (tile*n_head_kv + h)*rows_padded; }

@@ -200,6 +200,10 @@ void attend(const task & a, const block & b, const tile & t, const block & after
     const int64_t ahead = after.h0 - b.h0;
     const int     n_next = after.n_heads() == b.n_heads() ? std::min(chunk, next.n) : 0;
 
+    if (a.evidence) {
+        logits = a.evidence->own_of(b.number); // which keeps the weights
+    }
+
     // pass 2
     for (int c = 0; c < t.n; c += chunk) {
         const int  n    = std::min(chunk, t.n - c), more = std::min(chunk, t.n - c - n);
@@ -209,7 +213,7 @@ void attend(const task & a, const block & b, const tile & t, const block & after
                 ? sfi::row_set { t.k + c, h*a.k->nb[2], n, t.v,         h*a.v->nb[2], a.v_row_size, std::min(chunk, t.n) }
                 : sfi::row_set { t.k + c, h*a.k->nb[2], n, t.k + c + n, h*a.k->nb[2], a.k_row_size, more };
             a.ops.dot(q + (h - b.h0)*group*d_k, group, d_k, rows, logits + (h - b.h0)*group*tile_cells + c, tile_cells);
-            if (a.evidence) {
+            if (a.evidence && a.evidence->has_rows()) {
                 a.evidence->add_keys(b.number, h, rows, c);
                 if (last) {
                     a.evidence->finish_tile(b.number, h, t.place, t.n);
@@ -217,8 +221,13 @@ void attend(const task & a, const block & b, const tile & t, const block & after
             }
         }
     }
-    for (int64_t g = 0; g < b.n_heads()*group && t.n > 0; ++g) {
-        softmax(a, logits + g*tile_cells, t.n, o + g*stride);
+    for (int64_t g = 0; g < b.n_heads()*group; ++g) {
+        if (t.n > 0) {
+            softmax(a, logits + g*tile_cells, t.n, o + g*stride);
+        }
+        if (a.evidence) {
+            a.evidence->keep_max(b.number, g, t.n > 0 ? o[g*stride + d_v] : -INFINITY);
+        }
     }
     // pass 4
     for (int c = 0; c < t.n; c += chunk) {
@@ -231,7 +240,7 @@ void attend(const task & a, const block & b, const tile & t, const block & after
             a.ops.mad(logits + (h - b.h0)*group*tile_cells + c, tile_cells, group, d_v, rows, o + (h - b.h0)*group*stride, stride);
         }
     }
-    for (int64_t h = b.h0; h < b.h1 && a.evidence && t.n == 0; ++h) {
+    for (int64_t h = b.h0; h < b.h1 && a.evidence && a.evidence->has_rows() && t.n == 0; ++h) {
         a.evidence->finish_tile(b.number, h, t.place, 0);
     }
 }
@@ -284,6 +293,17 @@ void attend_blocks(const task & a, int64_t first, F take_next, float * scratch) 
     }
 }
 
+// the sum of exp(x - max) over all cells of a query head
+float cells_sum(const task & a, int64_t s, int64_t t, int64_t h, float max) {
+    const int64_t n = a.l.n_embd_v;
+    float sum = 0.0f;
+    for (int64_t b = 0; b < a.l.per_head && max > -INFINITY; ++b) {
+        const float * p = a.partial(s, t, h, b);
+        sum += expf(p[n] - max)*p[n + 1];
+    }
+    return sum;
+}
+
 // pass 5, one query head of one token
 void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     const layout & l = a.l;
@@ -295,10 +315,14 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
         : nullptr;
     const float sink = a.sinks ? ((const float *) a.sinks->data)[h] : -INFINITY;
 
-    float max = std::max(sink, tail ? tail[n] : -INFINITY);
+    float cells_max = -INFINITY;
     for (int64_t b = 0; b < l.per_head; ++b) {
-        max = std::max(max, a.partial(s, t, h, b)[n]);
+        cells_max = std::max(cells_max, a.partial(s, t, h, b)[n]);
     }
+    if (a.evidence) {
+        a.evidence->finish_own(h, cells_max, cells_sum(a, s, t, h, cells_max), a.ops.exp);
+    }
+    const float max = std::max(cells_max, std::max(sink, tail ? tail[n] : -INFINITY));
 
     std::fill(out, out + n, 0.0f);
     if (max == -INFINITY) {
@@ -372,7 +396,7 @@ void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
     attend_all(params, a, scratch);
     ggml_barrier(params->threadpool);
     merge_all(params, a);
-    for (int64_t h = nth - 1 - ith; h < evidence.n_head_kv; h += nth) {
+    for (int64_t h = nth - 1 - ith; h < evidence.n_head_kv && evidence.has_rows(); h += nth) {
         evidence.finish_head(h);
     }
     ggml_barrier(params->threadpool);
