@@ -23,7 +23,7 @@ CLOSE = 1e-3  # of logits; without the cells of one KV head they differ by about
 def small():
     from sfi_local import SfiParams
 
-    return SfiParams(n_sink=4, n_recent=32, n_selected=24, max_span=8, min_span=2, boundary=False)
+    return SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=24, max_span=8, min_span=2, boundary=False)
 
 
 @pytest.fixture(scope="module")
@@ -263,23 +263,41 @@ def test_more_than_the_context_holds_costs_no_more_than_the_context(opened, prom
 def test_a_refresh_selects_what_the_reference_selects(opened, prompts, small, selector, kv):
     """From the queries of 16 steps, taken from the graph, and the keys that the last of them finds in the cache."""
     params = small.replace(selector=selector, n_queries=16)
-    context, queries, keys = opened(params, kv=kv, watch=Watch("sparse_attn")), [[] for _ in LAYERS], {}
-
-    def look(il, node):
-        queries[il].append(ref.dequantise("f32", node_rows(node.src[0].contents)[1])[:, 0])
-        kind, rows = node_rows(node.src[1].contents)
-        keys[il] = ref.dequantise(kind, rows[:, :N + 16])
-        return node_rows(node)[1].view(np.float32)
-
-    context.prefill(prompts[0])
-    context.watch.replace = look
-    context.steps(prompts[1][:15], "dense"), context.steps(prompts[1][15:16], "slow")
+    context, queries, keys = after_sixteen_steps(opened, prompts, params, kv)
     for il in LAYERS:
         selected, evidence, mass = reference_refresh(params, np.array(queries[il]), keys[il])
         for h in HEADS:
             s = context.engine.stability(il, h)
             assert set(context.engine.selected(il, h)[0]) == set(selected[h])
             assert (s.evidence, s.mass) == (pytest.approx(evidence[h], rel=1e-4), pytest.approx(mass[h], rel=1e-4))
+
+
+def test_a_slow_step_may_take_more_queries_than_its_own(opened, prompts, small):
+    """Evidence of further queries is rounded, so it only comes close: all of it, and what the selected cells hold."""
+    params = small.replace(n_queries=16, n_slow_queries=5)
+    context, queries, keys = after_sixteen_steps(opened, prompts, params, "f32")
+    for il in LAYERS:
+        _, evidence, mass = reference_refresh(params, np.array(queries[il]), keys[il])
+        for h in HEADS:
+            s = context.engine.stability(il, h)
+            assert (s.evidence, s.mass) == (pytest.approx(evidence[h], rel=0.02), pytest.approx(mass[h], rel=0.02))
+
+
+def after_sixteen_steps(opened, prompts, params, kv):
+    """(context, queries, keys) after 15 dense steps and a slow one; queries [layer][16] and keys [layer] of the last."""
+    context, queries, keys = opened(params, kv=kv, watch=Watch("sparse_attn")), [[] for _ in LAYERS], {}
+
+    def look(il, node):
+        attn = node if node.src[2] else node.src[0].contents  # a slow step's attention is a view of a larger result
+        queries[il].append(ref.dequantise("f32", node_rows(attn.src[0].contents)[1])[:, 0])
+        kind, rows = node_rows(attn.src[1].contents)
+        keys[il] = ref.dequantise(kind, rows[:, :N + 16])
+        return node_rows(node)[1].view(np.float32)
+
+    context.prefill(prompts[0])
+    context.watch.replace = look
+    context.steps(prompts[1][:15], "dense"), context.steps(prompts[1][15:16], "slow")
+    return context, queries, keys
 
 
 def reference_refresh(params, q, k):
@@ -291,15 +309,17 @@ def reference_refresh(params, q, k):
         e = ref.evidence(q[-1:], k, cells, j0, j1, [N + 16], scale, alpha=params.alpha, over=ref.CANDIDATES)
         selected = ref.select_paper(e, cells, j0, j1, k, params.n_selected, **{n: getattr(params, n) for n in names})
     else:
-        e = ref.evidence(q, k, cells, j0, j1, range(N + 1, N + 17), scale)
+        n = params.n_slow_queries
+        e = ref.evidence(q[-n:], k, cells, j0, j1, range(N + 17 - n, N + 17), scale)
         selected = ref.select_topk(e, cells, j0, j1, params.n_selected, params.pool_after, params.pool_before)
     stability = ref.stability(e, cells, j0, j1, selected, selected)
     return selected, stability[:, 0], stability[:, 1] / stability[:, 0]
 
 
 @pytest.mark.parametrize("parts", [[199, 1], [64, 64, 64, 8], [150, 50], [190, "steps"], [199, "slow"]])
-def test_how_a_prompt_is_split_changes_no_selection(opened, prompts, parts):
-    whole, split, at = opened(n_ubatch=512), opened(n_ubatch=50), 0
+def test_how_a_prompt_is_split_changes_no_selection(opened, prompts, small, parts):
+    params = small.replace(n_queries=small.n_queries if type(parts[-1]) is int else 1)  # a slow step takes its own alone
+    whole, split, at = opened(params, n_ubatch=512), opened(params, n_ubatch=50), 0
     whole.prefill(prompts[0])
     for part in parts:
         if part == "steps":
@@ -421,7 +441,7 @@ def test_peek_says_what_step_will_do(opened, prompts, small):
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-BAD = [("policy", 2), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
+BAD = [("policy", 4), ("sketch_k1", 4), ("sketch_v4", 8), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
        ("max_span", 0), ("min_span", -1), ("auto_depth", -1), ("n_queries", 0), ("n_queries", 65), ("pool_after", -1),
        ("pool_before", 1 << 20), ("nms_radius", -1), ("alpha", 0.0), ("alpha", math.nan), ("temperature", -1.0),
        ("lambda_clip", 1.5), ("lambda_clip", math.nan), ("size", 8)]
@@ -431,7 +451,7 @@ BAD = [("policy", 2), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_rec
 def test_a_parameter_out_of_range_is_refused_by_name(opened, native, name, value):
     context, out = opened(), native.ffi.new("struct sfi_params *")
     context.engine.close()
-    params = native.ffi.new("struct sfi_params *", native.lib.sfi_default_params())
+    params = native.ffi.new("struct sfi_params *", native.lib.sfi_policy_params(native.lib.SFI_POLICY_FROZEN))
     sfi, address = native.ffi.new("struct sfi **"), native.ffi.cast("struct llama_context *", context.address)
     setattr(params, "struct_size" if name == "size" else name, value)
     assert native.lib.sfi_attach(address, params, sfi) == native.lib.SFI_ERR_ARGUMENT
@@ -560,7 +580,7 @@ sys.path.insert(0, {tests!r})
 from contexts import Context, load_weights
 from sfi_local import SfiParams
 with load_weights(open_library(), {model!r}) as weights:
-    context = Context(open_library(), weights, SfiParams(n_recent=32, n_selected=32))
+    context = Context(open_library(), weights, SfiParams.of("frozen", n_recent=32, n_selected=32))
     context.prefill([1] * 600, progress=lambda done, total: context.engine.close())
     context.free_context()
 """

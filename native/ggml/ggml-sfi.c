@@ -81,6 +81,15 @@ struct ggml_tensor * ggml_sparse_attn(
     return result;
 }
 
+void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass) {
+    GGML_ASSERT(result->op == GGML_OP_SPARSE_ATTN);
+    GGML_ASSERT(mass->type == GGML_TYPE_F32 && has_rows(mass));
+    GGML_ASSERT(mass->ne[0] == 2 && mass->ne[1] == result->ne[1]);
+    GGML_ASSERT(result->ne[2] == 1 && result->ne[3] == 1);
+
+    result->src[7] = mass;
+}
+
 struct ggml_tensor * ggml_support_evidence(
         struct ggml_context     * ctx,
         struct ggml_tensor      * q,
@@ -142,14 +151,14 @@ struct ggml_tensor * ggml_sparse_attn_evidence(
     memcpy(both->op_params, result->op_params, sizeof(both->op_params));
     memcpy(both->src, result->src, sizeof(both->src));
     both->op     = result->op;
-    both->src[7] = queries;
-    both->src[8] = plan;
+    both->src[8] = queries;
+    both->src[9] = plan;
 
     return both;
 }
 
 bool ggml_sparse_attn_has_evidence(const struct ggml_tensor * node) {
-    return node->op == GGML_OP_SPARSE_ATTN && node->src[7] != NULL;
+    return node->op == GGML_OP_SPARSE_ATTN && node->src[8] != NULL;
 }
 
 static void assert_evidence(

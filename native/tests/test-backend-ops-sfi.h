@@ -513,6 +513,385 @@ struct test_support_stability : public test_support {
     }
 };
 
+// What the sketch operations share: random bases, codes of random bytes, and where a code lies, by the words of ggml-sfi.h.
+struct test_sketch : public test_sfi {
+    const std::array<int32_t, 5> form; // n_k4, n_k2, n_k1, n_v4, n_v2
+    const int64_t nh_kv;               // num KV heads
+    const int64_t nr;                  // query heads of a KV head
+    const int64_t hs;                  // K and V head size
+    const int64_t n_list;
+
+    ggml_tensor * codes = nullptr, * basis = nullptr;
+
+    test_sketch(std::array<int32_t, 5> form, int64_t nh_kv, int64_t nr, int64_t hs, int64_t n_list)
+        : form(form), nh_kv(nh_kv), nr(nr), hs(hs), n_list(n_list) {}
+
+    ggml_sketch_format format() const { return { form[0], form[1], form[2], form[3], form[4] }; }
+    int64_t n_k()         const { return form[0] + form[1] + form[2]; }
+    int64_t n_v()         const { return form[3] + form[4]; }
+    int     bits_k(int j) const { return j < form[0] ? 4 : j < form[0] + form[1] ? 2 : 1; }
+    int     bits_v(int j) const { return j < form[3] ? 4 : 2; }
+
+    void new_sketch(ggml_context * ctx) {
+        const auto f = format();
+        codes = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, 16*ggml_sketch_cell_bytes(&f), (n_list + 15)/16 + 1, nh_kv);
+        basis = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&f, hs, hs), nh_kv);
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_sfi::initialize_tensors(ctx);
+        if (codes) {
+            std::vector<uint8_t> bytes(ggml_nbytes(codes));
+            for (auto & byte : bytes) {
+                byte = (uint8_t) gen();
+            }
+            ggml_backend_tensor_set(codes, bytes.data(), 0, bytes.size());
+        }
+    }
+
+    // component j of a cell in the bytes of its KV head
+    int code(const uint8_t * head, bool of_v, int j, int64_t cell) const {
+        const int per_byte_group = of_v ? 16 : 4;
+        int bit = 0, plane = 0; // before this component: bits of every byte, and planes
+        for (int i = 0; of_v && i < n_k(); i += 4) {
+            plane += bits_k(i);
+        }
+        plane /= 8;
+        for (int i = 0; i + per_byte_group <= j; i += per_byte_group) {
+            bit += of_v ? 4*bits_v(i) : bits_k(i);
+        }
+        const int bits = of_v ? bits_v(j) : bits_k(j), i = (int) (cell % 16);
+        bit += of_v ? bits*(i/4) : 0;
+        const auto f = format();
+        const int64_t byte = cell/16*16*ggml_sketch_cell_bytes(&f) + 64*(plane + bit/8) + (of_v ? 4*(j % 16) + i % 4 : 4*i + j % 4);
+        return head[byte] >> bit % 8 & ((1 << bits) - 1);
+    }
+
+    std::vector<uint8_t> bytes_of(const ggml_tensor * t) const {
+        std::vector<uint8_t> bytes(ggml_nbytes(t));
+        ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
+        return bytes;
+    }
+
+    // the parts of a KV head's basis
+    const float * mean(const std::vector<float> & b, int64_t h, bool of_v) const {
+        return b.data() + h*basis->ne[0] + (of_v ? hs*(1 + 2*n_k()) : 0);
+    }
+    const float * enc(const std::vector<float> & b, int64_t h, bool of_v, int j) const { return mean(b, h, of_v) + hs*(1 + j); }
+    const float * dec(const std::vector<float> & b, int64_t h, bool of_v, int j) const {
+        return mean(b, h, of_v) + hs*(1 + (of_v ? n_v() : n_k()) + j);
+    }
+
+    // infinities at the same places are equal
+    double distance(const float * a, const float * b, size_t n) override {
+        double diff = 0.0, size = 1e-30;
+        for (size_t i = 0; i < n; i++) {
+            if (a[i] != b[i]) {
+                diff += ((double) a[i] - b[i])*((double) a[i] - b[i]);
+            }
+            size += std::isfinite(b[i]) ? (double) b[i]*b[i] : 0.0;
+        }
+        return diff/size;
+    }
+};
+
+// GGML_OP_SKETCH_ENCODE
+struct test_sketch_encode : public test_sketch {
+    const int64_t n_listed;
+    const ggml_type type_K;
+    const ggml_type type_V;
+    const bool view;
+
+    ggml_tensor * k = nullptr, * v = nullptr, * cells = nullptr;
+    std::vector<uint8_t> before;
+
+    std::string vars() override {
+        return VARS_TO_STR8(form, nh_kv, hs, n_list, n_listed, type_K, type_V, view);
+    }
+
+    test_sketch_encode(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t n_listed = 50, int64_t hs = 64, ggml_type type_K = GGML_TYPE_F16,
+            ggml_type type_V = GGML_TYPE_F16, int64_t nh_kv = 2, bool view = true)
+        : test_sketch(form, nh_kv, 1, hs, 100), n_listed(n_listed), type_K(type_K), type_V(type_V), view(view) {}
+
+    double max_nmse_err() override {
+        return 0.0; // codes that are wrong
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        new_sketch(ctx);
+        k = cache(ctx, type_K, hs, n_list, nh_kv, 1, view);
+        v = cache(ctx, type_V, hs, n_list, nh_kv, 1, view);
+        cells = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_listed), "cells");
+        const auto f = format();
+        return result(ggml_sketch_encode(ctx, codes, basis, k, v, cells, &f));
+    }
+
+    void init_list(ggml_tensor * t) override {
+        set(t, random_cells(n_listed, 0, n_list));
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_sketch::initialize_tensors(ctx);
+        before = bytes_of(codes);
+    }
+
+    std::vector<float> expected() override {
+        return {};
+    }
+
+    // components that are not what they must be: next to the unrounded code if listed, else what they were
+    double n_wrong(const float * a, size_t n) {
+        std::vector<uint8_t> after(n);
+        for (size_t i = 0; i < n; i++) {
+            after[i] = (uint8_t) (int8_t) a[i];
+        }
+        const auto b = tensor_to_float(basis), kf = tensor_to_float(k), vf = tensor_to_float(v);
+        const auto list = get(cells);
+        const std::set<int32_t> listed(list.begin(), list.end());
+        double wrong = 0;
+        for (int64_t h = 0; h < nh_kv; h++) {
+            const size_t head = h*n/nh_kv;
+            for (bool of_v : { false, true }) {
+                for (int64_t c = 0; c < 16*codes->ne[1]; c++) {
+                    const float * x = &(of_v ? vf : kf)[(h*n_list + std::min(c, n_list - 1))*hs];
+                    for (int j = 0; j < (of_v ? n_v() : n_k()); j++) {
+                        const int got = code(&after[head], of_v, j, c), largest = (1 << (of_v ? bits_v(j) : bits_k(j))) - 1;
+                        double exact = 0.5*largest;
+                        for (int64_t i = 0; i < hs; i++) {
+                            exact += (double) enc(b, h, of_v, j)[i]*(x[i] - mean(b, h, of_v)[i]);
+                        }
+                        exact = std::min(std::max(exact, 0.0), (double) largest);
+                        wrong += listed.count((int32_t) c) ? fabs(got - exact) > 0.5 + 1e-4 : got != code(&before[head], of_v, j, c);
+                    }
+                }
+            }
+        }
+        return wrong;
+    }
+
+    double err(const float * a, const float * b, size_t n) override {
+        if (!is_result(a, n)) {
+            return nmse(a, b, n);
+        }
+        return std::max(n_wrong(a, n), n_wrong(b, n));
+    }
+};
+
+// GGML_OP_SKETCH_LOGITS
+struct test_sketch_logits : public test_sketch {
+    const int64_t n_used;
+    const int64_t n_skip;
+    const float logit_softcap;
+
+    ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR8(form, nh_kv, nr, hs, n_list, n_used, n_skip, logit_softcap);
+    }
+
+    test_sketch_logits(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 272,
+            int64_t n_used = 261, int64_t n_skip = 20, float logit_softcap = 0.0f)
+        : test_sketch(form, nh_kv, nr, hs, n_list), n_used(n_used), n_skip(n_skip), logit_softcap(logit_softcap) {}
+
+    float scale() const { return 1.0f/hs; }
+
+    // a weight between two integers may be rounded to either
+    double max_nmse_err() override {
+        return 1e-5;
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        new_sketch(ctx);
+        q    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hs, nh_kv*nr);
+        skip = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_skip), "skip");
+        plan = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1), "plan");
+        const auto f = format();
+        return result(ggml_sketch_logits(ctx, q, codes, basis, skip, plan, n_list, scale(), logit_softcap, &f));
+    }
+
+    void init_list(ggml_tensor * t) override {
+        set(t, t == plan ? std::vector<int32_t>{ (int32_t) n_used } : random_cells(n_skip, 0, n_list));
+    }
+
+    std::vector<float> expected() override {
+        const auto b = tensor_to_float(basis), qf = tensor_to_float(q);
+        const auto bytes = bytes_of(codes);
+        const auto list = get(skip);
+        const std::set<int32_t> skipped(list.begin(), list.end());
+        std::vector<float> res;
+        for (int64_t h = 0; h < nh_kv*nr; h++) {
+            const float * x = &qf[h*hs];
+            std::vector<double> w(n_k(), 0.0);
+            double s = 0.0, base = 0.0;
+            for (int64_t i = 0; i < hs; i++) {
+                base += (double) x[i]*mean(b, h/nr, false)[i];
+            }
+            for (int j = 0; j < n_k(); j++) {
+                for (int64_t i = 0; i < hs; i++) {
+                    w[j] += (double) x[i]*dec(b, h/nr, false, j)[i];
+                }
+                s = std::max(s, fabs(w[j])/127);
+            }
+            for (int64_t c = 0; c < n_list; c++) {
+                double sum = 0.0;
+                for (int j = 0; j < n_k(); j++) {
+                    sum += s*nearbyint(w[j]/s)*(code(&bytes[h/nr*bytes.size()/nh_kv], false, j, c) - 0.5*((1 << bits_k(j)) - 1));
+                }
+                const double y = scale()*(base + sum);
+                res.push_back(c >= n_used || skipped.count((int32_t) c) ? -INFINITY : logit_softcap > 0 ? logit_softcap*tanh(y/logit_softcap) : y);
+            }
+        }
+        return res;
+    }
+};
+
+// GGML_OP_SKETCH_SELECT
+struct test_sketch_select : public test_sketch {
+    const int64_t n_selected;
+    const bool ties; // logits take few values
+
+    ggml_tensor * logits = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR5(nh_kv, nr, n_list, n_selected, ties);
+    }
+
+    test_sketch_select(int64_t n_list = 1040, int64_t n_selected = 64, int64_t nh_kv = 2, int64_t nr = 3, bool ties = false)
+        : test_sketch({}, nh_kv, nr, 0, n_list), n_selected(n_selected), ties(ties) {}
+
+    double max_nmse_err() override {
+        return ties ? 0.0 : 0.02; // the part of the cells that may differ, for near ties
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, nh_kv*nr);
+        return result(ggml_sketch_select(ctx, logits, nh_kv, n_selected));
+    }
+
+    void init_list(ggml_tensor *) override {}
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_sketch::initialize_tensors(ctx);
+        auto x = tensor_to_float(logits);
+        for (size_t i = 0; i < x.size(); i++) {
+            const size_t c = i % n_list;
+            x[i] = c % 7 == 3 ? -INFINITY : ties ? (float) (c*2654435761u >> 20 & 3) : 4*x[i];
+        }
+        ggml_backend_tensor_set(logits, x.data(), 0, x.size()*sizeof(float));
+    }
+
+    double distance(const float * a, const float * b, size_t n) override {
+        double diff = 0.0;
+        for (size_t i = 0; i < n; i += n_selected) {
+            diff = std::max(diff, jdst(a + i, b + i, n_selected));
+        }
+        return diff;
+    }
+
+    std::vector<float> expected() override {
+        const auto x = tensor_to_float(logits);
+        std::vector<float> res;
+        for (int64_t h = 0; h < nh_kv; h++) {
+            std::vector<std::pair<double, int64_t>> ranked; // (-score, cell)
+            std::vector<double> sum(nr, 0.0);
+            for (int64_t g = 0; g < nr; g++) {
+                for (int64_t c = 0; c < n_list; c++) {
+                    sum[g] += exp(x[(h*nr + g)*n_list + c]);
+                }
+            }
+            for (int64_t c = 0; c < n_list; c++) {
+                double score = 0.0;
+                for (int64_t g = 0; g < nr; g++) {
+                    score += exp(x[(h*nr + g)*n_list + c])/sum[g];
+                }
+                if (score > 0.0) {
+                    ranked.emplace_back(-score, c);
+                }
+            }
+            std::sort(ranked.begin(), ranked.end());
+            for (int64_t i = 0; i < n_selected; i++) {
+                res.push_back(i < (int64_t) ranked.size() ? ranked[i].second : -1);
+            }
+        }
+        return res;
+    }
+};
+
+// GGML_OP_SKETCH_TAIL
+struct test_sketch_tail : public test_sketch {
+    const int64_t n_selected; // -1: NULL
+
+    ggml_tensor * logits = nullptr, * selected = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR6(form, nh_kv, nr, hs, n_list, n_selected);
+    }
+
+    test_sketch_tail(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 1040,
+            int64_t n_selected = 64)
+        : test_sketch(form, nh_kv, nr, hs, n_list), n_selected(n_selected) {}
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        new_sketch(ctx);
+        logits   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, nh_kv*nr);
+        selected = n_selected < 0 ? nullptr : named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv), "selected");
+        const auto f = format();
+        return result(ggml_sketch_tail(ctx, logits, codes, basis, selected, hs, &f));
+    }
+
+    void init_list(ggml_tensor * t) override {
+        std::vector<int32_t> data;
+        for (int64_t h = 0; h < nh_kv; h++) {
+            const auto row = random_cells(n_selected, 0, n_list);
+            data.insert(data.end(), row.begin(), row.end());
+        }
+        set(t, data);
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_sketch::initialize_tensors(ctx);
+        auto x = tensor_to_float(logits);
+        for (size_t i = 0; i < x.size(); i++) {
+            x[i] = i % n_list % 11 == 5 ? -INFINITY : 4*x[i];
+        }
+        ggml_backend_tensor_set(logits, x.data(), 0, x.size()*sizeof(float));
+    }
+
+    std::vector<float> expected() override {
+        const auto b = tensor_to_float(basis), x = tensor_to_float(logits);
+        const auto bytes = bytes_of(codes);
+        const auto sel = get(selected);
+        std::vector<float> res;
+        for (int64_t h = 0; h < nh_kv*nr; h++) {
+            const int64_t kv = h/nr;
+            const std::set<int32_t> taken(sel.data() + (selected ? kv*n_selected : 0), sel.data() + (selected ? (kv + 1)*n_selected : 0));
+            std::vector<double> z(n_v(), 0.0);
+            double sum = 0.0, all = 0.0;
+            for (int64_t c = 0; c < n_list; c++) {
+                const double w = exp(x[h*n_list + c]);
+                all += w;
+                if (w == 0.0 || taken.count((int32_t) c)) {
+                    continue;
+                }
+                sum += w;
+                for (int j = 0; j < n_v(); j++) {
+                    z[j] += w*(code(&bytes[kv*bytes.size()/nh_kv], true, j, c) - 0.5*((1 << bits_v(j)) - 1));
+                }
+            }
+            for (int64_t i = 0; i < hs; i++) {
+                double y = mean(b, kv, true)[i];
+                for (int j = 0; j < n_v(); j++) {
+                    y += z[j]/sum*dec(b, kv, true, j)[i];
+                }
+                res.push_back(y);
+            }
+            res.push_back(log(sum));
+            res.push_back(log(all));
+        }
+        return res;
+    }
+};
+
 static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & test_cases) {
     const ggml_type F32 = GGML_TYPE_F32, F16 = GGML_TYPE_F16, BF16 = GGML_TYPE_BF16, Q8_0 = GGML_TYPE_Q8_0, Q4_0 = GGML_TYPE_Q4_0;
 
@@ -591,4 +970,33 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
             test_cases.emplace_back(new test_support_stability(n_list, n_selected, 3, n_list == 300));
         }
     }
+
+    // the sketch
+    for (std::array<int32_t, 5> form : { std::array<int32_t, 5>{ 16, 0, 0, 16, 0 }, { 4, 16, 16, 16, 0 }, { 8, 0, 0, 16, 0 }, { 16, 16, 32, 32, 0 },
+            { 16, 32, 0, 0, 32 }, { 4, 4, 8, 16, 16 }, { 0, 0, 32, 0, 16 }, { 12, 4, 40, 64, 16 } }) {
+        test_cases.emplace_back(new test_sketch_encode(form));
+        for (int nr : { 1, 2, 3, 4, 5, 8 }) {
+            test_cases.emplace_back(new test_sketch_logits(form, 2, nr));
+            test_cases.emplace_back(new test_sketch_tail(form, 2, nr));
+        }
+    }
+    for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
+        test_cases.emplace_back(new test_sketch_encode({ 4, 16, 16, 16, 0 }, 33, 128, type, type, 3, type != F16));
+    }
+    for (int n_listed : { 1, 16, 17, 100 }) {
+        test_cases.emplace_back(new test_sketch_encode({ 16, 0, 0, 16, 0 }, n_listed));
+    }
+    for (int n_list : { 16, 256, 272, 2064 }) {
+        for (int hs : { 64, 80, 128 }) {
+            test_cases.emplace_back(new test_sketch_logits({ 16, 0, 0, 16, 0 }, 3, 3, hs, n_list, n_list - 5, 7));
+            test_cases.emplace_back(new test_sketch_tail({ 16, 0, 0, 16, 0 }, 3, 3, hs, n_list, hs == 80 ? -1 : n_list/4));
+        }
+        for (int n_selected : { 1, 100, 5000 }) {
+            for (bool ties : { false, true }) {
+                test_cases.emplace_back(new test_sketch_select(n_list, n_selected, 3, 3, ties));
+                test_cases.emplace_back(new test_sketch_select(n_list, n_selected, 1, 1, ties));
+            }
+        }
+    }
+    test_cases.emplace_back(new test_sketch_logits({ 16, 0, 0, 16, 0 }, 2, 3, 64, 272, 261, 20, 2.0f));
 }

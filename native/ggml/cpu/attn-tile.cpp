@@ -1,7 +1,5 @@
 #include "attn-tile.h"
 
-#include <cstdlib>
-
 namespace sfi {
 
 static SFI_INLINE void prefetch_next(const row_set & rows, int i) {
@@ -282,45 +280,18 @@ bool tile_ops_supported(ggml_type type) {
     return ops_of<scalar>(type, GGML_TYPE_F32).dot != nullptr;
 }
 
-// SFI_SIMD names a narrower path than the widest this build has; for tests
-static simd_path widest_path() {
-    static const simd_path path = [] {
-        const char * env = getenv("SFI_SIMD");
-        if (env && !strcmp(env, "scalar")) {
-            return simd_path::scalar;
-        }
-#if defined(SFI_AVX512)
-        if (!env || strcmp(env, "avx2")) {
-            return simd_path::avx512;
-        }
-#endif
-#if defined(SFI_AVX2)
-        return simd_path::avx2;
-#elif defined(SFI_NEON)
-        return simd_path::neon;
-#else
-        return simd_path::scalar;
-#endif
-    }();
-    return path;
-}
-
-simd_path simd_path_for(bool reference) {
-    return reference ? simd_path::scalar : widest_path();
-}
-
 tile_ops tile_ops_for(ggml_type type_k, ggml_type type_v, bool reference) {
-    switch (simd_path_for(reference)) {
+    switch (simd_for(reference)) {
 #if defined(SFI_AVX512)
-        case simd_path::avx512: return ops_of<avx512>(type_k, type_v);
+        case simd::avx512: return ops_of<avx512>(type_k, type_v);
 #endif
 #if defined(SFI_AVX2)
-        case simd_path::avx2:   return ops_of<avx2>(type_k, type_v);
+        case simd::avx2:   return ops_of<avx2>(type_k, type_v);
 #endif
 #if defined(SFI_NEON)
-        case simd_path::neon:   return ops_of<neon>(type_k, type_v);
+        case simd::neon:   return ops_of<neon>(type_k, type_v);
 #endif
-        default:                return ops_of<scalar>(type_k, type_v);
+        default:           return ops_of<scalar>(type_k, type_v);
     }
 }
 

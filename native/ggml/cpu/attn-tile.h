@@ -45,10 +45,6 @@ struct tile_ops {
     gemm_fn      gemm;
 };
 
-// The instruction set that an operation uses: the widest of this build; `reference`, or SFI_SIMD, may name a narrower one.
-enum class simd_path { scalar, avx2, avx512, neon };
-simd_path simd_path_for(bool reference);
-
 // rows of type_k feed dot and transpose, rows of type_v feed mad; reference: the scalar path
 bool     tile_ops_supported(ggml_type type);
 tile_ops tile_ops_for(ggml_type type_k, ggml_type type_v, bool reference);

@@ -179,7 +179,7 @@ static void powers(float * x, int n, int n_rows_padded, const uint8_t * place, c
         typename S::V total = S::zero();
         for (int i = 0; i < n; ++i) {
             float * at = x + i*n_rows_padded + r;
-            const typename S::V y = S::exp2_rough(S::add(S::load(at), shift));
+            const typename S::V y = S::exp2(S::add(S::load(at), shift));
             S::store(at, y);
             total = S::add(total, y);
         }
@@ -199,7 +199,7 @@ static void weights(float * max, const float * sum, int n, int64_t stride, int n
         typename S::V total = S::zero();
         for (int b = 0; b < n; ++b) {
             float * at = max + b*stride + r;
-            const typename S::V y = S::exp2_rough(S::add(S::load(at), shift));
+            const typename S::V y = S::exp2(S::add(S::load(at), shift));
             S::store(at, y);
             total = S::fma(y, S::load(sum + b*stride + r), total);
         }
@@ -249,9 +249,9 @@ static lanes_ops ops_of(ggml_type type_k) {
 }
 
 lanes_ops lanes_ops_for(ggml_type type_k, int n_rows, bool reference) {
-    switch (simd_path_for(reference)) {
+    switch (simd_for(reference)) {
 #if defined(SFI_AVX512)
-        case simd_path::avx512:
+        case simd::avx512:
 #if defined(SFI_BF16)
             return n_rows <= 8 ? ops_of<lanes_bf16_half>(type_k) : ops_of<lanes_bf16>(type_k);
 #else
@@ -259,10 +259,10 @@ lanes_ops lanes_ops_for(ggml_type type_k, int n_rows, bool reference) {
 #endif
 #endif
 #if defined(SFI_AVX2)
-        case simd_path::avx2: return ops_of<lanes_f32<avx2>>(type_k);
+        case simd::avx2: return ops_of<lanes_f32<avx2>>(type_k);
 #endif
 #if defined(SFI_NEON)
-        case simd_path::neon: return ops_of<lanes_f32<neon>>(type_k);
+        case simd::neon: return ops_of<lanes_f32<neon>>(type_k);
 #endif
         default: break;
     }

@@ -29,7 +29,7 @@ struct lanes_ops {
     void (*dot)(const void * packed, int n_rows_padded, int n_embd, const void * keys, int n_keys, float * out);
 
     // x [n, n_rows_padded] of base-2 logits: m = largest of each row, x = 2^(x - m), sum of them. Cell i counts for rows
-    // r with place[i] < visible[r]; place null: for all. What no row sees is 0; a row that sees nothing has m = -1e30.
+    // r with place[i] < visible[r]; place null: for all. What a row does not see is 2^-126; a row that sees nothing has m = -1e30.
     void (*powers)(float * x, int n, int n_rows_padded, const uint8_t * place, const float * visible, float * max, float * sum);
 
     // max and sum of n blocks, block b at b*stride; max[b] becomes 2^(max[b] - lse)*share[row], lse over all blocks

@@ -7,7 +7,7 @@
 namespace sfi {
 
 static int64_t max_rows(const ggml_tensor * dst) {
-    return GGML_PAD(dst->src[0]->ne[2]/dst->src[1]->ne[2]*dst->src[7]->ne[2], max_vector);
+    return GGML_PAD(dst->src[0]->ne[2]/dst->src[1]->ne[2]*dst->src[8]->ne[2], max_vector);
 }
 
 static int64_t tiles_of(int64_t n_list) {
@@ -28,7 +28,7 @@ template <class T> static T * take(char * & work, size_t n) {
 }
 
 evidence_pass::evidence_pass(const ggml_compute_params * params, const ggml_tensor * dst, char * work, int64_t n_output) :
-        queries(dst->src[7]), k(dst->src[1]), cells((const int32_t *) dst->src[3]->data), plan((const int32_t *) dst->src[8]->data) {
+        queries(dst->src[8]), k(dst->src[1]), cells((const int32_t *) dst->src[3]->data), plan((const int32_t *) dst->src[9]->data) {
     n_list    = dst->src[3]->ne[0];
     n_tiles   = tiles_of(n_list);
     n_head_kv = k->ne[2];

@@ -3,14 +3,15 @@
 // A kernel is a template over one of these structs; each has
 //   V, W                     vector of W floats
 //   NG                       query rows a kernel handles at once (limited by the registers)
-//   zero set1 load store add mul max fma(a, b, c) = a*b + c
+//   zero set1 load store add mul max min fma(a, b, c) = a*b + c
 //   f16 bf16 i8 lo4 hi4      W values of a row converted to float
 //   sum4(a, b, c, d, out)    out[i] = sum of the lanes of the i-th vector
 //   transpose(in, ld, out, ld)  a W x W block
 //   exp(x)                   for x <= 0, relative error below 3e-7, 0 below -87
-//   exp2_rough(x)            2^x for x <= 0, relative error below 1.1e-4, 0 below -125
 //   hmax(x)                  the largest lane
 //   below(a, b, x)           x where a < b, elsewhere -INFINITY
+//   exp2(t)                  for t < 126, relative error below 4e-6; below -126 what it is there: nothing, beside a 1
+//   ge(a, b)                 a bit per lane: a >= b
 
 #pragma once
 
@@ -56,6 +57,10 @@
 
 namespace sfi {
 
+// What a kernel may use: the widest path of this build, or the narrower one that SFI_SIMD names; for tests
+enum class simd { scalar, avx2, avx512, neon };
+simd simd_for(bool reference);
+
 // A function that only prefetches has no effect that GCC knows of, and calls of it are removed; unless they are
 // inlined before anybody asks.
 #if defined(__GNUC__)
@@ -80,9 +85,12 @@ namespace exp_constants {
     constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f; // ln 2 = hi + lo, hi exact in few bits
     constexpr float min_x = -87.0f;                                  // below: 0 (the result would be denormal)
     constexpr float c[6] = { 1.0f, 0.5f, 1.6666667e-1f, 4.1666482e-2f, 8.3338463e-3f, 1.3934438e-3f };
+}
 
-    constexpr float min_x2 = -125.0f;                                // of exp2_rough
-    constexpr float c2[3] = { 0.69328295f, 0.24221102f, 0.05500883f }; // 2^r = 1 + r*(..), |r| <= 0.5
+// 2^t = 2^n * 2^f, n = floor(t), 2^f by a polynomial of degree 4
+namespace exp2_constants {
+    constexpr float min_t = -126.0f;
+    constexpr float c[5]  = { 1.00000262f, 0.693003833f, 0.241442755f, 0.0520114638f, 0.0135341678f };
 }
 
 struct scalar {
@@ -97,6 +105,7 @@ struct scalar {
     static V    add(V a, V b)           { return a + b; }
     static V    mul(V a, V b)           { return a * b; }
     static V    max(V a, V b)           { return a > b ? a : b; }
+    static V    min(V a, V b)           { return a < b ? a : b; }
     static V    fma(V a, V b, V c)      { return a * b + c; }
     static V    f16(const uint16_t * p) { return GGML_CPU_FP16_TO_FP32(*p); }
     static V    bf16(const uint16_t * p) {
@@ -111,9 +120,10 @@ struct scalar {
     static void sum4(V a, V b, V c, V d, float * out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
     static void transpose(const float * in, int, float * out, int) { *out = *in; }
     static V    exp(V x)                { return x < exp_constants::min_x ? 0.0f : std::exp(x); }
-    static V    exp2_rough(V x)         { return x < exp_constants::min_x2 ? 0.0f : std::exp2(x); }
     static float hmax(V x)              { return x; }
     static V    below(V a, V b, V x)    { return a < b ? x : -INFINITY; }
+    static V    exp2(V t)               { return std::exp2(max(t, exp2_constants::min_t)); }
+    static uint32_t ge(V a, V b)        { return a >= b; }
 };
 
 #if defined(SFI_AVX2)
@@ -129,6 +139,7 @@ struct avx2 {
     static V    add(V a, V b)           { return _mm256_add_ps(a, b); }
     static V    mul(V a, V b)           { return _mm256_mul_ps(a, b); }
     static V    max(V a, V b)           { return _mm256_max_ps(a, b); }
+    static V    min(V a, V b)           { return _mm256_min_ps(a, b); }
     static V    fma(V a, V b, V c)      { return _mm256_fmadd_ps(a, b, c); }
     static V    f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
     static V    bf16(const uint16_t * p) {
@@ -177,21 +188,22 @@ struct avx2 {
         const V result = mul(y, _mm256_castsi256_ps(e));
         return _mm256_and_ps(result, _mm256_cmp_ps(x, set1(min_x), _CMP_GE_OQ));
     }
-    static V    exp2_rough(V x) {
-        using namespace exp_constants;
-        const V n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const V r = _mm256_sub_ps(x, n);
-        const V y = fma(fma(fma(set1(c2[2]), r, set1(c2[1])), r, set1(c2[0])), r, set1(1.0f));
-        const __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23); // added to the exponent of y
-        const V result = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), e));
-        return _mm256_and_ps(result, _mm256_cmp_ps(x, set1(min_x2), _CMP_GE_OQ));
-    }
     static float hmax(V x) {
         __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         y = _mm_max_ps(y, _mm_movehl_ps(y, y));
         return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
     }
     static V    below(V a, V b, V x)    { return _mm256_blendv_ps(set1(-INFINITY), x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+    static V    exp2(V t) {
+        using namespace exp2_constants;
+        t = max(t, set1(min_t));
+        const V n = _mm256_round_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        const V f = _mm256_sub_ps(t, n);
+        V y = set1(c[4]);
+        for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+    }
+    static uint32_t ge(V a, V b)        { return (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 };
 #endif
 
@@ -208,6 +220,7 @@ struct avx512 {
     static V    add(V a, V b)           { return _mm512_add_ps(a, b); }
     static V    mul(V a, V b)           { return _mm512_mul_ps(a, b); }
     static V    max(V a, V b)           { return _mm512_max_ps(a, b); }
+    static V    min(V a, V b)           { return _mm512_min_ps(a, b); }
     static V    fma(V a, V b, V c)      { return _mm512_fmadd_ps(a, b, c); }
     static V    f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
     static V    bf16(const uint16_t * p) {
@@ -267,15 +280,17 @@ struct avx512 {
         y = fma(y, r, set1(1.0f));
         return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(min_x), _CMP_GE_OQ), y, n);
     }
-    static V    exp2_rough(V x) {
-        using namespace exp_constants;
-        const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const V r = _mm512_sub_ps(x, n);
-        const V y = fma(fma(fma(set1(c2[2]), r, set1(c2[1])), r, set1(c2[0])), r, set1(1.0f));
-        return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(min_x2), _CMP_GE_OQ), y, n);
-    }
     static float hmax(V x)              { return _mm512_reduce_max_ps(x); }
     static V    below(V a, V b, V x)    { return _mm512_mask_mov_ps(set1(-INFINITY), _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
+    static V    exp2(V t) {
+        using namespace exp2_constants;
+        t = max(t, set1(min_t));
+        const V f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); // t - floor(t)
+        V y = set1(c[4]);
+        for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
+        return _mm512_scalef_ps(y, t); // y * 2^floor(t)
+    }
+    static uint32_t ge(V a, V b)        { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 };
 #endif
 
@@ -292,6 +307,7 @@ struct neon {
     static V    add(V a, V b)           { return vaddq_f32(a, b); }
     static V    mul(V a, V b)           { return vmulq_f32(a, b); }
     static V    max(V a, V b)           { return vmaxq_f32(a, b); }
+    static V    min(V a, V b)           { return vminq_f32(a, b); }
     static V    fma(V a, V b, V c)      { return vfmaq_f32(c, a, b); }
     static V    f16(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static V    bf16(const uint16_t * p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
@@ -330,17 +346,21 @@ struct neon {
         const V result = mul(y, vreinterpretq_f32_s32(e));
         return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(result), vcgeq_f32(x, set1(min_x))));
     }
-    static V    exp2_rough(V x) {
-        using namespace exp_constants;
-        const V n = vrndnq_f32(x);
-        const V r = vsubq_f32(x, n);
-        const V y = fma(fma(fma(set1(c2[2]), r, set1(c2[1])), r, set1(c2[0])), r, set1(1.0f));
-        const int32x4_t e = vshlq_n_s32(vcvtq_s32_f32(n), 23); // added to the exponent of y
-        const int32x4_t result = vaddq_s32(vreinterpretq_s32_f32(y), e);
-        return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_s32(result), vcgeq_f32(x, set1(min_x2))));
-    }
     static float hmax(V x)              { return vmaxvq_f32(x); }
     static V    below(V a, V b, V x)    { return vbslq_f32(vcltq_f32(a, b), x, set1(-INFINITY)); }
+    static V    exp2(V t) {
+        using namespace exp2_constants;
+        t = max(t, set1(min_t));
+        const V n = vrndmq_f32(t);
+        const V f = vsubq_f32(t, n);
+        V y = set1(c[4]);
+        for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
+        return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(y), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
+    }
+    static uint32_t ge(V a, V b) {
+        const uint32_t bit[4] = { 1, 2, 4, 8 };
+        return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
+    }
 };
 #endif
 

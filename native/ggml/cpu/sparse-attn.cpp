@@ -325,7 +325,12 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     const float max = std::max(cells_max, std::max(sink, tail ? tail[n] : -INFINITY));
 
     std::fill(out, out + n, 0.0f);
+    float * mass = a.dst->src[7] ? (float *) ((char *) a.dst->src[7]->data + h*a.dst->src[7]->nb[1]) : nullptr;
     if (max == -INFINITY) {
+        if (mass) {
+            mass[0] = -INFINITY;
+            mass[1] = 0.0f;
+        }
         return; // nothing to attend to
     }
 
@@ -347,6 +352,10 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     }
     for (int64_t i = 0; i < n; ++i) {
         out[i] /= sum;
+    }
+    if (mass) {
+        mass[0] = max + logf(sum);
+        mass[1] = tail ? expf(tail[n] - max)/sum : 0.0f;
     }
 }
 

@@ -4,6 +4,7 @@
 
 #include "attn-tile.h"
 #include "ggml-cpu-impl.h"
+#include "top-k.h"
 
 #include <algorithm>
 #include <cmath>
@@ -59,49 +60,9 @@ void window_max(const float * x, int64_t n, int64_t behind, int64_t ahead, float
     }
 }
 
-// Order-preserving map of float to integer; both zeros are one value.
-int32_t sortable(float x) {
-    x += 0.0f;
-    int32_t i;
-    memcpy(&i, &x, sizeof(i));
-    return i ^ ((i >> 31) & 0x7fffffff);
-}
-
-int64_t count_from(const int32_t * key, int64_t n, int32_t least) {
-    int32_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        count += key[i] >= least;
-    }
-    return count;
-}
-
-// The k-th largest (1-based) of n >= k keys, and how many of the keys equal to it belong to the top k. By bisection:
-// some 28 counts, which vectors make cheaper than one histogram.
-struct threshold { int32_t key; int64_t n_equal; };
-
-threshold kth_largest(const int32_t * key, int64_t n, int64_t k) {
-    int32_t least = key[0], most = key[0];
-    for (int64_t i = 1; i < n; ++i) {
-        least = std::min(least, key[i]);
-        most  = std::max(most,  key[i]);
-    }
-    int64_t lo = least, hi = (int64_t) most + 1;   // count_from(lo) >= k > count_from(hi)
-    int64_t n_greater = 0;                         // count_from(hi)
-    while (hi - lo > 1) {
-        const int64_t mid = lo + (hi - lo)/2, count = count_from(key, n, (int32_t) mid);
-        if (count >= k) {
-            lo = mid;
-        } else {
-            hi = mid;
-            n_greater = count;
-        }
-    }
-    return { (int32_t) lo, k - n_greater };
-}
-
 // The cells whose keys are in the top k, in position order; among keys equal to the last the earlier ones.
-void take(const int32_t * key, const int32_t * cells, int64_t n, threshold t, int32_t * out, int64_t k) {
-    constexpr int64_t run = 32; // pooled evidence comes in runs: most blocks are taken whole or not at all
+void take(const uint32_t * key, const int32_t * cells, int64_t n, sfi::threshold t, int32_t * out, int64_t k) {
+    constexpr int64_t run = 32; // pooled evidence comes in runs: many blocks are taken whole or not at all
     int64_t n_out = 0;
     for (int64_t begin = 0; begin < n && n_out < k; begin += run) {
         const int64_t end = std::min(begin + run, n);
@@ -125,16 +86,17 @@ void take(const int32_t * key, const int32_t * cells, int64_t n, threshold t, in
 }
 
 // The cells of the top n_selected scores in position order, padded with -1; pads among the cells are never chosen.
-void take_top(const candidates & c, const float * score, int32_t * key, int32_t * out, int64_t n_selected) {
+// key: room for a key of every candidate
+void take_top(const candidates & c, const float * score, uint32_t * key, int32_t * out, int64_t n_selected) {
     int32_t n_valid = 0;
     for (int64_t i = 0; i < c.n(); ++i) {
-        const int32_t of_score = sortable(score[i]);
-        key[i] = c.is_cell(i) ? of_score : INT32_MIN;
+        const uint32_t of_score = sfi::sortable(score[i] + 0.0f); // both zeros are equal
+        key[i] = c.is_cell(i) ? of_score : 0;
         n_valid += c.is_cell(i);
     }
     const int64_t k = std::min<int64_t>(n_selected, n_valid);
     if (k > 0) {
-        take(key, c.cells + c.j0, c.n(), kth_largest(key, c.n(), k), out, k);
+        take(key, c.cells + c.j0, c.n(), sfi::kth_largest_key(key, c.n(), k), out, k);
     }
     std::fill(out + k, out + n_selected, -1);
 }
@@ -267,7 +229,7 @@ void sfi::support_select(const ggml_compute_params * params, ggml_tensor * dst) 
         ggml_barrier(params->threadpool);
     }
     for (int64_t h = ith; h < n_head_kv; h += nth) {
-        take_top(c, score + h*ld, (int32_t *) tmp, (int32_t *) ((char *) dst->data + h*dst->nb[1]), dst->ne[0]);
+        take_top(c, score + h*ld, (uint32_t *) tmp, (int32_t *) ((char *) dst->data + h*dst->nb[1]), dst->ne[0]);
     }
 }
 

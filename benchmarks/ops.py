@@ -1,0 +1,159 @@
+"""The sketch operations one at a time: what a decoded token costs in all layers, and how near it is to reading the codes.
+
+    python benchmarks/ops.py --shape smollm2 -t 2
+    python benchmarks/ops.py --shape qwen3-0.6b -t 2
+
+Every layer has codes of its own, so that they come from memory as they do in use. Results are compared with the reference
+of tests/ before anything is timed. `wall` is the median over the repetitions; `cpu` is the processor time of all threads,
+over their number: on a busy machine the better estimate.
+"""
+
+import argparse
+import ctypes
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import ggml_ops  # noqa: E402
+import reference as ref  # noqa: E402
+import test_sketch_ops as ops  # noqa: E402
+
+SHAPES = {  # n_list, n_head, n_head_kv, n_embd, layers of the model, layers that fit the memory of this program
+    "smollm2": (8000, 9, 3, 64, 30, 30),
+    "qwen3-0.6b": (131072, 16, 8, 128, 28, 7),
+}
+ggml_ops.MEM_SIZE = 1536 << 20
+
+
+class Layers:
+    """A graph context with the inputs of some layers."""
+
+    def __init__(self, g, shape, form, n_selected):
+        self.n_list, self.n_head, self.n_head_kv, self.n_embd, self.n_model, self.n = SHAPES[shape]
+        self.g, self.form, self.n_selected = g, form, n_selected
+        rng = np.random.default_rng(ops.SEED)
+        self.bases = ops.draw_bases(rng, form, self.n_head_kv, self.n_embd, self.n_embd)
+        self.codes = ops.draw_codes(rng, form, self.n_head_kv, self.n_list // 16)
+        self.q = rng.normal(size=(self.n_head, self.n_embd)).astype(np.float32)
+        self.skip = np.arange(68, dtype=np.int32)
+        self.scale = 2 / self.n_embd
+        self.basis = g.tensor(ops.flat(self.bases))
+        self.t_codes = [g.tensor(self.codes) for _ in range(self.n)]
+        self.t_q, self.t_skip, self.t_plan = g.tensor(self.q), g.tensor(self.skip), g.tensor(np.array([self.n_list]))
+
+    def logits(self, i):
+        return self.g.sketch_logits(self.t_q, self.t_codes[i], self.basis, self.t_skip, self.t_plan, self.n_list, self.form,
+                                    self.scale)
+
+    def select(self, logits):
+        return self.g.sketch_select(logits, self.n_head_kv, self.n_selected)
+
+    def tail(self, i, logits, selected):
+        return self.g.sketch_tail(logits, self.t_codes[i], self.basis, selected, self.n_embd, self.form)
+
+    # -- the reference, for one query head --
+
+    def check(self, logits, selected, tail, h):
+        h_kv = h * self.n_head_kv // self.n_head
+        basis = ops.in_double(self.bases[h_kv])
+        x = ref.sketch_logits(self.form, basis, self.codes[h_kv], self.q[h].astype(float), self.skip, self.n_list, self.n_list,
+                              self.scale)
+        np.testing.assert_allclose(logits[h], x, rtol=0, atol=2e-3)
+        group = self.n_head // self.n_head_kv
+        ops.check_best(selected[h_kv], ref.sketch_score(logits[h_kv * group:(h_kv + 1) * group].astype(float)))
+        expected = ref.sketch_tail(self.form, basis, self.codes[h_kv], logits[h].astype(float), selected[h_kv])
+        np.testing.assert_allclose(tail[h], expected, rtol=0, atol=2e-3)
+
+
+def graph_of(g, outs):
+    graph = g.lib.ggml_new_graph(g.ctx)
+    for out in outs:
+        g.lib.ggml_build_forward_expand(graph, out)
+    return graph
+
+
+def timed(g, graph, n_reps, n_threads):
+    """(wall, cpu / n_threads) in seconds, medians"""
+    g.lib.set_n_threads(g.lib.cpu, n_threads)
+    rows = []
+    for _ in range(n_reps):
+        wall, cpu = time.perf_counter(), time.process_time()
+        assert g.lib.ggml_backend_graph_compute(g.lib.cpu, graph) == 0
+        rows.append((time.perf_counter() - wall, (time.process_time() - cpu) / n_threads))
+    return np.median(rows[1:], axis=0)
+
+
+def read_bandwidth(n_threads, n_bytes=320 << 20):
+    """Bytes per second that threads read: each looks for a byte that its part of a buffer does not have."""
+    buffer = np.zeros(n_bytes, np.uint8)
+    libc = ctypes.CDLL(None)
+    libc.memchr.argtypes, libc.memchr.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
+    part = n_bytes // n_threads
+
+    def read(i):
+        assert libc.memchr(buffer.ctypes.data + i * part, 1, part) is None
+
+    best = 0
+    for _ in range(5):
+        threads = [threading.Thread(target=read, args=(i,)) for i in range(n_threads)]
+        start = time.perf_counter()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        best = max(best, n_bytes / (time.perf_counter() - start))
+    return best
+
+
+def inputs_of(g, arrays):
+    return [g.tensor(a) for a in arrays]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--form", default="16,0,0,16,0", help="n_k4,n_k2,n_k1,n_v4,n_v2")
+    parser.add_argument("-k", "--n-selected", type=int, default=256)
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("-r", "--reps", type=int, default=9)
+    args = parser.parse_args()
+    form = ref.SketchFormat(*map(int, args.form.split(",")))
+
+    with ggml_ops.Graph() as g:
+        a = Layers(g, args.shape, form, args.n_selected)
+        logits = [a.logits(i) for i in range(a.n)]
+        selected = [a.select(x) for x in logits]
+        tail = [a.tail(i, x, s) for i, (x, s) in enumerate(zip(logits, selected))]
+        got = [g.compute(t[0], args.threads)[0, 0] for t in (logits, selected, tail)]
+        for h in (0, a.n_head - 1):
+            a.check(*got, h)
+        # the same operations on inputs that are there already
+        x = inputs_of(g, [got[0]] * a.n)
+        s = inputs_of(g, [got[1]] * a.n)
+        graphs = {
+            "logits": graph_of(g, logits),
+            "select": graph_of(g, [a.select(t) for t in x]),
+            "tail": graph_of(g, [a.tail(i, t, s[i]) for i, t in enumerate(x)]),
+            "all three": graph_of(g, tail),
+        }
+        k_bytes, v_bytes = int(form.bits_k.sum()) // 8, int(form.bits_v.sum()) // 8
+        n_bytes = {"logits": k_bytes, "select": 0, "tail": v_bytes, "all three": k_bytes + v_bytes}
+        bandwidth = read_bandwidth(args.threads)
+        print(f"{args.shape}: {a.n_list} cells, {a.n_head_kv} KV heads, {a.n_head} query heads, form {args.form}, "
+              f"{args.n_selected} selected, {args.threads} threads, reading {bandwidth / 1e9:.1f} GB/s")
+        cells = a.n_list * a.n_head_kv * a.n
+        for name, graph in graphs.items():
+            wall, cpu = timed(g, graph, args.reps, args.threads)
+            gbps = n_bytes[name] * cells / wall / 1e9
+            print(f"{name:10}  wall {wall / a.n * a.n_model * 1e3:7.2f} ms/token  cpu {cpu / a.n * a.n_model * 1e3:7.2f}  "
+                  f"{wall / cells * 1e9:6.3f} ns/cell (cpu {cpu / cells * 1e9:6.3f})  codes {gbps:5.1f} GB/s, "
+                  f"{100 * gbps * 1e9 / bandwidth:3.0f} %")
+
+
+if __name__ == "__main__":
+    main()
