@@ -531,10 +531,14 @@ static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_su
         return nullptr;
     }
     g.cb(both, "sparse_attn_evidence", il);
-    ggml_tensor * evidence = ggml_view_2d(g.ctx0, both, inp->cells->ne[0], k->ne[2], inp->cells->ne[0]*sizeof(float),
-            n_embd_v*n_head*sizeof(float));
+    const size_t n_bytes = n_embd_v*n_head*sizeof(float);
+    ggml_tensor * attn = ggml_view_2d(g.ctx0, both, n_embd_v, n_head, n_embd_v*sizeof(float), 0);
+    g.cb(attn, "sparse_attn", il);
+    ggml_tensor * cur = ggml_reshape_2d(g.ctx0, attn, n_embd_v*n_head, 1);
+    ggml_build_forward_expand(g.gf, cur); // before the refresh, so that who watches it finds the query still there
+    ggml_tensor * evidence = ggml_view_2d(g.ctx0, both, inp->cells->ne[0], k->ne[2], inp->cells->ne[0]*sizeof(float), n_bytes);
     refresh_support(g, inp, layer, evidence, inp->others, k, il);
-    return ggml_view_2d(g.ctx0, both, n_embd_v*n_head, 1, n_embd_v*n_head*sizeof(float), 0);
+    return cur;
 }
 
 // policy oracle: the selected cells of this query, from its exact attention
@@ -598,8 +602,6 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     ggml_tensor * q_rows = ggml_permute(ctx, q, 0, 2, 1, 3);
     if (key.refresh && key.kind == LLAMA_SUPPORT_SLOW) {
         if (ggml_tensor * cur = build_slow_attn(g, inp, layer, q_rows, k, v, sinks, kq_scale, softcap, il)) {
-            g.cb(cur, "sparse_attn", il);
-            ggml_build_forward_expand(g.gf, cur);
             return cur;
         }
     }
