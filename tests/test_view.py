@@ -214,7 +214,7 @@ def test_the_page_has_every_token_of_what_run_generates(cli, tiny, document, tmp
     assert data["pieces"][0] == "<|im_start|>" and len(data["pieces"]) == run["n_prompt"] + run["n_generated"]
     assert {k: data["kind"].count(k) for k in ("slow", "fast")} == {k: run["steps"][k] for k in ("slow", "fast")}
     assert data["kind"][0] == "prefill" and data["kind"].count("fast") > 15 and "max_span" in data["reason"]
-    assert {len(data[name]) for name in ("reason", "ms", "depth", "n_cells", "recent_from", "chosen", "measured")} == {40}
+    assert {len(data[name]) for name in ("reason", "ms", "depth", "n_cells", "recent_from", "chosen", "measured")} == {len(data["kind"])}
 
 
 @pytest.mark.parametrize("support", ["frozen", "sketch", "oracle"])
