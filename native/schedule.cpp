@@ -18,6 +18,9 @@ decision decide(const sfi_params & params, const schedule_input & in, sfi_step_k
     if (!in.valid) {
         return { SFI_STEP_SLOW, in.edited ? SFI_REASON_INVALIDATED : SFI_REASON_FIRST };
     }
+    if (params.max_tail_mass > 0.0f && in.tail_mass > params.max_tail_mass) {
+        return { SFI_STEP_SLOW, SFI_REASON_UNSTABLE };
+    }
     if ((params.max_span > 0 && in.span >= params.max_span) || in.window_full) {
         return { SFI_STEP_SLOW, SFI_REASON_MAX_SPAN };
     }

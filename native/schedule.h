@@ -12,6 +12,7 @@ struct schedule_input {
     bool    valid       = false; // there is a support, and it fits the cache
     bool    edited      = false; // there was one, until the cache was edited
     bool    window_full = false; // the pinned window has no room for this token
+    float   tail_mass   = 0.0f;  // of the last fast step
     bool    boundary    = false; // the token is the first content after the end of a sentence
 };
 

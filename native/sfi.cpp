@@ -29,6 +29,7 @@ struct sfi {
     sfi_params                   params;
     std::vector<slowfast::token_class>       tokens;    // by token id
     std::vector<slowfast::boundary_detector> detectors; // by stream
+    std::vector<float>           tail_mass;    // by stream, of the last fast step
     sfi_stats                    stats = {};
     mutable std::atomic<int>     state{0};     // of enum below
 };
@@ -232,6 +233,7 @@ static int check_params(const sfi_params & p) {
     const struct { const char * name; float value; } constants[] = {
         { "alpha", p.alpha }, { "gamma", p.gamma }, { "beta", p.beta }, { "p", p.p }, { "eta", p.eta },
         { "lambda_clip", p.lambda_clip }, { "a_soft", p.a_soft }, { "a_cross", p.a_cross }, { "temperature", p.temperature }, { "tolerance", p.tolerance },
+        { "max_tail_mass", p.max_tail_mass },
     };
     for (const auto & c : constants) {
         if (!std::isfinite(c.value)) {
@@ -241,8 +243,8 @@ static int check_params(const sfi_params & p) {
     if (!(p.alpha > 0.0f) || !(p.temperature > 0.0f) || !(p.lambda_clip >= 0.0f && p.lambda_clip <= 1.0f)) {
         return fail(SFI_ERR_ARGUMENT, "alpha and temperature must be above 0, lambda_clip from 0 to 1.");
     }
-    if (p.tolerance < 0.0f) {
-        return fail(SFI_ERR_ARGUMENT, "tolerance must be 0 or more.");
+    if (p.tolerance < 0.0f || p.max_tail_mass < 0.0f) {
+        return fail(SFI_ERR_ARGUMENT, "tolerance and max_tail_mass must be 0 or more.");
     }
     return SFI_OK;
 }
@@ -450,6 +452,7 @@ static int attach(llama_context * lctx, const sfi_params & params, std::unique_p
     s->params  = params;
     s->tokens  = classify_tokens(llama_model_get_vocab(&model));
     s->detectors.resize(kv->get_n_stream());
+    s->tail_mass.resize(kv->get_n_stream());
     kv->support = std::move(support);
     out = std::move(s);
     return SFI_OK;
@@ -545,6 +548,7 @@ static slowfast::decision decide(const sfi * s, const llama_support & support, l
     in.valid       = support.valid(seq);
     in.edited      = support.was_edited(seq);
     in.window_full = support.window_full(seq);
+    in.tail_mass   = s->tail_mass[seq];
     in.boundary    = s->detectors[seq].peek(s->tokens[token]);
     return slowfast::decide(s->params, in, asked);
 }
@@ -744,6 +748,9 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
             return fail(SFI_ERR_NO_SUPPORT, "A fast step needs a support: prefill, or take a slow step first.");
         }
         const int64_t start = ggml_time_us();
+        if (d.reason == SFI_REASON_UNSTABLE) {
+            support.outgrow(seq);
+        }
         if (d.kind == SFI_STEP_FAST && !support.update_sketch(*s->lctx, seq)) {
             return sketch_failed();
         }
@@ -762,6 +769,7 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
         done.n_cells = d.kind != SFI_STEP_FAST ? done.depth : support.n_fast_cells(seq) + (int32_t) mean_cells(sketched);
         done.t_us    = ggml_time_us() - start;
         done.tail_mass = scanned ? mean_tail_mass(support, seq) : 0.0f;
+        s->tail_mass[seq] = done.tail_mass;
         count(s, support, seq, done, sketched);
         if (info) {
             *info = done;

@@ -80,6 +80,9 @@ def sfi_options(command: Callable) -> Callable:
         click.option("--tolerance", type=click.FloatRange(0), metavar="X",
                      help=f"Policy sketch: cells are attended to exactly if their share of the attention times the error of their "
                           f"logit is larger, --n-selected at most; 0: always so many [default: {_DEFAULT.tolerance:g}]."),
+        click.option("--max-tail-mass", type=click.FloatRange(0, 1), metavar="X",
+                     help="Policy sketch: slow step and a new fit after a step that left more of the attention to the sketch; 0: never "
+                          "[default: 0]."),
         click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2",
                      help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
                           "[default: 4,12,24:0,16 per 64 values of a head]."),
@@ -112,7 +115,7 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
     A budget that was typed is kept or refused; the default one adapts to a small context. Raises ArgumentError.
     """
     names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "n_queries", "n_slow_queries", "pool_after",
-             "pool_before", "tolerance")
+             "pool_before", "tolerance", "max_tail_mass")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
     return SfiParams.of(given.pop("support", _DEFAULT.support), **given).validate(), not any(name in given for name in _BUDGET)

@@ -35,6 +35,8 @@ class SfiParams:
     pool_after, pool_before: an important cell also brings this many cells after and before it; cells
     tolerance:  sketch: cells are attended to exactly if their share of the scanned attention times the expected error of their
                 logit (in nats) is larger, n_selected at most; 0: n_selected cells
+    max_tail_mass: sketch: after a fast step that left more of the attention to the sketch, in the mean over all heads, the next
+                step is slow and the sketch is fitted anew to the latest queries; a share, 0: never
     sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 4, 12, 24 per 64 values of a head
     sketch_v4, sketch_v2: ... of its V; all 0 with components of K given: the tail is dropped; else 0, 16
     alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
@@ -55,6 +57,7 @@ class SfiParams:
     pool_after: int = 16
     pool_before: int = 2
     tolerance: float = 5e-4
+    max_tail_mass: float = 0.0
     sketch_k4: int = 0
     sketch_k2: int = 0
     sketch_k1: int = 0

@@ -222,6 +222,22 @@ def test_the_hook_tells_what_was_left_to_the_sketch(opened, text):
     assert info.tail_mass == pytest.approx(np.mean([*shares.values()]), rel=1e-5)
 
 
+def test_a_step_that_leaves_too_much_to_the_sketch_is_followed_by_a_slow_one(opened, text, fine):
+    context = opened(fine.replace(max_tail_mass=0.05))
+    context.prefill(text[:N])
+    infos = [context.step(token) for token in text[N:N + 6]]
+    assert all((info.kind == "slow") == (before.tail_mass > 0.05) for before, info in zip(infos, infos[1:]))
+    assert ("slow", "unstable") in map(took, infos)
+    dense = dense_logits(opened, text[:N + 6], 6)[-1]
+    assert np.abs(context.logits() - dense).max() < NEAR
+
+
+def test_the_schedule_leaves_a_stable_sketch_alone(opened, text, fine):
+    context = opened(fine.replace(max_tail_mass=1.0))
+    context.prefill(text[:N])
+    assert {context.step(token).kind for token in text[N:N + 6]} == {"fast"}
+
+
 def test_there_is_no_tail_without_a_sketch(opened, text, fine):
     from sfi_local.errors import NoSupportError
     from sfi_local.params import SfiParams

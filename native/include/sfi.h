@@ -92,6 +92,10 @@ struct sfi_params {
      * their logit is larger, n_selected of them at most; 0: n_selected cells */
     float   tolerance;
 
+    /* SFI_POLICY_SKETCH: after a fast step whose tail_mass was larger, the next step is slow and the sketch is fitted anew
+     * to the latest queries; 0: never */
+    float   max_tail_mass;
+
     /* SFI_POLICY_SKETCH: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format.
      * No components of K: 4, 12, 24, 0, 16 for every 64 values of a head, 1/21 of F16. No components of V: the tail is dropped. */
     int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2;

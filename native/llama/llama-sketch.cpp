@@ -28,16 +28,17 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
         return true;
     }
     const int32_t n = (int32_t) st.cells.size();
-    if (st.j0 + (n + 1 - st.j1) <= always_size()) {
+    if (!st.outgrown && st.j0 + (n + 1 - st.j1) <= always_size()) {
         return true; // the next cell still has room in the window
     }
     const auto [j0, j1] = candidates(n);
     const int32_t n_queries = n_known_queries(st.query_pos);
-    if (st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {
+    if (st.outgrown || st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {
         fit(s, lctx.get_cparams().n_threads_batch);
         st.n_fit         = j1 - j0;
         st.n_fit_queries = n_queries;
         st.n_coded       = 0;
+        st.outgrown      = false;
     }
     const bool ok = encode(lctx, s, j0 + st.n_coded, j1);
     if (!ok) {

@@ -166,6 +166,7 @@ void llama_support::invalidate(uint32_t s) {
     st.valid    = false;
     st.mirrored = false;
     st.j0 = st.j1 = st.n_coded = st.n_fit = 0;
+    st.outgrown = false;
     std::fill(st.query_pos.begin(), st.query_pos.end(), -1);
 }
 

@@ -105,6 +105,7 @@ public:
     // the window or will with the next cell. False: computing failed, and the support is invalid.
     bool update_sketch(llama_context & lctx, uint32_t stream);
     bool    scanned     (uint32_t stream) const { return streams[stream].n_coded > 0 && params.policy == LLAMA_SUPPORT_SKETCH; }
+    void    outgrow     (uint32_t stream) { streams[stream].outgrown = true; } // fit anew after this step
     int64_t sketch_bytes(uint32_t stream) const; // what a fast step reads of the codes and bases
 
     // ---- the graph ---------------------------------------------------------------------------------------------
@@ -162,6 +163,7 @@ private:
         int32_t  n_coded   = 0;         // sketch: cells[j0 .. j0 + n_coded) have codes ...
         int32_t  n_fit     = 0;         // ... by a basis that was fitted to so many candidates; 0: there is none
         int32_t  n_fit_queries = 0;     // and to so many queries
+        bool     outgrown  = false;     // somebody asked for another
     };
 
     llama_kv_cache     * kv;
