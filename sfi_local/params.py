@@ -24,6 +24,7 @@ class SfiParams:
     max_span:   a step is slow at the latest after this many fast steps; steps
     min_span:   fast steps before a boundary may make a step slow; steps
     boundary:   slow step at the first content token after the end of a sentence
+    repair:     a slow step computes K and V of the span before it again, with dense attention
     auto_depth: below this depth SFI_STEP_AUTO is dense; 0: slow-fast at every depth; cells
     n_queries:  evidence of the last n queries; tokens, 1 .. 64
     query_stride: ... of every n-th of them: slow steps are cheaper by as much; tokens, 1 .. 64
@@ -39,6 +40,7 @@ class SfiParams:
     max_span: int = 64
     min_span: int = 16
     boundary: bool = True
+    repair: bool = False
     auto_depth: int = 0
     n_queries: int = 16
     query_stride: int = 1

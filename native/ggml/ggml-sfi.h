@@ -45,6 +45,16 @@ GGML_API struct ggml_tensor * ggml_sparse_attn(
         float                 scale,
         float                 logit_softcap);
 
+// Tokens of one text: token t sees only the first visible[t] entries of `always` (pads count). The rows of K and V are
+// then read once for all tokens, and the result of each is bit for bit that of the operation for it alone, if `always`
+// is then cut at visible[t].
+//
+//   attn      result of ggml_sparse_attn() whose `always` is the same for all tokens, without `selected`
+//   visible   I32 [n_tokens, n_stream]
+GGML_API void ggml_sparse_attn_set_visible(
+        struct ggml_tensor * attn,
+        struct ggml_tensor * visible);
+
 // What evidence is normalised over.
 enum ggml_support_softmax {
     GGML_SUPPORT_SOFTMAX_VISIBLE    = 0, // every cell the query sees: evidence is true attention mass
