@@ -55,7 +55,7 @@ def _answer(model: Any, request: Any, conversation: list) -> Any:
     try:
         with progress("prefill", "tokens") as prefill:
             for step in model.generate(tokens, n=request.n_limit, sampling=request.sampling(), stop=request.stop,
-                                       progress=prefill):
+                                       draft=request.draft, progress=prefill):
                 prefill.close()
                 tell_notes(model)
                 tally.add(step)

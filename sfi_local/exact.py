@@ -47,16 +47,20 @@ def generate_exact(session: "Session", vocabulary: "Vocabulary", prompt: Sequenc
     while not step.finish:
         check_turn(session, turn)
         room = min(ending.n_left, session.n_ctx - info.pos - 1) - 1  # the token itself needs a cell and is followed by one
-        for token, info, counts in _span(session, vocabulary, sampler, token, min(length.next(), room), length):
+        for token, info, counts in decode_span(session, vocabulary, sampler, token, room, length):
             yield (step := replace(ending.step(token, info), **counts))
             if step.finish:
                 return
             check_turn(session, turn)
 
 
-def _span(session: "Session", vocabulary: "Vocabulary", sampler: Any, token: int, n_drafts: int,
-          length: SpanLength) -> list[tuple[int, StepInfo, dict[str, Any]]]:
-    """The tokens that follow `token`, which is sure: [(token, its step, more fields of its Step)], at least one."""
+def decode_span(session: "Session", vocabulary: "Vocabulary", sampler: Any, token: int, room: int,
+                length: SpanLength) -> list[tuple[int, StepInfo, dict[str, Any]]]:
+    """The tokens that follow `token`, which is sure and not in the cache yet, by a span of `room` drafts at most.
+
+    Returns [(token, its step, more fields of its Step)], one at least; the last is not in the cache yet.
+    """
+    n_drafts = min(length.next(), room)
     if n_drafts < 1 or not session.can_draft(token):
         info = session.step(token)
         length.dense(info.t_ms)

@@ -200,7 +200,7 @@ class Model:
             self._params.check_context(n_ctx)
             return self._params
         params = self._params.fit_context(n_ctx)
-        if self.mode == "sfi" and params.budget < self._params.budget:
+        if self.mode in ("sfi", "exact") and params.budget < self._params.budget:
             self._note(f"The budget of {self._params.budget} cells does not fit a context of {n_ctx} tokens; it is "
                        f"{params.budget} cells here.")
         return params

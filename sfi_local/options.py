@@ -41,6 +41,9 @@ def sfi_options(command: Callable) -> Callable:
         _count("--min-span", 0, "Fast steps before a boundary may make a step slow."),
         click.option("--boundary/--no-boundary", default=None,
                      help=f"Slow step after the end of a sentence [default: {'on' if _DEFAULT.boundary else 'off'}]."),
+        click.option("--repair/--no-repair", default=None,
+                     help=f"A slow step computes K and V of the fast steps before it again, with dense attention [default: "
+                          f"{'on' if _DEFAULT.repair else 'off'}]."),
         _count("--n-queries", 1, "Evidence of the last N queries, 64 at most ..."),
         _count("--query-stride", 1, "... of every N-th of them; slow steps are cheaper by as much."),
         _count("--pool-after", 0, "An important cell brings N cells after it ..."),
@@ -60,7 +63,7 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
 
     A budget that was typed is kept or refused; the default one adapts to a small context. Raises ArgumentError.
     """
-    names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "n_queries", "query_stride", "pool_after",
+    names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "query_stride", "pool_after",
              "pool_before")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     return SfiParams(**given).validate(), not any(name in given for name in _BUDGET)

@@ -24,8 +24,11 @@ SLOW_STYLE, FAST_STYLE, RESET = "\x1b[33m", "\x1b[32m", "\x1b[0m"
 @click.option("-p", "--prompt", metavar="TEXT", help="The question or instruction.")
 @click.option("-n", "--n", "n", type=click.IntRange(-1), default=512, show_default=True, metavar="N",
               help="Tokens to generate at most; -1: until the answer ends or the context is full.")
-@click.option("--mode", type=click.Choice(["auto", "sfi", "dense", "stock"]), default="auto", show_default=True,
-              help="sfi: slow-fast; dense: every step dense; stock: llama.cpp's own path; auto: sfi where it pays.")
+@click.option("--mode", type=click.Choice(["auto", "sfi", "exact", "dense", "stock"]), default="auto", show_default=True,
+              help="sfi: slow-fast; exact: slow-fast drafts, verified: the text of dense; dense: every step dense; stock: "
+                   "llama.cpp's own path; auto: sfi where it pays.")
+@click.option("--draft", type=click.IntRange(0, 32), metavar="N",
+              help="Mode exact: tokens drafted per span [default: as many as pay].")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Seed of the sampler [default: random].")
 @click.option("--temp", type=click.FloatRange(0), default=0.8, show_default=True, metavar="X",
               help="Temperature; 0 takes the most likely token.")
@@ -57,7 +60,8 @@ def command(**options: Any) -> None:
 
     The answer alone goes to stdout; progress goes to stderr and, after the answer, a line of statistics: speed of
     prefill and decode (steps only), how many steps were slow or dense and why, how many fast, and the share of KV
-    bytes read compared with dense decoding.
+    bytes read compared with dense decoding. In mode exact also how many tokens were drafted and how many of them kept,
+    and ties: tokens that rounding might have decided otherwise.
     """
     params, fit_budget = take_params(options)
     request = Request(**options, params=params, fit_budget=fit_budget)
@@ -78,6 +82,7 @@ class Request:
     prompt: str | None
     n: int
     mode: str
+    draft: int | None
     seed: int | None
     temp: float
     top_k: int
@@ -103,6 +108,8 @@ class Request:
 
         if self.n == 0:
             raise UsageError("-n 0 generates nothing: give 1 or more, or -1 for no limit.")
+        if self.draft is not None and self.mode != "exact":
+            raise UsageError("--draft is for mode exact: add --mode exact, or leave it out.")
         if (self.max_prompt_tokens or self.truncate) and self.file is None:
             raise UsageError("--max-prompt-tokens and --truncate take the head of a file: give one with -f.")
         if self.raw and self.system is not None:
@@ -193,7 +200,8 @@ def stream(model: Any, tokens: list[int], sampling: Any, request: Request, echo:
     tally = Tally(n_prompt=len(tokens))
     color = request.color and sys.stdout.isatty()
     with progress("prefill", "tokens") as prefill:
-        for step in model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, progress=prefill):
+        for step in model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
+                                   progress=prefill):
             if not tally.tokens:
                 prefill.close()
                 tell_notes(model)
@@ -238,7 +246,13 @@ def report(model: Any, tally: Any, request: Request, sampling: Any) -> dict[str,
         "temp": sampling.temp,
         "seed": sampling.seed,
         "notes": model.notes,
+        **({"drafts": drafts(tally)} if request.mode == "exact" else {}),
     }
+
+
+def drafts(tally: Any) -> dict[str, int]:
+    """What --json says about mode exact, in tokens."""
+    return {"drafted": tally.n_drafted, "accepted": tally.n_accepted, "ties": tally.n_ties}
 
 
 def statistics(model: Any, tally: Any) -> str:
@@ -249,6 +263,8 @@ def statistics(model: Any, tally: Any) -> str:
         parts.append(f"decode {sum(tally.steps.values())} steps {tally.decode_tps:.1f}/s: {kinds}")
     if tally.reasons and model.mode != "dense":  # there every step is, because that was asked for
         parts.append("because " + ", ".join(f"{reason} {n}" for reason, n in tally.reasons.most_common()))
+    if tally.n_drafted:
+        parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted}, ties {tally.n_ties}")
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
     ends = {"length": "stopped at -n", "context": "stopped: the context is full", "stop": "stopped at a stop text",
             "": "interrupted"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 MAX_DRAFTS = 32      # tokens of one span
 FIRST = 8            # length of the first span, before anything is known
 FORGET = 0.9         # weight of what was known, at each new span
+LEAST_MS = 1e-6      # no step is faster
 PROBE_EVERY = 64     # dense steps after which a span is drafted again, though drafting did not pay
 
 
@@ -43,7 +44,7 @@ class SpanLength:
             return 1 / self.ms_dense
         p, (height, slope) = self.acceptance, self._line()
         tokens = (1 - p ** (n_drafts + 1)) / (1 - p)
-        return tokens / (n_drafts * self.ms_draft + height + slope * (n_drafts + 1))
+        return tokens / max(LEAST_MS, n_drafts * self.ms_draft + height + slope * (n_drafts + 1))
 
     @property
     def acceptance(self) -> float:
@@ -53,6 +54,7 @@ class SpanLength:
     def dense(self, ms: float) -> None:
         """A dense step was taken."""
         self._n_dense += 1
+        ms = max(LEAST_MS, ms)
         self.ms_dense = ms if not self.ms_dense else min(ms, FORGET * self.ms_dense + (1 - FORGET) * ms)
 
     def verified(self, n_drafted: int, n_accepted: int, ms_drafts: float, ms_pass: float) -> None:
