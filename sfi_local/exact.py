@@ -37,8 +37,9 @@ def generate_exact(session: "Session", vocabulary: "Vocabulary", prompt: Sequenc
 
     sampler: has ``sample(context, row) -> token id`` and ``clone()``
     draft:   tokens drafted per span at most; None: as many as pay, none where that is slower than dense steps
-    Items: ``fast`` a draft that was kept; ``slow`` with reason ``verify`` the token that the pass itself gave; ``dense``
-    a step without drafts. The last item of a span has the time of its pass and of the drafts that were not kept.
+    Items: ``fast`` a draft that was kept; ``dense`` with reason ``verify`` the token that the pass itself gave, ``slow`` if
+    the pass ended with a refresh; others are steps without drafts. The last item of a span has the time of its pass and
+    of the drafts that were not kept.
     """
     turn, info = begin(session, prompt, progress)
     ending, length = Ending(session, vocabulary, n, stop), SpanLength(draft)
@@ -60,20 +61,32 @@ def decode_span(session: "Session", vocabulary: "Vocabulary", sampler: Any, toke
 
     Returns [(token, its step, more fields of its Step)], one at least; the last is not in the cache yet.
     """
-    n_drafts = min(length.next(), room)
+    n_drafts = min(length.next(), room, session.params.max_span - session.n_since_refresh)  # the window holds so many
     if n_drafts < 1 or not session.can_draft(token):
         info = session.step(token)
         length.dense(info.t_ms)
+        session.n_since_refresh = 0 if info.kind == "slow" else session.n_since_refresh + 1
         session.noise.remember(session.context, len(session.tokens))
         return [(sampler.sample(session.context), info, {})]
     known = session.tokens[-1:] if session.noise.has_step_at(len(session.tokens)) else []  # its logits, by a dense step
     drafts = _draft(session, vocabulary, sampler.clone(), token, n_drafts)
-    info, first = session.verify([*known, token, *(d.token for d in drafts)]), len(known)
+    refresh = _refresh_is_due(session, length)
+    info, first = session.verify([*known, token, *(d.token for d in drafts)], refresh), len(known)
     if known:
         session.noise.compare(session.context, 0)
     kept, ties = _keep(session, sampler, drafts, first)
     session.rollback(len(drafts) - len(kept) + 1)
+    session.n_since_refresh = 0 if refresh else session.n_since_refresh + len(kept)
     return _items(kept, ties, drafts, info, length)
+
+
+def _refresh_is_due(session: "Session", length: SpanLength) -> bool:
+    """Whether a pass shall choose a new support: evidence costs more than a dense step, so not each does.
+
+    Half way to where the window is full, or earlier where the last drafts were mostly wrong.
+    """
+    params = session.params
+    return session.n_since_refresh >= (min(params.min_span, params.max_span // 2) if length.poor else params.max_span // 2)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Session:
     n_prefilled: tokens of the last prefill
     turn:    number of the current generation; a generator that sees another number has lost the cache
     n_drafted: of the last tokens, those that came by fast steps and are not verified (mode ``exact``)
+    n_since_refresh: tokens since a support was chosen, where mode ``exact`` counts them
     noise:   how far verified batches lie from dense steps
     Raises ModelError, KvTypeError, BackendError in modes ``sfi``, ``dense`` and ``exact``; OutOfMemoryError.
     """
@@ -48,7 +49,7 @@ class Session:
                  type_k: str = "f16", type_v: str = "f16"):
         self.n_ctx, self.mode, self.params = n_ctx, mode, params
         self.tokens: list[int] = []
-        self.why_stock, self.n_prefilled, self.turn, self.n_drafted, self.noise = "", 0, 0, 0, Noise()
+        self.why_stock, self.n_prefilled, self.turn, self.n_drafted, self.n_since_refresh, self.noise = "", 0, 0, 0, 0, Noise()
         self._llama = open_library().llama_cpp
         self._context = _new_context(self._llama, weights, n_ctx, n_threads, type_k, type_v)
         self._memory = self._llama.llama_get_memory(self._context.ctx)
@@ -95,7 +96,7 @@ class Session:
                 self._prefill(list(tokens), lambda n, total: _report(flag, progress, n, total))
             finally:
                 self._settle()
-        depth, self.n_prefilled = len(self.tokens), len(tokens)
+        depth, self.n_prefilled, self.n_since_refresh = len(self.tokens), len(tokens), 0
         return StepInfo("prefill", "", depth - 1, depth, depth, 1000 * (time.perf_counter() - start))
 
     def step(self, token: int, schedule: Schedule | None = None) -> StepInfo:
@@ -120,12 +121,15 @@ class Session:
         self.n_drafted += 1  # first, so that after an interrupt at any point no draft passes for a sure token
         return replace(self.step(token, lambda *_: "fast"), reason="")
 
-    def verify(self, tokens: Sequence[int]) -> StepInfo:
-        """One dense pass over tokens, all but the last of which the cache holds; row i of the logits follows token i."""
+    def verify(self, tokens: Sequence[int], refresh: bool) -> StepInfo:
+        """One dense pass over tokens, all but the last of which the cache holds; row i of the logits follows token i.
+
+        refresh: the pass ends with a new support
+        """
         with self._exclusive():
             known = len(tokens) - 1
             try:
-                info = self.engine.verify(tokens, known)
+                info = self.engine.verify(tokens, known, refresh)
             except SfiError:
                 self._drop_drafts()
                 raise

@@ -16,11 +16,13 @@ class SpanLength:
     """Follows acceptance and times, in milliseconds, and gives the length of the next span; 0: a dense step.
 
     fixed: this length at every span, if given
+    poor:  of the last span, less than half was kept
     The tokens of a span that are kept are taken as drawn one by one: each is right with the same probability. A pass of n
     tokens is taken to cost ``height + slope * n``.
     """
 
     fixed: int | None = None
+    poor: bool = False
     right: float = 0.0
     wrong: float = 0.0
     ms_draft: float = 0.0
@@ -59,7 +61,7 @@ class SpanLength:
 
     def verified(self, n_drafted: int, n_accepted: int, ms_drafts: float, ms_pass: float) -> None:
         """A span of n_drafted tokens was verified, n_accepted of them kept."""
-        self._n_dense = 0
+        self._n_dense, self.poor = 0, 2 * n_accepted < n_drafted
         self.right = FORGET * self.right + n_accepted
         self.wrong = FORGET * self.wrong + (n_accepted < n_drafted)
         if n_drafted:

@@ -78,11 +78,12 @@ def test_the_stream_tells_what_was_done(models):
     exact = run(models("exact", MUCH), n=40, draft=6)
     first, *others = exact.items
     assert first.kind == "prefill" and {s.kind for s in others} <= {"fast", "slow", "dense"}
-    assert all(s.reason == {"fast": "", "slow": "verify", "dense": "forced"}[s.kind] for s in others)
+    assert all(s.reason == "" if s.kind == "fast" else s.reason in ("verify", "forced") for s in others)
     assert [s.pos for s in exact.items] == list(range(first.pos, first.pos + 40))
-    assert all((s.n_drafted > 0) == (s.kind == "slow") for s in others)
+    assert all((s.n_drafted > 0) == (s.reason == "verify") for s in others)
     stats = models("exact", MUCH).session.engine.stats()
-    assert (exact.steps["slow"], exact.n_drafted) == (stats.n_verify, stats.n_fast)
+    assert (exact.reasons["verify"], exact.n_drafted) == (stats.n_verify, stats.n_fast)
+    assert 0 < exact.steps["slow"] < stats.n_verify  # some passes ended with a refresh
     assert exact.steps["fast"] == exact.n_accepted < exact.n_drafted + 1
     assert stats.ms_verify + stats.ms_fast + stats.ms_dense == pytest.approx(exact.ms_steps, rel=1e-6)
 

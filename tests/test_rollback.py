@@ -227,3 +227,29 @@ def test_nothing_is_repaired_that_was_edited_or_dense(opened):
     context.steps(range(3), "dense"), context.step(3, "slow")
     context.steps(range(3), "fast"), context.cut(N + 2), context.step(3, "slow")
     assert context.engine.stats().n_repaired == 0
+
+
+def test_layers_with_a_sliding_window_are_rolled_back_too(native, open_context, small, prompt, tmp_path):
+    from contexts import load_weights, write_sliding
+
+    with load_weights(native, write_sliding(tmp_path / "sliding.gguf")) as weights:
+        plain, drafted = (open_context(weights, small) for _ in "ab")
+        for context in (plain, drafted):
+            context.prefill(prompt)
+        drafted.steps([7] * 9, "fast"), drafted.engine.rollback(9)
+        assert np.array_equal(plain.steps([1, 2, 3], "fast"), drafted.steps([1, 2, 3], "fast"))
+        drafted.engine.verify([1, 2, 3], 3), plain.close(), drafted.close()
+
+
+def test_cells_that_a_small_sliding_window_has_dropped_cannot_come_back(native, open_context, small, prompt, tmp_path):
+    from contexts import load_weights, write_sliding
+    from sfi_local.errors import ContextError
+
+    with load_weights(native, write_sliding(tmp_path / "sliding.gguf")) as weights:
+        context = open_context(weights, small, swa_full=False, n_batch=64, n_ubatch=64, n_ctx=2048)
+        for _ in range(4):
+            context.prefill(prompt)
+        with pytest.raises(ContextError, match="swa_full"):
+            context.engine.rollback(400)
+        assert context.step(1, "fast").depth == 4 * N + 1
+        context.close()
