@@ -18,7 +18,7 @@ decision decide(const sfi_params & params, const schedule_input & in, sfi_step_k
     if (!in.valid) {
         return { SFI_STEP_SLOW, in.edited ? SFI_REASON_INVALIDATED : SFI_REASON_FIRST };
     }
-    if (in.span >= params.max_span || in.window_full) {
+    if ((params.max_span > 0 && in.span >= params.max_span) || in.window_full) {
         return { SFI_STEP_SLOW, SFI_REASON_MAX_SPAN };
     }
     if (params.boundary && in.boundary && in.span >= params.min_span) {

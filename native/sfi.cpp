@@ -150,16 +150,23 @@ static int guarded(const sfi * s, F && f) {
 // ---- parameters ----------------------------------------------------------------------------------------------------------
 
 struct sfi_params sfi_default_params(void) {
+    return sfi_policy_params(SFI_POLICY_SKETCH);
+}
+
+struct sfi_params sfi_policy_params(enum sfi_policy policy) {
+    // does `selected` follow every query? Then few cells are enough, and a slow step renews nothing
+    const bool follows = policy == SFI_POLICY_SKETCH || policy == SFI_POLICY_ORACLE;
     sfi_params p = {};
     p.struct_size = sizeof(p);
-    p.policy      = SFI_POLICY_FROZEN;
+    p.policy      = policy;
     p.selector    = SFI_SELECTOR_TOPK;
     p.n_sink      = 4;
-    p.n_recent    = 256;
-    p.n_selected  = 2048;
-    p.max_span    = 64;
+    p.n_recent    = follows ? 64 : 256;
+    p.pinned      = true;
+    p.n_selected  = follows ? 256 : 2048;
+    p.max_span    = follows ? 0 : 64;
     p.min_span    = 16;
-    p.boundary    = true;
+    p.boundary    = !follows;
     p.repair      = false;
     p.auto_depth  = 0;
     p.n_queries   = 16;
@@ -194,24 +201,35 @@ static int check_params(const sfi_params & p) {
     }
     const int32_t many = 1 << 24;
     const struct { const char * name; int32_t value, min, max; } ranges[] = {
-        { "policy",      p.policy,      SFI_POLICY_FROZEN, SFI_POLICY_WINDOW },
+        { "policy",      p.policy,      SFI_POLICY_FROZEN, SFI_POLICY_ORACLE },
         { "selector",    p.selector,    SFI_SELECTOR_TOPK, SFI_SELECTOR_PAPER },
         { "n_sink",      p.n_sink,      0, many },
         { "n_queries",   p.n_queries,   1, 64 },
         { "query_stride", p.query_stride, 1, 64 },
-        { "n_recent",    p.n_recent,    p.n_queries, many },
+        { "n_recent",    p.n_recent,    p.policy == SFI_POLICY_FROZEN ? p.n_queries : 1, many },
         { "n_selected",  p.n_selected,  1, many },
-        { "max_span",    p.max_span,    1, many },
+        { "max_span",    p.max_span,    p.policy == SFI_POLICY_FROZEN || p.policy == SFI_POLICY_WINDOW, many },
         { "min_span",    p.min_span,    0, many },
         { "auto_depth",  p.auto_depth,  0, INT32_MAX },
         { "pool_after",  p.pool_after,  0, 4096 },
         { "pool_before", p.pool_before, 0, 4096 },
         { "nms_radius",  p.nms_radius,  0, 4096 },
+        { "sketch_k4",   p.sketch_k4,   0, 512 },
+        { "sketch_k2",   p.sketch_k2,   0, 512 },
+        { "sketch_k1",   p.sketch_k1,   0, 512 },
+        { "sketch_v4",   p.sketch_v4,   0, 512 },
+        { "sketch_v2",   p.sketch_v2,   0, 512 },
     };
     for (const auto & r : ranges) {
         if (const int err = check_range(r.name, r.value, r.min, r.max)) {
             return err;
         }
+    }
+    if (p.sketch_k4 % 4 || p.sketch_k2 % 4 || p.sketch_k1 % 4 || (4*p.sketch_k4 + 2*p.sketch_k2 + p.sketch_k1) % 32) {
+        return fail(SFI_ERR_ARGUMENT, "sketch_k4, sketch_k2 and sketch_k1 must be multiples of 4, and their bits together a multiple of 32.");
+    }
+    if (p.sketch_v4 % 16 || p.sketch_v2 % 16) {
+        return fail(SFI_ERR_ARGUMENT, "sketch_v4 and sketch_v2 must be multiples of 16.");
     }
     const struct { const char * name; float value; } constants[] = {
         { "alpha", p.alpha }, { "gamma", p.gamma }, { "beta", p.beta }, { "p", p.p }, { "eta", p.eta },
@@ -228,13 +246,29 @@ static int check_params(const sfi_params & p) {
     return SFI_OK;
 }
 
+static constexpr int32_t sketch_batch   = 64; // cells that leave the window, and get their codes, at once
+static constexpr int32_t sketch_queries = 64; // the basis is fitted to the last ones
+
+static llama_support_policy support_policy(sfi_policy policy) {
+    switch (policy) {
+        case SFI_POLICY_WINDOW: return LLAMA_SUPPORT_WINDOW;
+        case SFI_POLICY_SKETCH: return LLAMA_SUPPORT_SKETCH;
+        case SFI_POLICY_ORACLE: return LLAMA_SUPPORT_ORACLE;
+        default:                return LLAMA_SUPPORT_FROZEN;
+    }
+}
+
 static llama_support_params support_params(const sfi_params & p) {
     llama_support_params sp;
+    const bool sketch = p.policy == SFI_POLICY_SKETCH;
+    sp.policy     = support_policy(p.policy);
     sp.n_sink     = p.n_sink;
     sp.n_recent   = p.n_recent;
-    sp.n_selected = p.policy == SFI_POLICY_WINDOW ? 0 : p.n_selected;
-    sp.max_span   = p.max_span;
-    sp.n_queries  = p.n_queries;
+    sp.n_selected = p.n_selected;
+    sp.n_grow     = sketch ? sketch_batch : p.max_span;
+    sp.pinned     = p.pinned || sketch;
+    sp.n_queries  = sketch ? sketch_queries : p.n_queries;
+    sp.format     = { p.sketch_k4, p.sketch_k2, p.sketch_k1, p.sketch_v4, p.sketch_v2 };
     sp.stride     = p.query_stride;
     sp.n_evidence = p.selector == SFI_SELECTOR_PAPER ? 1 : p.n_queries; // the paper: the slow step's query alone
     sp.selector.kind        = p.selector == SFI_SELECTOR_PAPER ? GGML_SUPPORT_SELECTOR_PAPER : GGML_SUPPORT_SELECTOR_TOPK;
@@ -296,8 +330,27 @@ static llama_kv_cache * sparse_cache(llama_memory_t memory, const llama_kv_cache
     return dynamic_cast<llama_kv_cache *>(memory);
 }
 
+// The sketch operations of a layer, on tensors without data.
+static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const llama_support_layer & layer, ggml_tensor * q, ggml_tensor * k,
+                                                    ggml_tensor * v, ggml_tensor * cells) {
+    const auto * f = &layer.format;
+    const int64_t n_head_kv = k->ne[2], n = cells->ne[0];
+    ggml_tensor * codes = ggml_new_tensor_3d(c, GGML_TYPE_I8, 16*ggml_sketch_cell_bytes(f), n/16, n_head_kv);
+    ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(f, k->ne[0], v->ne[0]), n_head_kv);
+    ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
+
+    ggml_tensor * logits   = ggml_sketch_logits(c, q, codes, basis, cells, plan, n, 1.0f, 0.0f, f);
+    ggml_tensor * selected = ggml_sketch_select(c, logits, n_head_kv, 16);
+    std::vector<ggml_tensor *> ops = { ggml_sketch_encode(c, codes, basis, k, v, cells, f), logits, selected };
+    if (f->n_v4 + f->n_v2 > 0) {
+        ops.push_back(ggml_sketch_tail(c, logits, codes, basis, selected, v->ne[0], f));
+    }
+    return ops;
+}
+
 // Would this layer's device compute our operations? Asked with tensors of the layer's shapes, without data.
-static bool device_supports(ggml_tensor * k_cache, const llama_hparams & hparams, ggml_type type_v, int32_t il, const llama_support_params & p) {
+static bool device_supports(const llama_support & support, const llama_hparams & hparams, int32_t il, const llama_support_params & p) {
+    ggml_tensor * k_cache = support.get_kv()->get_k_storage(il);
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k_cache->buffer));
     if (!dev) {
         dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
@@ -311,7 +364,7 @@ static bool device_supports(ggml_tensor * k_cache, const llama_hparams & hparams
     ggml_context * c = ctx.get();
     ggml_tensor * q     = ggml_new_tensor_4d(c, GGML_TYPE_F32, d_k, 1, n_head, 1);
     ggml_tensor * k     = ggml_new_tensor_4d(c, k_cache->type, d_k, n, n_head_kv, 1);
-    ggml_tensor * v     = ggml_new_tensor_4d(c, type_v, d_v, n, n_head_kv, 1);
+    ggml_tensor * v     = ggml_new_tensor_4d(c, support.get_kv()->type_v(), d_v, n, n_head_kv, 1);
     ggml_tensor * cells = ggml_new_tensor_1d(c, GGML_TYPE_I32, n);
     ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
     ggml_tensor * last  = ggml_new_tensor_3d(c, GGML_TYPE_F32, d_k, n_head, 1);
@@ -322,24 +375,23 @@ static bool device_supports(ggml_tensor * k_cache, const llama_hparams & hparams
     ggml_tensor * selected = ggml_support_select(c, evidence, cells, plan,
             p.selector.kind == GGML_SUPPORT_SELECTOR_PAPER ? k : nullptr, std::max(p.n_selected, 1), &p.selector);
     ggml_tensor * stability = ggml_support_stability(c, evidence, cells, plan, selected, selected);
-    for (ggml_tensor * op : { attn, evidence, selected, stability }) {
-        if (!ggml_backend_dev_supports_op(dev, op)) {
-            return false;
-        }
+    std::vector<ggml_tensor *> ops = { attn, evidence, selected, stability };
+    if (support.layer(il).codes) {
+        const auto more = sketch_operations(c, support.layer(il), last, k, v, cells);
+        ops.insert(ops.end(), more.begin(), more.end());
     }
-    return true;
+    return std::all_of(ops.begin(), ops.end(), [&](ggml_tensor * op) { return ggml_backend_dev_supports_op(dev, op); });
 }
 
 static int check_layers(const llama_support & support, const llama_model & model, const llama_support_params & p) {
     const auto & layers = support.get_layers();
-    const llama_kv_cache * kv = support.get_kv();
     bool any = false;
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
         if (!support.is_sparse(il)) {
             continue;
         }
         any = true;
-        if (!device_supports(kv->get_k_storage(il), model.hparams, kv->type_v(), il, p)) {
+        if (!device_supports(support, model.hparams, il, p)) {
             return fail(SFI_ERR_BACKEND, "Layer %d lives on a device without the sparse-attention operations; keep it on the CPU "
                     "(n_gpu_layers = 0) or use mode dense or stock.", il);
         }
@@ -495,6 +547,12 @@ static slowfast::decision decide(const sfi * s, const llama_support & support, l
     return slowfast::decide(s->params, in, asked);
 }
 
+static float mean_tail_mass(const llama_support & support, llama_seq_id seq);
+
+static int sketch_failed() {
+    return fail(SFI_ERR_DECODE, "The codes of the sketch could not be computed; llama.cpp's log says why.");
+}
+
 static int decode_status(int ret) {
     switch (ret) {
         case 0:  return SFI_OK;
@@ -522,6 +580,9 @@ static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llam
     const int ret = llama_decode(s->lctx, *batch);
     llama_synchronize(s->lctx);
     support.finish(ret == 0);
+    if (ret == 0 && refresh && !support.update_sketch(*s->lctx, seq)) {
+        return sketch_failed();
+    }
     return decode_status(ret);
 }
 
@@ -592,7 +653,7 @@ static int64_t other_bytes(const sfi * s, const llama_support & support, const l
     return size;
 }
 
-static void count(sfi * s, const llama_support & support, const sfi_step_info & info) {
+static void count(sfi * s, const llama_support & support, llama_seq_id seq, const sfi_step_info & info) {
     auto & stats = s->stats;
     const auto & hparams = s->lctx->get_model().hparams;
     const int64_t cell  = sparse_cell_bytes(support, hparams, false);
@@ -600,6 +661,10 @@ static void count(sfi * s, const llama_support & support, const sfi_step_info & 
 
     stats.kv_dense += cell*info.depth + other;
     stats.kv_read  += cell*info.n_cells + other;
+    if (info.kind == SFI_STEP_FAST) {
+        stats.kv_read += support.sketch_bytes(seq);
+        stats.kv_read += s->params.policy == SFI_POLICY_ORACLE ? sparse_cell_bytes(support, hparams, true)*info.depth : 0;
+    }
     if (info.reason != SFI_REASON_NONE) {
         ++stats.n_reason[info.reason];
     }
@@ -608,7 +673,7 @@ static void count(sfi * s, const llama_support & support, const sfi_step_info & 
             ++stats.n_slow;
             stats.us_slow += info.t_us;
             // evidence reads the keys once more
-            stats.kv_read += s->params.policy == SFI_POLICY_WINDOW ? 0 : sparse_cell_bytes(support, hparams, true)*info.depth;
+            stats.kv_read += s->params.policy != SFI_POLICY_FROZEN ? 0 : sparse_cell_bytes(support, hparams, true)*info.depth;
             break;
         case SFI_STEP_FAST:
             ++stats.n_fast;
@@ -674,7 +739,11 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
             return fail(SFI_ERR_NO_SUPPORT, "A fast step needs a support: prefill, or take a slow step first.");
         }
         const int64_t start = ggml_time_us();
-        const bool repair = d.kind == SFI_STEP_SLOW && s->params.repair && support.valid(seq) && support.span(seq) > 0;
+        const bool repair = d.kind == SFI_STEP_SLOW && s->params.repair && support.valid(seq) && support.span(seq) > 0
+            && (s->params.policy == SFI_POLICY_FROZEN || s->params.policy == SFI_POLICY_WINDOW);
+        if (d.kind == SFI_STEP_FAST && !support.update_sketch(*s->lctx, seq)) {
+            return sketch_failed();
+        }
         if (const int err = repair ? repairing_step(s, support, seq, token)
                 : decode(s, support, seq, &token, 1, support_kind(d.kind), d.kind == SFI_STEP_SLOW, 1)) {
             return err;
@@ -688,7 +757,8 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
         done.depth   = support.depth(seq);
         done.n_cells = d.kind == SFI_STEP_FAST ? support.n_fast_cells(seq) : done.depth;
         done.t_us    = ggml_time_us() - start;
-        count(s, support, done);
+        done.tail_mass = d.kind == SFI_STEP_FAST && support.scanned(seq) ? mean_tail_mass(support, seq) : 0.0f;
+        count(s, support, seq, done);
         if (info) {
             *info = done;
         }
@@ -767,7 +837,7 @@ static void count_verify(sfi * s, const llama_support & support, const sfi_step_
     stats.n_verified += n;
     stats.us_verify  += info.t_us;
     stats.kv_read    += dense_bytes(s, support, info.depth, 1);
-    stats.kv_read    += refresh && s->params.policy != SFI_POLICY_WINDOW ? sparse_cell_bytes(support, hparams, true)*info.depth : 0;
+    stats.kv_read    += refresh && s->params.policy == SFI_POLICY_FROZEN ? sparse_cell_bytes(support, hparams, true)*info.depth : 0;
     stats.kv_dense   += dense_bytes(s, support, info.depth, n_new);
 }
 
@@ -928,6 +998,52 @@ int sfi_get_stability(const struct sfi * s, llama_seq_id seq, int32_t il, int32_
         out->mass       = x[0] > 0.0f ? x[1]/x[0] : 1.0f;
         out->mass_prev  = first ? NAN : x[0] > 0.0f ? x[2]/x[0] : 1.0f;
         out->jaccard    = first ? NAN : x[3];
+        return (int) SFI_OK;
+    });
+}
+
+// {log-sum-exp, share of the tail} of every head of a layer in the last fast step
+static std::vector<float> masses(const llama_support_layer & layer, llama_seq_id seq) {
+    std::vector<float> values(2*layer.mass->ne[1]);
+    ggml_backend_tensor_get(layer.mass, values.data(), seq*layer.mass->nb[2], values.size()*sizeof(float));
+    return values;
+}
+
+static float mean_tail_mass(const llama_support & support, llama_seq_id seq) {
+    double sum = 0.0;
+    int64_t n = 0;
+    for (const auto & layer : support.get_layers()) {
+        if (layer.mass) {
+            const auto values = masses(layer, seq);
+            for (size_t i = 1; i < values.size(); i += 2, ++n) {
+                sum += values[i];
+            }
+        }
+    }
+    return n ? (float) (sum/n) : 0.0f;
+}
+
+int sfi_get_tail(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t head, struct sfi_tail * tail) {
+    return guarded(s, [&](llama_support & support) {
+        if (!tail) {
+            return fail(SFI_ERR_ARGUMENT, "tail is NULL.");
+        }
+        for (const int err : { check_seq(support, seq), check_layer(support, il) }) {
+            if (err) {
+                return err;
+            }
+        }
+        const auto & layer = support.layer(il);
+        const auto & hparams = s->lctx->get_model().hparams;
+        if (const int err = check_range("head", head, 0, (int32_t) hparams.n_head(il) - 1)) {
+            return err;
+        }
+        if (!layer.mass || !support.scanned(seq)) {
+            return fail(SFI_ERR_NO_SUPPORT, "Layer %d has no tail: only a fast step of policy sketch leaves one, when there are cells beyond the window.", il);
+        }
+        const int32_t n_head_kv = hparams.n_head_kv(il), group = hparams.n_head(il)/n_head_kv;
+        tail->mass        = masses(layer, seq)[2*head + 1];
+        tail->logit_error = layer.logit_error[seq*n_head_kv + head/group]*(hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) layer.n_embd_k));
         return (int) SFI_OK;
     });
 }

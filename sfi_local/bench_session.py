@@ -142,7 +142,7 @@ class BenchSession(Session):
         state fill that would take minutes where the depth is large, so sfi begins with a slow step.
         """
         self.use(mode)
-        tail = min(self.params.n_queries, self._depth) if self._fill == "prefill" else 0
+        tail = min(64, self._depth) if self._fill == "prefill" else 0
         self._rewind(self._depth - tail)
         if tail:
             self.prefill(self._text[self._depth - tail:self._depth])

@@ -20,7 +20,10 @@ KINDS = {"auto": 0, "slow": 1, "fast": 2, "dense": 3}
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one step did; the fields of ``struct sfi_step_info``, t_ms in milliseconds."""
+    """What one step did; the fields of ``struct sfi_step_info``, t_ms in milliseconds.
+
+    tail_mass: of a fast step of policy sketch, the attention mass that the sketch stood in for, mean over all heads
+    """
 
     kind: str
     reason: str
@@ -28,6 +31,7 @@ class StepInfo:
     depth: int
     n_cells: int
     t_ms: float
+    tail_mass: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,17 @@ class Stability:
     mass: float
     mass_prev: float
     jaccard: float
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What the last fast step of policy sketch left to the sketch in one layer, for one query head.
+
+    mass: share of its attention outside of the support; logit_error: root mean square error of a sketched logit, by the fit
+    """
+
+    mass: float
+    logit_error: float
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,12 @@ class Engine:
         self._check(self._lib.sfi_get_stability(self._handle(), seq, layer, head_kv, out))
         return Stability(out.n_selected, out.evidence, out.mass, out.mass_prev, out.jaccard)
 
+    def tail(self, layer: int, head: int, seq: int = 0) -> Tail:
+        """What the last fast step left to the sketch; raises NoSupportError where there is no sketch."""
+        out = self._ffi.new("struct sfi_tail *")
+        self._check(self._lib.sfi_get_tail(self._handle(), seq, layer, head, out))
+        return Tail(out.mass, out.logit_error)
+
     def stats(self) -> Stats:
         """Counts of steps, reasons, times and bytes since attach or the last reset."""
         s = self._ffi.new("struct sfi_stats *")
@@ -210,7 +231,7 @@ class Engine:
 
     def _step_info(self, info: Any) -> StepInfo:
         return StepInfo(self._kind_name(info.kind), self._reason_name(info.reason), info.pos, info.depth,
-                        info.n_cells, info.t_us / 1000)
+                        info.n_cells, info.t_us / 1000, info.tail_mass)
 
     def _kind_name(self, kind: int) -> str:
         return self._ffi.string(self._lib.sfi_kind_name(kind)).decode()
@@ -237,6 +258,12 @@ def default_params() -> SfiParams:
     """The library's defaults (``sfi_default_params()``)."""
     native = open_library()
     return _from_native(native.ffi.new("struct sfi_params *", native.lib.sfi_default_params()))
+
+
+def policy_params(support: str) -> SfiParams:
+    """The library's defaults of a policy (``sfi_policy_params()``)."""
+    native = open_library()
+    return _from_native(native.ffi.new("struct sfi_params *", native.lib.sfi_policy_params(POLICIES[support])))
 
 
 _NUMBERS = [f.name for f in fields(SfiParams) if f.name not in ("support", "selector")]

@@ -61,7 +61,7 @@ def decode_span(session: "Session", vocabulary: "Vocabulary", sampler: Any, toke
 
     Returns [(token, its step, more fields of its Step)], one at least; the last is not in the cache yet.
     """
-    n_drafts = min(length.next(), room, session.params.max_span - session.n_since_refresh)  # the window holds so many
+    n_drafts = min(length.next(), room, _window_room(session))
     if n_drafts < 1 or not session.can_draft(token):
         info = session.step(token)
         length.dense(info.t_ms)
@@ -80,13 +80,19 @@ def decode_span(session: "Session", vocabulary: "Vocabulary", sampler: Any, toke
     return _items(kept, ties, drafts, info, length)
 
 
+def _window_room(session: "Session") -> int:
+    """Drafts that surely stay in the window of the support, from which they can be taken back."""
+    params = session.params
+    return params.max_span - session.n_since_refresh if params.refreshes else params.n_recent
+
+
 def _refresh_is_due(session: "Session", length: SpanLength) -> bool:
     """Whether a pass shall choose a new support: evidence costs more than a dense step, so not each does.
 
     Half way to where the window is full, or earlier where the last drafts were mostly wrong.
     """
     params = session.params
-    return session.n_since_refresh >= (min(params.min_span, params.max_span // 2) if length.poor else params.max_span // 2)
+    return params.refreshes and session.n_since_refresh >= (min(params.min_span, params.max_span // 2) if length.poor else params.max_span // 2)
 
 
 @dataclass(frozen=True)

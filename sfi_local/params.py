@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from sfi_local.errors import ArgumentError
 
-POLICIES = {"frozen": 0, "window": 1}
+POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
 MAX_QUERIES = 64
 
@@ -16,36 +17,47 @@ MAX_QUERIES = 64
 class SfiParams:
     """What a support holds and when a step is slow. All counts are per KV head.
 
-    support:    policy of the fast steps: ``frozen`` (selected is chosen on slow steps) or ``window`` (always only)
+    support:    policy of the fast steps: ``sketch`` (selected anew at every step, from a low-rank, few-bit copy of K and V
+                that also stands for all other cells), ``frozen`` (selected is chosen on slow steps, as in arXiv 2603.12038),
+                ``window`` (always only) or ``oracle`` (selected by exact attention: for measuring, no faster than dense)
     selector:   ``topk`` (pooled evidence of the last queries) or ``paper`` (arXiv 2603.12038)
     n_sink:     first cells of the text, always in the support; cells
     n_recent:   cells before the refresh that are always in the support; cells
     n_selected: cells chosen per layer and KV head; cells
-    max_span:   a step is slow at the latest after this many fast steps; steps
+    pinned:     frozen, window: the window's start stays where the last refresh put it; else it slides
+    max_span:   a step is slow at the latest after this many fast steps; 0: never (sketch and oracle only); steps
     min_span:   fast steps before a boundary may make a step slow; steps
     boundary:   slow step at the first content token after the end of a sentence
-    repair:     a slow step computes K and V of the span before it again, with dense attention
+    repair:     frozen, window: a slow step computes K and V of the span before it again, with dense attention
     auto_depth: below this depth SFI_STEP_AUTO is dense; 0: slow-fast at every depth; cells
     n_queries:  evidence of the last n queries; tokens, 1 .. 64
     query_stride: ... of every n-th of them: slow steps are cheaper by as much; tokens, 1 .. 64
     pool_after, pool_before: an important cell also brings this many cells after and before it; cells
+    sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 1/16 of the bytes of F16
+    sketch_v4, sketch_v2: ... of its V; all 0 with components of K given: the tail is dropped
     alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
     """
 
-    support: str = "frozen"
+    support: str = "sketch"
     selector: str = "topk"
     n_sink: int = 4
-    n_recent: int = 256
-    n_selected: int = 2048
-    max_span: int = 64
+    n_recent: int = 64
+    pinned: bool = True
+    n_selected: int = 256
+    max_span: int = 0
     min_span: int = 16
-    boundary: bool = True
+    boundary: bool = False
     repair: bool = False
     auto_depth: int = 0
     n_queries: int = 16
     query_stride: int = 1
     pool_after: int = 16
     pool_before: int = 2
+    sketch_k4: int = 0
+    sketch_k2: int = 0
+    sketch_k1: int = 0
+    sketch_v4: int = 0
+    sketch_v2: int = 0
     alpha: float = 0.5
     gamma: float = 0.5
     beta: float = 0.568
@@ -56,6 +68,17 @@ class SfiParams:
     a_cross: float = 0.35
     temperature: float = 2.0
     nms_radius: int = 16
+
+    @classmethod
+    def of(cls, support: str, **changes: Any) -> "SfiParams":
+        """The defaults of a policy, some of them changed."""
+        refreshed = _REFRESHED if support in ("frozen", "window") else {}
+        return cls(**{"support": support, **refreshed, **changes})
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether slow steps choose what fast steps attend to; else each fast step does."""
+        return self.support in ("frozen", "window")
 
     @property
     def budget(self) -> int:
@@ -75,12 +98,20 @@ class SfiParams:
         for name in ("n_queries", "query_stride"):
             if getattr(self, name) > MAX_QUERIES:
                 raise ArgumentError(f"{name} is {getattr(self, name)}, but at most {MAX_QUERIES} queries are kept: lower it.")
-        if self.n_recent < self.n_queries:
+        if self.max_span == 0 and self.support in ("frozen", "window"):
+            raise ArgumentError(f"max_span is 0, which means no slow steps, but policy {self.support} needs them: give at least 1.")
+        if self.support == "frozen" and self.n_recent < self.n_queries:
             raise ArgumentError(
                 f"n_recent is {self.n_recent}, less than the {self.n_queries} queries of the evidence: "
                 f"raise n_recent or lower n_queries.")
         if not 0 <= self.lambda_clip <= 1:
             raise ArgumentError(f"lambda_clip is {self.lambda_clip}, a share: give a value from 0 to 1.")
+        if any(getattr(self, f"sketch_{x}") % 4 for x in ("k4", "k2", "k1")) or (
+                4 * self.sketch_k4 + 2 * self.sketch_k2 + self.sketch_k1) % 32:
+            raise ArgumentError(f"sketch_k4, sketch_k2 and sketch_k1 are {self.sketch_k4}, {self.sketch_k2}, {self.sketch_k1}: give "
+                                f"multiples of 4 whose bits together are a multiple of 32, e.g. 4, 16, 16.")
+        if self.sketch_v4 % 16 or self.sketch_v2 % 16:
+            raise ArgumentError(f"sketch_v4 and sketch_v2 are {self.sketch_v4} and {self.sketch_v2}: give multiples of 16.")
         for name in ("alpha", "temperature"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: give a value above 0.")
@@ -97,13 +128,16 @@ class SfiParams:
     def fit_context(self, n_ctx: int) -> "SfiParams":
         """A copy whose budget fits a context of n_ctx cells, made smaller at n_selected first, then n_recent."""
         n_sink = min(self.n_sink, max(0, n_ctx - self.n_queries - 1))
-        n_recent = max(self.n_queries, min(self.n_recent, n_ctx - n_sink - 1))
+        n_recent = max(min(self.n_recent, self.n_queries), min(self.n_recent, n_ctx - n_sink - 1))
         n_selected = max(1, min(self.n_selected, n_ctx - n_sink - n_recent))
         return self.replace(n_sink=n_sink, n_recent=n_recent, n_selected=n_selected)
 
 
+# frozen and window need refreshes, and more cells to last from one to the next
+_REFRESHED = {"n_recent": 256, "n_selected": 2048, "max_span": 64, "boundary": True}
+
 _LEAST = {
-    "n_sink": 0, "n_recent": 1, "n_selected": 1, "max_span": 1, "min_span": 0, "auto_depth": 0,
+    "n_sink": 0, "n_recent": 1, "n_selected": 1, "max_span": 0, "min_span": 0, "auto_depth": 0,
     "n_queries": 1, "query_stride": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
 }
 

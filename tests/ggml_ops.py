@@ -19,7 +19,7 @@ import numpy as np
 # ggml's OpenMP threads spin when they wait; with more threads than idle cores that makes these tests ten times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 8, "i32": 26, "bf16": 30}
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 8, "i8": 24, "i32": 26, "bf16": 30}
 DEVICE_CPU = 0  # enum ggml_backend_dev_type
 MEM_SIZE = 512 << 20  # of a context; only what is touched becomes real
 POISON = 0xFF  # filled into memory no operation may read (NaN in every float type) or must overwrite
@@ -37,6 +37,10 @@ class Selector(ctypes.Structure):  # struct ggml_support_selector
     _fields_ = [(name, c_int32) for name in ("kind", "pool_after", "pool_before", "nms_radius")]
     _fields_ += [(name, c_float) for name in ("alpha", "gamma", "beta", "p", "eta", "lambda_clip", "a_soft", "a_cross",
                                               "temperature")]
+
+
+class SketchFormat(ctypes.Structure):  # struct ggml_sketch_format
+    _fields_ = [(name, c_int32) for name in ("n_k4", "n_k2", "n_k1", "n_v4", "n_v2")]
 
 
 class Stranger(Exception):
@@ -73,6 +77,12 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
     "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
     "ggml_support_stability": (T, [c_void_p, T, T, T, T, T]),
+    "ggml_sketch_cell_bytes": (c_int64, [POINTER(SketchFormat)]),
+    "ggml_sketch_basis_size": (c_int64, [POINTER(SketchFormat), c_int64, c_int64]),
+    "ggml_sketch_encode": (T, [c_void_p, T, T, T, T, T, POINTER(SketchFormat)]),
+    "ggml_sketch_logits": (T, [c_void_p, T, T, T, T, T, c_int64, F, F, POINTER(SketchFormat)]),
+    "ggml_sketch_select": (T, [c_void_p, T, c_int64, c_int64]),
+    "ggml_sketch_tail": (T, [c_void_p, T, T, T, T, c_int64, POINTER(SketchFormat)]),
 }
 
 
@@ -153,10 +163,12 @@ class Graph:
         return self.lib.ggml_new_tensor_4d(self.ctx, TYPES[kind], *ne, *[1] * (4 - len(ne)))
 
     def tensor(self, array):
-        """A contiguous F32 or I32 tensor. None stays None (a NULL argument)."""
+        """A contiguous F32, I32 or (from uint8) I8 tensor. None stays None (a NULL argument)."""
         if array is None:
             return None
         array = np.asarray(array)
+        if array.dtype == np.uint8:
+            return self.write(self.new("i8", *reversed(array.shape)), array)
         kind = "i32" if array.dtype.kind == "i" else "f32"
         array = np.ascontiguousarray(array, np.int32 if kind == "i32" else np.float32)
         return self.write(self.new(kind, *reversed(array.shape)), array)
@@ -217,6 +229,19 @@ class Graph:
     def support_stability(self, evidence, cells, plan, selected, previous):
         return self.lib.ggml_support_stability(self.ctx, evidence, cells, plan, selected, previous)
 
+    def sketch_encode(self, codes, basis, k, v, cells, form):
+        return self.lib.ggml_sketch_encode(self.ctx, codes, basis, k, v, cells, SketchFormat(*form))
+
+    def sketch_logits(self, q, codes, basis, skip, plan, n_list, form, scale=1.0, logit_softcap=0.0):
+        return self.lib.ggml_sketch_logits(self.ctx, q, codes, basis, skip, plan, n_list, scale, logit_softcap,
+                                           SketchFormat(*form))
+
+    def sketch_select(self, logits, n_head_kv, n_selected):
+        return self.lib.ggml_sketch_select(self.ctx, logits, n_head_kv, n_selected)
+
+    def sketch_tail(self, logits, codes, basis, selected, n_embd_v, form):
+        return self.lib.ggml_sketch_tail(self.ctx, logits, codes, basis, selected, n_embd_v, SketchFormat(*form))
+
     def flash_attn(self, q, k, v, mask=None, sinks=None, scale=1.0, logit_softcap=0.0):
         out = self.lib.ggml_flash_attn_ext(self.ctx, q, k, v, mask, scale, 0.0, logit_softcap)
         self.lib.ggml_flash_attn_ext_add_sinks(out, sinks)
@@ -227,14 +252,16 @@ class Graph:
     def supported(self, out):
         return self.lib.ggml_backend_supports_op(self.lib.cpu, out)
 
-    def compute(self, out, n_threads=1):
-        """The F32 or I32 result as an array. It is poisoned first, so what the operation does not write is seen."""
+    def compute(self, out, n_threads=1, in_place=False):
+        """The F32, I32 or I8 result as an array. It is poisoned first, so what the operation does not write is seen;
+        but not that of an operation which works in place."""
         data, n_bytes = self.lib.ggml_get_data(out), self.lib.ggml_nbytes(out)
-        ctypes.memset(data, POISON, n_bytes)
+        if not in_place:
+            ctypes.memset(data, POISON, n_bytes)
         graph = self.lib.ggml_new_graph(self.ctx)
         self.lib.ggml_build_forward_expand(graph, out)
         self.lib.set_n_threads(self.lib.cpu, n_threads)
         status = self.lib.ggml_backend_graph_compute(self.lib.cpu, graph)
         assert status == 0, f"ggml status {status}"
-        dtype = np.int32 if out.contents.type == TYPES["i32"] else np.float32
+        dtype = {TYPES["i32"]: np.int32, TYPES["i8"]: np.uint8}.get(out.contents.type, np.float32)
         return np.frombuffer(ctypes.string_at(data, n_bytes), dtype).reshape(tuple(reversed(out.contents.ne)))

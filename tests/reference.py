@@ -14,6 +14,8 @@ Arrays are indexed the way C nests loops, so a ggml tensor [ne0, ne1, ne2, ne3] 
 Where an order is not promised (a support, a selection) the reference scrambles it, so that nobody comes to rely on it.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 EPS = 1e-8  # of the paper's selector
@@ -310,3 +312,158 @@ def stability(evidence, cells, j0, j1, selected, previous):
         out[h, 2] = sum(mass.get(c, 0.0) for c in before)
         out[h, 3] = len(now & before) / len(now | before) if now | before else 1.0
     return out
+
+
+# ---- the sketch ---------------------------------------------------------------------------------------------------
+#
+# A row x of K (or V) becomes a few small integers, code_j = clamp(round(enc_j . (x - mean) + centre_j), 0, 2^bits_j - 1),
+# and stands for x' = mean + sum_j (code_j - centre_j) dec_j, with centre_j = (2^bits_j - 1) / 2.
+#
+#     codes  uint8 [n_head_kv, n_blocks, 16 * cell_bytes]
+#     basis  one Basis per KV head
+
+
+class SketchFormat(NamedTuple):
+    """How many components of K have 4, 2 and 1 bits, and of V 4 and 2."""
+    n_k4: int
+    n_k2: int
+    n_k1: int
+    n_v4: int
+    n_v2: int
+
+    @property
+    def bits_k(self):
+        return np.repeat([4, 2, 1], [self.n_k4, self.n_k2, self.n_k1])
+
+    @property
+    def bits_v(self):
+        return np.repeat([4, 2], [self.n_v4, self.n_v2])
+
+    @property
+    def cell_bytes(self):
+        return int(self.bits_k.sum() + self.bits_v.sum()) // 8
+
+
+class Basis(NamedTuple):
+    """mean [n_embd], enc and dec [n, n_embd], of K and of V."""
+    mean_k: np.ndarray
+    enc_k: np.ndarray
+    dec_k: np.ndarray
+    mean_v: np.ndarray
+    enc_v: np.ndarray
+    dec_v: np.ndarray
+
+    def flat(self):
+        return np.concatenate([part.ravel() for part in self])
+
+
+CELLS, PLANE = 16, 64  # cells of a block, bytes of a plane: four for each cell of K, four for each component of V
+
+
+def place_k(form, j, cell):
+    """(block, byte of the block, lowest bit) of component j of K. Every four components take bits of the cell's four
+    bytes, from the lowest upwards; when those are full, the next plane follows."""
+    bits_before = int(form.bits_k[:j - j % 4:4].sum())  # in each of the four bytes
+    return cell // CELLS, PLANE * (bits_before // 8) + 4 * (cell % CELLS) + j % 4, bits_before % 8
+
+
+def place_v(form, j, cell):
+    """The same for component j of V. A byte holds one component of two cells (4 bits) or of four (2 bits)."""
+    bits, quarter = int(form.bits_v[j]), cell % CELLS // 4  # the quarter of the block
+    bits_before = int(form.bits_v[:j - j % 16:16].sum()) * 4 + bits * quarter
+    planes_k = int(form.bits_k.sum()) // 32
+    return cell // CELLS, PLANE * (planes_k + bits_before // 8) + 4 * (j % 16) + cell % 4, bits_before % 8
+
+
+def unpack(form, codes):
+    """codes uint8 [n_blocks, 16 * cell_bytes] -> of K int [n_cells, n_k], of V int [n_cells, n_v]"""
+    cells = np.arange(CELLS * len(codes))
+    parts = []
+    for bits, place in ((form.bits_k, place_k), (form.bits_v, place_v)):
+        part = np.zeros((len(cells), len(bits)), np.int64)
+        for j, b in enumerate(bits):
+            block, byte, bit = place(form, j, cells)
+            part[:, j] = codes[block, byte] >> bit & 2**b - 1
+        parts.append(part)
+    return parts
+
+
+def pack(form, codes, cells, of_k, of_v):
+    """A copy of codes [n_blocks, 16 * cell_bytes] in which the given cells have the codes [n, n_k] and [n, n_v]."""
+    codes = codes.copy()
+    for values, bits, place in ((of_k, form.bits_k, place_k), (of_v, form.bits_v, place_v)):
+        for j, b in enumerate(bits):
+            for cell, value in zip(cells, values[:, j]):
+                block, byte, bit = place(form, j, int(cell))
+                codes[block, byte] = codes[block, byte] & ~((2**b - 1) << bit) & 255 | int(value) << bit
+    return codes
+
+
+def unrounded(x, mean, enc, bits):
+    """x [n, n_embd] -> [n, n_components]: codes before they are rounded and clamped."""
+    return (x - mean) @ enc.T + (2**bits - 1) / 2
+
+
+def sketch_encode(form, basis, codes, k, v, cells):
+    """One KV head: codes with those of some cells written. k [n_cells, n_embd_k], v [n_cells, n_embd_v]"""
+    cells = cells[(cells >= 0) & (cells < len(k))]
+    of_k = np.clip(np.round(unrounded(k[cells], basis.mean_k, basis.enc_k, form.bits_k)), 0, 2**form.bits_k - 1)
+    of_v = np.clip(np.round(unrounded(v[cells], basis.mean_v, basis.enc_v, form.bits_v)), 0, 2**form.bits_v - 1)
+    return pack(form, codes, cells, of_k, of_v)
+
+
+def decode(code, mean, dec, bits):
+    """code [n, n_components] -> [n, n_embd]"""
+    return mean + (code - (2**bits - 1) / 2) @ dec
+
+
+def sketch_weights(q, dec):
+    """The projection of a query, [n_k], in 8 bits: (integers -127 .. 127, what one of them is worth)"""
+    w = dec @ q
+    s = np.abs(w).max() / 127
+    return (np.round(w / s) if s > 0 else np.zeros(len(w))), s
+
+
+def sketch_logits(form, basis, codes, q, skip, n_used, n_list, scale, logit_softcap=0.0):
+    """One query of a head: the logits of the cells 0 .. n_list - 1, from the codes of its KV head."""
+    of_k, _ = unpack(form, codes)
+    w, s = sketch_weights(q, basis.dec_k)
+    x = scale * (q @ basis.mean_k + s * (of_k[:n_list] - (2**form.bits_k - 1) / 2) @ w)
+    if logit_softcap > 0:
+        x = logit_softcap * np.tanh(x / logit_softcap)
+    x[n_used:] = -np.inf
+    x[[c for c in skip if 0 <= c < n_list]] = -np.inf
+    return x
+
+
+def log_sum_exp(x):
+    top = x.max(initial=-np.inf)
+    return top + np.log(np.exp(x - top).sum()) if top > -np.inf else -np.inf
+
+
+def sketch_score(x):
+    """Logits of the heads of a group [group, n_list] -> the log of a cell's mean softmax, [n_list]"""
+    p = np.array([row - log_sum_exp(row) if row.max() > -np.inf else row for row in np.asarray(x, np.float64)])
+    return np.array([log_sum_exp(column) for column in p.T]) - np.log(len(p))
+
+
+def sketch_select(x, n_selected, seed=0):
+    """Logits [n_head_kv, group, n_list] -> [n_head_kv, n_selected]: the cells of the best scores, padded, in no order."""
+    out = np.full((len(x), n_selected), PAD, np.int32)
+    for h, of_head in enumerate(x):
+        score = sketch_score(of_head)
+        best = np.argsort(-score, kind="stable")[:min(n_selected, np.isfinite(score).sum())]
+        out[h, :len(best)] = best
+        out[h] = scramble(out[h], seed + h)
+    return out
+
+
+def sketch_tail(form, basis, codes, x, selected):
+    """One head: [n_embd_v + 2], from its logits [n_list] and its KV head's codes and selected cells."""
+    _, of_v = unpack(form, codes)
+    rest = np.isfinite(x)
+    rest[selected[selected >= 0]] = False
+    v = decode(of_v[:len(x)], basis.mean_v, basis.dec_v, form.bits_v)
+    lse = log_sum_exp(x[rest])
+    mean = np.exp(x[rest] - lse) @ v[rest] if rest.any() else np.zeros(v.shape[1])
+    return np.concatenate([mean, [lse, log_sum_exp(x[np.isfinite(x)])]])

@@ -17,7 +17,7 @@ from sfi_local import SfiParams, bench, bench_report, state_fill
 from sfi_local.bench_check import CheckError, compare, slow_and_fast
 from sfi_local.bench_session import PIECE, BenchSession, Decoded
 
-SMALL = SfiParams(n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
+SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1, "--reps", 2, "-n", 20)
 FIELDS = {"mode", "depth", "decode_tps", "ms_slow", "ms_fast", "steps", "kv_read_share", "ratio_to_stock", "ratio_to_dense",
           "ceiling", "kv_type", "spread", "gbps", "read_bandwidth", "model", "threads", "n", "reps", "source_id", "machine",

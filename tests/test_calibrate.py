@@ -7,7 +7,7 @@ import pytest
 from sfi_local import Sampling, SfiParams, calibrate
 from sfi_local.calibrate import Timing, auto_depth_of, break_even, calibration_file
 
-SMALL = SfiParams(n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
+SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 TIMES = [Timing(500, 6.0, 7.0, 5.0), Timing(1000, 7.0, 8.0, 5.0)]
 
 

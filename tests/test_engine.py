@@ -12,8 +12,8 @@ from sfi_local.errors import (ArgumentError, BusyError, ContextError, ContextFul
                               NoSupportError)
 
 TEXT = [72, 101, 108, 108, 111, 46, 32] * 60  # 420 byte tokens of "Hello. "
-SMALL = SfiParams(n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
-EVERYTHING = SfiParams(n_sink=4, n_recent=64, n_selected=1900, max_span=12, min_span=2)
+SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
+EVERYTHING = SfiParams.of("frozen", n_sink=4, n_recent=64, n_selected=1900, max_span=12, min_span=2)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ STORED_APART = {"f32": 1e-4, "f16": 1e-3}  # of logits, after steps whose new K 
 def small():
     from sfi_local import SfiParams
 
-    return SfiParams(n_sink=4, n_recent=32, n_selected=64, max_span=64)
+    return SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=64, max_span=64)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from sfi_local.errors import ArgumentError, BusyError
 from sfi_local.session import Session
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog. " * 8, "A list: [1, 2, 3]; and more of it. " * 10, "1234567890, " * 25]
-LITTLE = SfiParams(n_sink=2, n_recent=16, n_selected=8, max_span=32, auto_depth=1)   # drafts are mostly wrong
-MUCH = SfiParams(n_sink=4, n_recent=64, n_selected=600, max_span=32, auto_depth=1)   # drafts are mostly right
+LITTLE = SfiParams.of("frozen", n_sink=2, n_recent=16, n_selected=8, max_span=32, auto_depth=1)   # drafts are mostly wrong
+MUCH = SfiParams.of("frozen", n_sink=4, n_recent=64, n_selected=600, max_span=32, auto_depth=1)   # drafts are mostly right
+SKETCH = SfiParams(n_sink=2, n_recent=16, n_selected=8, auto_depth=1)
 GREEDY = Sampling(temp=0)
 
 
@@ -42,7 +43,7 @@ def run(model, prompt=PROMPTS[0], n=40, **options):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("draft", [1, 3, 8, 16])
-@pytest.mark.parametrize("params", [LITTLE, MUCH, LITTLE.replace(support="window")], ids=["little", "much", "window"])
+@pytest.mark.parametrize("params", [LITTLE, MUCH, LITTLE.replace(support="window"), SKETCH], ids=["little", "much", "window", "sketch"])
 def test_greedy_text_is_that_of_dense_decoding(models, prompt, draft, params):
     dense, exact = run(models("dense"), prompt), run(models("exact", params), prompt, draft=draft)
     assert exact.tokens == dense.tokens and exact.text == dense.text and exact.finish == dense.finish

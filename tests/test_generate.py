@@ -9,7 +9,7 @@ from sfi_local import Message, Sampling, SfiParams, Tally, load
 from sfi_local.errors import ArgumentError, BusyError, DetachedError, InputError, ModelFileError, OutOfMemoryError
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
-SMALL = SfiParams(n_recent=32, n_selected=40, max_span=12, min_span=2)
+SMALL = SfiParams.of("frozen", n_recent=32, n_selected=40, max_span=12, min_span=2)
 GREEDY = Sampling(temp=0)
 
 
@@ -112,7 +112,7 @@ def test_an_empty_prompt_is_refused(models, prompt):
 
 
 @pytest.mark.parametrize("options", [{"mode": "fast"}, {"n_ctx": 0}, {"n_threads": 1000}, {"type_k": "q5_0"},
-                                     {"params": SfiParams(n_selected=0)}])
+                                     {"params": SfiParams.of("frozen", n_selected=0)}])
 def test_options_out_of_range_are_refused_before_the_model_is_read(options):
     with pytest.raises(ArgumentError):
         load("does-not-matter.gguf", **options)
@@ -125,12 +125,12 @@ def test_sampling_out_of_range_is_refused(models):
 
 
 def test_a_typed_budget_is_refused_and_the_default_one_is_made_smaller(tiny):
-    with load(tiny, mode="sfi", n_ctx=1024, n_threads=1, params=SfiParams()) as model:
+    with load(tiny, mode="sfi", n_ctx=1024, n_threads=1, params=SfiParams.of("frozen")) as model:
         with pytest.raises(ArgumentError, match="2308 cells"):
             run(model)
-    with load(tiny, mode="sfi", n_ctx=1024, n_threads=1) as model:
-        run(model, n=2)
-        assert model.session.params.budget == 1024 and "1024" in model.unread_notes()[0]
+    with load(tiny, mode="sfi", n_ctx=320, n_threads=1) as model:
+        run(model, prompt="Name three rivers.", n=2)
+        assert model.session.params.budget == 320 and "320" in model.unread_notes()[0]
 
 
 def test_ctrl_c_in_prefill_stops_it_and_leaves_a_usable_session(models):

@@ -25,7 +25,7 @@ def test_every_family_loads_and_decodes_sparsely(native, tmp_path, name, kind):
 
     path = tmp_path / "tiny.gguf"
     assert write_model(path, tiny_of(name), kind) == path.stat().st_size
-    params = SfiParams(n_recent=32, n_selected=40, max_span=8)
+    params = SfiParams.of("frozen", n_recent=32, n_selected=40, max_span=8)
     with load(path, mode="sfi", n_threads=1, params=params) as model:
         assert model.tokenize("a é.") == [*"a é.".encode()]
         steps = list(model.generate("One token per byte. " * 15, n=12))

@@ -25,6 +25,11 @@ def test_boundaries_and_schedule():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_basis_of_a_sketch():
+    done = run(program("sfi-test-sketch-fit"))
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("op", ["SPARSE_ATTN", "SUPPORT_EVIDENCE", "SUPPORT_SELECT", "SUPPORT_STABILITY"])
 def test_backend_ops(op):
     done = run(program("test-backend-ops"), "test", "-b", "CPU", "-o", op)

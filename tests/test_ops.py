@@ -5,36 +5,18 @@ no business reading (cells that no list names, the rest of the cache) is filled 
 runs. SFI_TEST_SEED changes the seed, which is part of every case's id.
 """
 
-import os
-import platform
-import subprocess
-import sys
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 import reference as ref
 from ggml_ops import POISON, Graph, encode
+from op_cases import EPS32, SEED, TYPES, Case, pass_on_path, simd_paths
 
-SEED = int(os.environ.get("SFI_TEST_SEED", 2603))
-EPS32 = float(np.finfo(np.float32).eps)
 LENGTHS = (0, 1, 7, 8, 63, 64, 65, 255, 256, 257, 2308)  # both sides of every tile edge; 2308 = 4 + 256 + 2048
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 GROUPS = {"1": (2, 2), "2": (4, 2), "4": (8, 2), "8": (16, 2), "3": (9, 3), "7": (7, 1)}  # n_head, n_head_kv
 TOPK, PAPER = 0, 1
-
-
-class Case:
-    """A dataclass of settings whose id names the seed and what differs from the defaults."""
-
-    def __str__(self):
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return "-".join(changed).replace(" ", "")
-
-    def new_rng(self):
-        return np.random.default_rng([self.seed, *str(self).encode()])
 
 
 def logit_error(q, k, scale, logit_softcap):
@@ -539,20 +521,9 @@ class TestCore:
         Stability(case).check()
 
 
-def simd_paths():
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return ["scalar", "neon"]
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    needs = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
-    return ["scalar"] + [path for path, features in needs.items() if features <= flags]
-
-
 @pytest.mark.parametrize("path", simd_paths())
 def test_every_kernel_path_of_this_cpu(path):
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{__file__}::TestCore"],
-                          env={**os.environ, "SFI_SIMD": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    pass_on_path(path, f"{__file__}::TestCore")
 
 
 # ---- equivalences -------------------------------------------------------------------------------------------------

@@ -3,24 +3,37 @@
 import pytest
 
 from sfi_local.errors import ArgumentError
-from sfi_local.params import SfiParams, auto_depth
+from sfi_local.params import POLICIES, SfiParams, auto_depth
 
 
 def test_defaults_are_those_of_the_library(native):
     from sfi_local.engine import default_params
 
-    assert SfiParams() == default_params()
+    assert SfiParams() == default_params() and SfiParams().support == "sketch"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_defaults_of_a_policy_are_those_of_the_library(native, policy):
+    from sfi_local.engine import policy_params
+
+    assert SfiParams.of(policy) == policy_params(policy)
 
 
 @pytest.mark.parametrize("change, word", [
     ({"n_selected": 0}, "n_selected"), ({"n_recent": 0}, "n_recent"), ({"n_sink": -1}, "n_sink"),
     ({"max_span": 0}, "max_span"), ({"min_span": -1}, "min_span"), ({"n_queries": 65}, "64"),
-    ({"n_queries": 0}, "n_queries"), ({"query_stride": 65}, "query_stride"), ({"n_recent": 15}, "queries"), ({"support": "oracle"}, "frozen"),
+    ({"n_queries": 0}, "n_queries"), ({"query_stride": 65}, "query_stride"), ({"n_recent": 15}, "queries"), ({"selector": ""}, "topk"),
+    ({"sketch_k4": 8, "sketch_k1": 4}, "multiple of 32"), ({"sketch_k4": 6, "sketch_k2": 4}, "multiples of 4"), ({"sketch_v2": 8}, "16"),
     ({"selector": "best"}, "topk"), ({"lambda_clip": 1.5}, "lambda_clip"), ({"temperature": 0.0}, "temperature"),
 ])
 def test_out_of_range_is_refused(change, word):
     with pytest.raises(ArgumentError, match=word):
-        SfiParams(**change).validate()
+        SfiParams.of("frozen", **change).validate()
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ArgumentError, match="sketch"):
+        SfiParams(support="best").validate()
 
 
 def test_budget_is_the_sum_of_the_three_parts():
@@ -29,15 +42,17 @@ def test_budget_is_the_sum_of_the_three_parts():
 
 def test_a_budget_larger_than_the_context_is_refused_with_a_value_that_fits():
     with pytest.raises(ArgumentError, match="--n-selected to 764 or less"):
-        SfiParams().check_context(1024)
-    SfiParams(n_selected=764).check_context(1024)
+        SfiParams.of("frozen").check_context(1024)
+    SfiParams.of("frozen", n_selected=764).check_context(1024)
 
 
 @pytest.mark.parametrize("n_ctx", [64, 256, 300, 1024, 2308, 8192])
-def test_a_fitted_budget_fits(n_ctx):
-    fitted = SfiParams().fit_context(n_ctx).validate()
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_fitted_budget_fits(policy, n_ctx):
+    whole = SfiParams.of(policy)
+    fitted = whole.fit_context(n_ctx).validate()
     fitted.check_context(n_ctx)
-    assert fitted == SfiParams() or fitted.budget == n_ctx
+    assert fitted == whole or fitted.budget == n_ctx
 
 
 def test_auto_starts_where_half_of_the_cache_is_read():

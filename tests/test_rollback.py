@@ -15,7 +15,7 @@ CLOSE = 1e-3  # of logits
 def small():
     from sfi_local import SfiParams
 
-    return SfiParams(n_sink=4, n_recent=32, n_selected=24, max_span=16, min_span=2, boundary=False)
+    return SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=24, max_span=16, min_span=2, boundary=False)
 
 
 @pytest.fixture(scope="module")

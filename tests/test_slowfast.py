@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("native")
 from sfi_local import SfiParams  # noqa: E402
 from sfi_local.errors import ArgumentError, BusyError, ModelFileError  # noqa: E402
 
-SMALL = SfiParams(n_recent=32, n_selected=40, max_span=12, min_span=2)
+SMALL = SfiParams.of("frozen", n_recent=32, n_selected=40, max_span=12, min_span=2)
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 
 
@@ -50,7 +50,7 @@ def test_dense_equals_the_class_it_replaces(llama, tiny):
 
 
 def test_a_budget_of_everything_equals_dense(llama):
-    assert complete(llama(sfi_params=SfiParams(n_selected=700))) == complete(llama(mode="dense"))
+    assert complete(llama(sfi_params=SfiParams.of("frozen", n_selected=700))) == complete(llama(mode="dense"))
 
 
 def test_a_prompt_that_continues_reuses_the_cache_and_steps_stay_fast(llama):
@@ -148,7 +148,7 @@ def test_it_can_be_dropped_without_being_closed(llama, tiny):
 def test_chat_on_the_real_model(smollm2, stream):
     from sfi_local import SlowFastLlama as Llama
 
-    llm = Llama(str(smollm2), n_ctx=2048, mode="sfi", sfi_params=SfiParams(n_recent=64, n_selected=128))
+    llm = Llama(str(smollm2), n_ctx=2048, mode="sfi", sfi_params=SfiParams.of("frozen", n_recent=64, n_selected=128))
     answer = llm.create_chat_completion(
         [{"role": "user", "content": PROMPT * 2 + "\nWhich animal jumps?"}], max_tokens=24, temperature=0, stream=stream)
     text = "".join(c["choices"][0]["delta"].get("content", "") for c in answer) if stream else (

@@ -23,7 +23,7 @@ CLOSE = 1e-3  # of logits; without the cells of one KV head they differ by about
 def small():
     from sfi_local import SfiParams
 
-    return SfiParams(n_sink=4, n_recent=32, n_selected=24, max_span=8, min_span=2, boundary=False)
+    return SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=24, max_span=8, min_span=2, boundary=False)
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +421,7 @@ def test_peek_says_what_step_will_do(opened, prompts, small):
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-BAD = [("policy", 2), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
+BAD = [("policy", 4), ("sketch_k1", 4), ("sketch_v4", 8), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
        ("max_span", 0), ("min_span", -1), ("auto_depth", -1), ("n_queries", 0), ("n_queries", 65), ("pool_after", -1),
        ("pool_before", 1 << 20), ("nms_radius", -1), ("alpha", 0.0), ("alpha", math.nan), ("temperature", -1.0),
        ("lambda_clip", 1.5), ("lambda_clip", math.nan), ("size", 8)]
@@ -431,7 +431,7 @@ BAD = [("policy", 2), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_rec
 def test_a_parameter_out_of_range_is_refused_by_name(opened, native, name, value):
     context, out = opened(), native.ffi.new("struct sfi_params *")
     context.engine.close()
-    params = native.ffi.new("struct sfi_params *", native.lib.sfi_default_params())
+    params = native.ffi.new("struct sfi_params *", native.lib.sfi_policy_params(native.lib.SFI_POLICY_FROZEN))
     sfi, address = native.ffi.new("struct sfi **"), native.ffi.cast("struct llama_context *", context.address)
     setattr(params, "struct_size" if name == "size" else name, value)
     assert native.lib.sfi_attach(address, params, sfi) == native.lib.SFI_ERR_ARGUMENT
@@ -560,7 +560,7 @@ sys.path.insert(0, {tests!r})
 from contexts import Context, load_weights
 from sfi_local import SfiParams
 with load_weights(open_library(), {model!r}) as weights:
-    context = Context(open_library(), weights, SfiParams(n_recent=32, n_selected=32))
+    context = Context(open_library(), weights, SfiParams.of("frozen", n_recent=32, n_selected=32))
     context.prefill([1] * 600, progress=lambda done, total: context.engine.close())
     context.free_context()
 """

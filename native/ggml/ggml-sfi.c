@@ -92,7 +92,16 @@ void ggml_sparse_attn_set_visible(
     GGML_ASSERT(visible->ne[0] == q->ne[1]);
     GGML_ASSERT(visible->ne[1] == q->ne[3] && ggml_nrows(visible) == q->ne[3]);
 
-    attn->src[7] = visible;
+    attn->src[8] = visible;
+}
+
+void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass) {
+    GGML_ASSERT(result->op == GGML_OP_SPARSE_ATTN);
+    GGML_ASSERT(mass->type == GGML_TYPE_F32 && has_rows(mass));
+    GGML_ASSERT(mass->ne[0] == 2 && mass->ne[1] == result->ne[1]);
+    GGML_ASSERT(result->ne[2] == 1 && result->ne[3] == 1);
+
+    result->src[7] = mass;
 }
 
 struct ggml_tensor * ggml_support_evidence(

@@ -55,6 +55,14 @@ GGML_API void ggml_sparse_attn_set_visible(
         struct ggml_tensor * attn,
         struct ggml_tensor * visible);
 
+// Have the operation also say where the attention went, for one token:
+//
+//   mass      F32 [2, n_head]                           // written
+//
+// mass(0, h) = the log-sum-exp of all logits of head h, tail and learned sink included; -INFINITY if it had none;
+// mass(1, h) = the share of the softmax that the tail took.
+GGML_API void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass);
+
 // What evidence is normalised over.
 enum ggml_support_softmax {
     GGML_SUPPORT_SOFTMAX_VISIBLE    = 0, // every cell the query sees: evidence is true attention mass
@@ -143,6 +151,106 @@ GGML_API struct ggml_tensor * ggml_support_stability(
         struct ggml_tensor  * plan,
         struct ggml_tensor  * selected,
         struct ggml_tensor  * previous);
+
+// ---- the sketch: a low-rank, few-bit copy of K and V ------------------------------------------------------------
+//
+// A sketch keeps some bits of every cell of one KV head, so that a step can look at all cells for a fraction of the
+// bytes: which of them it should attend to, and what the others, the *tail*, would have contributed.
+//
+// A row x of K (or V) has n components: code_j = clamp(round(enc_j . (x - mean) + centre_j), 0, 2^bits_j - 1), with
+// centre_j = (2^bits_j - 1)/2, and stands for x' = mean + sum_j (code_j - centre_j) dec_j.
+//
+// Components are ordered by their bits, the 4-bit ones first. Codes lie in blocks of 16 cells, cell c in block c/16 as
+// its i = c%16, so that one 64-byte plane holds the same components of 16 cells (K), or 16 components of the same cells
+// (V):
+//   * K planes come first. Components are taken four at a time, and each four get `bits` bits of a byte, from the lowest
+//     bit upwards; a byte that is full ends the plane. Component 4g + r lies in byte 4*i + r of its plane.
+//   * V planes follow. For each 16 components of 4 bits two planes, a = 0 and 1: byte 4*d + r has component d of cell
+//     8*a + r in its low and of cell 8*a + 4 + r in its high half. For each 16 components of 2 bits one plane: byte
+//     4*d + r has component d of the cells r, 4 + r, 8 + r, 12 + r, from the lowest bits upwards.
+struct ggml_sketch_format {
+    int32_t n_k4, n_k2, n_k1; // components of K with 4, 2 and 1 bits; multiples of 4; 4*n_k4 + 2*n_k2 + n_k1 is one of 32
+    int32_t n_v4, n_v2;       // components of V with 4 and 2 bits; multiples of 16
+};
+
+GGML_API int64_t ggml_sketch_cell_bytes (const struct ggml_sketch_format * format); // codes of one cell and KV head
+
+// The basis of one KV head, F32 in this order:
+//   mean_k [n_embd_k], enc_k [n_k, n_embd_k], dec_k [n_k, n_embd_k], mean_v [n_embd_v], enc_v [n_v, n_embd_v], dec_v [n_v, n_embd_v]
+GGML_API int64_t ggml_sketch_basis_size(const struct ggml_sketch_format * format, int64_t n_embd_k, int64_t n_embd_v);
+
+// Writes the codes of some cells.
+//
+//   codes   I8  [16*cell_bytes, n_blocks, n_head_kv]   // contiguous; in place: the result is a view of it
+//   basis   F32 [basis_size, n_head_kv]
+//   k       *   [n_embd_k, n_cells, n_head_kv]         // 16*n_blocks >= n_cells
+//   v       *   [n_embd_v, n_cells, n_head_kv]
+//   cells   I32 [n]                                    // each at most once, outside [0, n_cells): a pad
+GGML_API struct ggml_tensor * ggml_sketch_encode(
+        struct ggml_context             * ctx,
+        struct ggml_tensor              * codes,
+        struct ggml_tensor              * basis,
+        struct ggml_tensor              * k,
+        struct ggml_tensor              * v,
+        struct ggml_tensor              * cells,
+        const struct ggml_sketch_format * format);
+
+// Sketched logits of one query, for the cells 0 .. n_list - 1.
+//
+//   q       F32 [n_embd_k, n_head]                     // n_head % n_head_kv == 0
+//   codes   I8  [16*cell_bytes, n_blocks, n_head_kv]   // 16*n_blocks >= n_list
+//   basis   F32 [basis_size, n_head_kv]
+//   skip    I32 [n_skip]                               // cells whose logit is -INFINITY, in any order; -1: a pad
+//   plan    I32 [1] = { n_used }                       // cells from n_used on get -INFINITY too; n_used <= n_list
+//   result  F32 [n_list, n_head]                       // n_list is a multiple of 16
+//
+// With w_j = dec_k_j . q, s = max_j |w_j|/127 and W_j = round(w_j/s):
+// logit(c) = scale*(q . mean_k + s * sum_j W_j (code_j - centre_j)), soft-capped as in ggml_sparse_attn().
+GGML_API struct ggml_tensor * ggml_sketch_logits(
+        struct ggml_context             * ctx,
+        struct ggml_tensor              * q,
+        struct ggml_tensor              * codes,
+        struct ggml_tensor              * basis,
+        struct ggml_tensor              * skip,
+        struct ggml_tensor              * plan,
+        int64_t                           n_list,
+        float                             scale,
+        float                             logit_softcap,
+        const struct ggml_sketch_format * format);
+
+// The n_selected cells of each KV head that its group pays most attention to, by their logits.
+//
+//   logits  F32 [n_list, n_head]
+//   result  I32 [n_selected, n_head_kv]                // order not promised, padded with -1
+//
+// score(c) = mean over the heads h of the group of softmax(logits of h)(c). Cells of logit -INFINITY are never
+// selected. Equal scores: the lower cell wins.
+GGML_API struct ggml_tensor * ggml_sketch_select(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * logits,
+        int64_t               n_head_kv,
+        int64_t               n_selected);
+
+// What the cells that were not selected contribute, by the sketch.
+//
+//   logits   F32 [n_list, n_head]
+//   codes    I8  [16*cell_bytes, n_blocks, n_head_kv]
+//   basis    F32 [basis_size, n_head_kv]
+//   selected I32 [n_selected, n_head_kv]               // NULL: none
+//   result   F32 [n_embd_v + 2, n_head]
+//
+// A row: the sketched V of the cells with a finite logit that are not selected, weighted by the softmax of their logits;
+// the log-sum-exp of those logits; the log-sum-exp of all finite logits, selected or not. The first n_embd_v + 1 values
+// are a `tail` of ggml_sparse_attn(). Without such cells: zeros and -INFINITY. Weights may be rounded to 2^-15 of the
+// largest among 256 cells.
+GGML_API struct ggml_tensor * ggml_sketch_tail(
+        struct ggml_context             * ctx,
+        struct ggml_tensor              * logits,
+        struct ggml_tensor              * codes,
+        struct ggml_tensor              * basis,
+        struct ggml_tensor              * selected,
+        int64_t                           n_embd_v,
+        const struct ggml_sketch_format * format);
 
 #ifdef  __cplusplus
 }

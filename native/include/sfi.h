@@ -55,6 +55,9 @@ struct sfi;
 enum sfi_policy {
     SFI_POLICY_FROZEN = 0, /* `selected` is chosen on slow steps and kept until the next */
     SFI_POLICY_WINDOW = 1, /* sink + recent only: the baseline every selector must beat */
+    SFI_POLICY_SKETCH = 2, /* `selected` is chosen at every step by a low-rank, few-bit copy of K and V, which also stands
+                              for all cells that are not attended to */
+    SFI_POLICY_ORACLE = 3, /* `selected` is chosen at every step by exact attention: no faster than dense, for measuring */
 };
 
 enum sfi_selector {
@@ -69,14 +72,15 @@ struct sfi_params {
     enum sfi_policy   policy;
     enum sfi_selector selector;
     int32_t n_sink;      /* >= 0 */
-    int32_t n_recent;    /* >= n_queries; the window's start is pinned at each refresh, its end follows the text */
+    int32_t n_recent;    /* >= n_queries; the window's end follows the text ... */
+    bool    pinned;      /* ... and its start stays where the last refresh put it; false: it slides (policy frozen, window) */
     int32_t n_selected;  /* >= 1 */
 
     /* the schedule, in steps */
-    int32_t max_span;    /* fast steps after which a step is slow at the latest, >= 1 */
+    int32_t max_span;    /* fast steps after which a step is slow at the latest; 0: never (not for frozen and window) */
     int32_t min_span;    /* fast steps before a boundary may make a step slow, >= 0 */
     bool    boundary;    /* slow step at the first content token after the end of a sentence */
-    bool    repair;      /* a slow step computes the K and V of the span before it again, with dense attention */
+    bool    repair;      /* frozen, window: a slow step computes K and V of the span before it again, with dense attention */
     int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells; 0: slow-fast at every depth */
 
     /* the selector */
@@ -85,12 +89,20 @@ struct sfi_params {
     int32_t pool_after;  /* an important cell also brings the cells after it ... */
     int32_t pool_before; /* ... and before it */
 
+    /* SFI_POLICY_SKETCH: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format.
+     * No components of K: as many bits as a head has values, 1/16 of F16. No components of V: the tail is dropped. */
+    int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2;
+
     /* SFI_SELECTOR_PAPER, see method in arXiv 2603.12038 */
     float   alpha, gamma, beta, p, eta, lambda_clip, a_soft, a_cross, temperature;
     int32_t nms_radius;
 };
 
+/* The defaults: policy sketch, without slow steps but those that it needs itself. */
 SFI_API struct sfi_params sfi_default_params(void);
+
+/* The defaults of another policy: frozen and window refresh at boundaries, as in arXiv 2603.12038. */
+SFI_API struct sfi_params sfi_policy_params(enum sfi_policy policy);
 
 /* Attach to a context. On failure *out is NULL and sfi_last_error() says what to change.
  * SFI_ERR_MODEL: no layer of this model can be sparse. SFI_ERR_CONTEXT: flash attention off, embeddings,
@@ -134,6 +146,7 @@ struct sfi_step_info {
     int32_t pos;               /* position of the token */
     int32_t depth;             /* cells the sequence has after the step */
     int32_t n_cells;           /* cells each KV head of a sparse layer attended to */
+    float   tail_mass;         /* policy sketch, fast: attention mass that the sketch stood in for, mean over all heads; else 0 */
     int64_t t_us;              /* time of the step in microseconds, logits included */
 };
 
@@ -201,6 +214,15 @@ struct sfi_stability {
 /* Of the last refresh (a slow step, or the end of prefill). SFI_ERR_NO_SUPPORT if there was none. */
 SFI_API int sfi_get_stability(const struct sfi * sfi, llama_seq_id seq, int32_t il, int32_t head_kv,
                               struct sfi_stability * stability);
+
+/* Policy sketch: what the last fast step left to the sketch in one layer, for one query head (not KV head). */
+struct sfi_tail {
+    float mass;        /* share of its attention on cells outside of the support, in [0, 1] */
+    float logit_error; /* how far a sketched logit is from the exact one, root of the mean square, by the fit */
+};
+
+/* SFI_ERR_NO_SUPPORT where the policy has no sketch, or nothing has been scanned yet. */
+SFI_API int sfi_get_tail(const struct sfi * sfi, llama_seq_id seq, int32_t il, int32_t head, struct sfi_tail * tail);
 
 struct sfi_stats {
     int64_t n_slow, n_fast, n_dense, n_prefill;  /* steps; tokens of prefill */

@@ -13,6 +13,7 @@
 
 // The list of all cells is padded to this, so that a graph fits many depths.
 static constexpr int64_t list_pad = 1024;
+static constexpr int64_t skip_pad = 256;
 
 // ---- layers and their memory -------------------------------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ static std::string why_dense(const llama_model & model, const llama_kv_cache & k
 llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, const llama_support_params & params) :
         kv(kv), params(params), layers(model.hparams.n_layer()), streams(kv->get_n_stream()) {
     // more than the cache holds would only cost memory
-    for (int32_t * n : { &this->params.n_sink, &this->params.n_recent, &this->params.n_selected, &this->params.max_span }) {
+    for (int32_t * n : { &this->params.n_sink, &this->params.n_recent, &this->params.n_selected, &this->params.n_grow }) {
         *n = std::min<int32_t>(*n, kv->get_size());
     }
     const auto kv_layers = kv->get_layer_ids();
@@ -66,7 +67,7 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
             break; // all layers of a host share one buffer
         }
     }
-    if (params.n_selected > 0) {
+    if (params.selects()) {
         allocate(model);
     }
 }
@@ -78,7 +79,7 @@ void llama_support::allocate(const llama_model & model) {
     const auto context_of = [&](ggml_backend_buffer_type_t buft) {
         auto & ctx = contexts[buft];
         if (!ctx) {
-            ctx = ggml_init({ 3*layers.size()*ggml_tensor_overhead(), nullptr, true });
+            ctx = ggml_init({ 6*layers.size()*ggml_tensor_overhead(), nullptr, true });
             if (!ctx) {
                 throw std::bad_alloc();
             }
@@ -100,6 +101,9 @@ void llama_support::allocate(const llama_model & model) {
         layer.queries   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_q, params.n_queries, n_stream);
         layer.selected  = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, params.n_selected, n_head_kv, n_stream);
         layer.stability = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 4, n_head_kv, n_stream);
+        if (params.policy == LLAMA_SUPPORT_SKETCH) {
+            allocate_sketch(ctx, model, il);
+        }
     }
     for (auto & [buft, ctx] : contexts) {
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
@@ -110,6 +114,36 @@ void llama_support::allocate(const llama_model & model) {
         const auto mine = [ctx = ctx](const auto & b) { return b.first.get() == ctx; };
         std::find_if(buffers.begin(), buffers.end(), mine)->second.reset(buffer);
     }
+}
+
+// as many bits as the head has values, for K and for V: 1/16 of F16
+static ggml_sketch_format format_for(int64_t n_embd_k, int64_t n_embd_v) {
+    const int32_t k = std::max<int32_t>(1, n_embd_k/64), v = std::max<int32_t>(1, n_embd_v/64);
+    return { 4*k, 16*k, 16*k, 16*v, 0 };
+}
+
+void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il) {
+    const auto & hparams = model.hparams;
+    const int64_t d_k = hparams.n_embd_head_k(il), d_v = hparams.n_embd_head_v(il), n_head_kv = hparams.n_head_kv(il);
+    const int64_t n_stream = streams.size(), n_blocks = ((int64_t) kv->get_size() + 15)/16;
+
+    auto & layer = layers[il];
+    layer.n_embd_k = d_k;
+    layer.n_embd_v = d_v;
+    ggml_context_ptr scratch(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    if (!scratch) {
+        throw std::bad_alloc();
+    }
+    llama_kv_cache::slot_info first;
+    first.s0 = first.s1 = 0;
+    layer.v = kv->get_v(scratch.get(), il, kv->get_size(), first)->view_src;
+
+    const auto & f = params.format;
+    layer.format = f.n_k4 + f.n_k2 + f.n_k1 > 0 ? f : format_for(d_k, d_v);
+    layer.codes  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  16*ggml_sketch_cell_bytes(&layer.format), n_blocks, n_head_kv*n_stream);
+    layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
+    layer.mass   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 2, hparams.n_head(il), n_stream);
+    layer.logit_error.assign(n_head_kv*n_stream, 0.0f);
 }
 
 size_t llama_support::memory() const {
@@ -130,6 +164,7 @@ void llama_support::invalidate(uint32_t s) {
     st.edited   = st.edited || st.valid;
     st.valid    = false;
     st.mirrored = false;
+    st.j0 = st.j1 = st.n_coded = st.n_fit = 0;
     std::fill(st.query_pos.begin(), st.query_pos.end(), -1);
 }
 
@@ -175,17 +210,38 @@ void llama_support::on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache:
 void llama_support::place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs) {
     const llama_seq_id seq = ubatch.seq_id[0][0];
     if (st.mirrored && ubatch.pos[0] > st.last_pos) {
-        st.cells.insert(st.cells.end(), idxs.begin(), idxs.end());
+        for (const int32_t cell : idxs) {
+            for (; st.n_used <= cell; ++st.n_used) {
+                st.holes.push_back(st.n_used);
+            }
+            st.holes.erase(std::remove(st.holes.begin(), st.holes.end(), cell), st.holes.end());
+            st.cells.push_back(cell);
+        }
     } else {
         st.cells.clear();
         for (const auto & [pos, cell] : kv->get_cells(seq).seq_pos_get(seq)) {
             st.cells.push_back((int32_t) cell);
         }
+        find_holes(st);
         st.mirrored = true;
     }
     st.last_pos = ubatch.pos[ubatch.n_tokens - 1];
     for (uint32_t i = ubatch.n_tokens - ubatch_stored; i < ubatch.n_tokens; ++i) {
         st.query_pos[ubatch.pos[i] % params.n_queries] = ubatch.pos[i];
+    }
+}
+
+void llama_support::find_holes(stream_state & st) {
+    st.n_used = st.cells.empty() ? 0 : *std::max_element(st.cells.begin(), st.cells.end()) + 1;
+    std::vector<bool> used(st.n_used, false);
+    for (const int32_t cell : st.cells) {
+        used[cell] = true;
+    }
+    st.holes.clear();
+    for (int32_t cell = 0; cell < st.n_used; ++cell) {
+        if (!used[cell]) {
+            st.holes.push_back(cell);
+        }
     }
 }
 
@@ -203,7 +259,9 @@ void llama_support::finish(bool ok) {
     if (!ok || n_left > 0) {
         invalidate(stream);
     } else if (refresh) {
-        std::tie(st.j0, st.j1) = candidates((int32_t) st.cells.size());
+        if (params.policy != LLAMA_SUPPORT_SKETCH) { // there the window moves with what has codes
+            std::tie(st.j0, st.j1) = candidates((int32_t) st.cells.size());
+        }
         st.valid  = true;
         st.edited = false;
         st.span   = 0;
@@ -228,7 +286,12 @@ bool llama_support::roll_back(uint32_t s, int32_t n, const std::function<bool()>
         invalidate(s);
         return false;
     }
-    st.cells.resize(left);
+    for (; (int64_t) st.cells.size() > left; st.cells.pop_back()) {
+        st.holes.push_back(st.cells.back());
+    }
+    for (auto it = st.holes.end(); (it = std::find(st.holes.begin(), st.holes.end(), st.n_used - 1)) != st.holes.end(); --st.n_used) {
+        st.holes.erase(it);
+    }
     st.last_pos = last_pos;
     st.span     = std::max(0, st.span - n);
     for (auto & pos : st.query_pos) {
@@ -247,12 +310,22 @@ bool llama_support::was_edited(uint32_t s) const {
 
 bool llama_support::window_full(uint32_t s) const {
     const auto & st = streams[s];
-    return st.valid && st.j0 + ((int64_t) st.cells.size() + 1 - st.j1) > always_size();
+    return st.valid && params.policy != LLAMA_SUPPORT_SKETCH && params.policy != LLAMA_SUPPORT_ORACLE && params.pinned && st.j0 + ((int64_t) st.cells.size() + 1 - st.j1) > always_size();
+}
+
+// Pinned: the candidates of the refresh, and all that came after them. Sliding, the blind band between is in neither.
+std::pair<int32_t, int32_t> llama_support::window(const stream_state & st) const {
+    const int32_t n = (int32_t) st.cells.size();
+    if (params.policy == LLAMA_SUPPORT_ORACLE) {
+        return candidates(n);
+    }
+    return { st.j0, params.pinned ? st.j1 : std::max(st.j1, n - params.n_recent) };
 }
 
 int32_t llama_support::n_fast_cells(uint32_t s) const {
     const auto & st = streams[s];
-    return st.j0 + ((int32_t) st.cells.size() - st.j1) + std::min(params.n_selected, st.j1 - st.j0);
+    const auto [first, second] = window(st);
+    return first + ((int32_t) st.cells.size() - second) + (params.selects() ? std::min(params.n_selected, second - first) : 0);
 }
 
 int32_t llama_support::span(uint32_t s) const {
@@ -279,12 +352,18 @@ llama_support::key llama_support::graph_key() const {
     key k;
     k.kind = ubatch_kind;
     if (ubatch_kind != LLAMA_SUPPORT_NONE) {
-        const bool lists_all = ubatch_kind == LLAMA_SUPPORT_DENSE || ubatch_kind == LLAMA_SUPPORT_SLOW
-            || ubatch_kind == LLAMA_SUPPORT_VERIFY || ubatch_refresh;
-        k.refresh  = ubatch_refresh && params.n_selected > 0;
+        const auto & st = streams[stream];
+        const bool fast = ubatch_kind == LLAMA_SUPPORT_FAST;
+        k.refresh  = ubatch_refresh && params.refreshes();
         k.stream   = stream;
+        const bool lists_all = ubatch_kind == LLAMA_SUPPORT_DENSE || ubatch_kind == LLAMA_SUPPORT_SLOW || ubatch_kind == LLAMA_SUPPORT_VERIFY || k.refresh
+            || (fast && params.policy == LLAMA_SUPPORT_ORACLE);
         k.n_list   = lists_all ? list_size() : 0;
-        k.n_stored = params.n_selected > 0 ? ubatch_stored : 0;
+        k.n_stored = params.selects() ? ubatch_stored : 0;
+        if (fast && params.policy == LLAMA_SUPPORT_SKETCH && st.n_coded > 0) {
+            k.n_skip = GGML_PAD(always_size() + (int64_t) st.holes.size(), skip_pad);
+            k.n_scan = std::min<int64_t>(GGML_PAD((int64_t) st.n_used, list_pad), GGML_PAD(kv->get_size(), 16));
+        }
     }
     return k;
 }
@@ -308,10 +387,19 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     const auto & params = support->params;
     const int32_t n     = (int32_t) st.cells.size();
 
+    const auto [first, second] = support->window(st);
+
+    std::vector<int32_t> list(st.cells.begin(), st.cells.begin() + first);
+    list.insert(list.end(), st.cells.begin() + second, st.cells.end());
     if (is_used(always)) {
-        std::vector<int32_t> list(st.cells.begin(), st.cells.begin() + st.j0);
-        list.insert(list.end(), st.cells.begin() + st.j1, st.cells.end());
         set_list(always, list.data(), list.size());
+    }
+    if (is_used(skip)) {
+        list.insert(list.end(), st.holes.begin(), st.holes.end());
+        set_list(skip, list.data(), list.size());
+    }
+    if (is_used(scan)) {
+        ggml_backend_tensor_set(scan, &st.n_used, 0, sizeof(st.n_used));
     }
     if (is_used(cells)) {
         set_list(cells, st.cells.data(), st.cells.size());
@@ -326,7 +414,9 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     if (is_used(plan)) {
         const auto [j0, j1] = support->candidates(n);
         std::vector<int32_t> values = { j0, j1 };
-        for (const llama_pos pos : st.query_pos) {
+        if (built.kind == LLAMA_SUPPORT_FAST) { // oracle: this query, which sees all
+            values.push_back(n);
+        } else for (const llama_pos pos : st.query_pos) {
             const llama_pos age = st.last_pos - pos;
             const bool used = pos >= 0 && age < params.n_evidence && age % params.stride == 0;
             values.push_back(used ? std::max(0, n - age) : 0);
@@ -347,6 +437,9 @@ bool llama_support_input::can_reuse(const llm_graph_params &) {
 }
 
 bool llama_support_can_reuse(const llama_support_input * inp, const std::shared_ptr<llama_support> & support) {
+    if (support && support->scheduler_used) {
+        return false;
+    }
     if (!inp) {
         return !support || support->graph_key().kind == LLAMA_SUPPORT_NONE;
     }
@@ -361,6 +454,9 @@ static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int6
 }
 
 llama_support_input * llama_support_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
+    if (support) {
+        support->scheduler_used = false;
+    }
     if (!support || support->graph_key().kind == LLAMA_SUPPORT_NONE) {
         return nullptr;
     }
@@ -379,6 +475,12 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
     }
     if (key.refresh) {
         inp->plan = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
+    } else if (key.kind == LLAMA_SUPPORT_FAST && key.n_list > 0) {
+        inp->plan = new_input(g, GGML_TYPE_I32, 3, "support_plan");
+    }
+    if (key.n_scan > 0) {
+        inp->skip = new_input(g, GGML_TYPE_I32, key.n_skip, "sketch_skip");
+        inp->scan = new_input(g, GGML_TYPE_I32, 1, "sketch_plan");
     }
     if (key.n_stored > 0) {
         inp->rows = new_input(g, GGML_TYPE_I64, key.n_stored, "support_rows");
@@ -435,6 +537,48 @@ static void refresh_support(const llm_graph_context & g, const llama_support_inp
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, previous));
 }
 
+// policy oracle: the selected cells of this query, from its exact attention
+static ggml_tensor * select_exactly(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                    ggml_tensor * q, ggml_tensor * k, float kq_scale, float softcap) {
+    ggml_context * ctx = g.ctx0;
+    ggml_support_selector plain = {};
+    plain.kind = GGML_SUPPORT_SELECTOR_TOPK;
+    ggml_tensor * evidence = ggml_support_evidence(ctx, q, k, inp->cells, inp->plan, kq_scale, softcap, 1.0f, GGML_SUPPORT_SOFTMAX_VISIBLE);
+    ggml_tensor * selected = ggml_support_select(ctx, evidence, inp->cells, inp->plan, nullptr, inp->support->get_params().n_selected, &plain);
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, stream_of(ctx, layer.selected, inp->built.stream)));
+    return selected;
+}
+
+ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream) {
+    return dim == 2
+        ? ggml_view_3d(ctx, t, t->ne[0], t->ne[1], n_head_kv, t->nb[1], t->nb[2], stream*n_head_kv*t->nb[2])
+        : ggml_view_2d(ctx, t, t->ne[0], n_head_kv, t->nb[1], stream*n_head_kv*t->nb[1]);
+}
+
+struct scanned { ggml_tensor * selected, * tail; };
+
+// policy sketch: the selected cells of this query, and what all others contribute
+static scanned scan_sketch(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                           ggml_tensor * q, int64_t n_head_kv, int64_t n_embd_v, float kq_scale, float softcap, int il) {
+    ggml_context * ctx = g.ctx0;
+    const auto & key = inp->built;
+    const auto & f   = layer.format;
+    ggml_tensor * codes = llama_support_heads(ctx, layer.codes, 2, n_head_kv, key.stream);
+    ggml_tensor * basis = llama_support_heads(ctx, layer.basis, 1, n_head_kv, key.stream);
+
+    ggml_tensor * logits = ggml_sketch_logits(ctx, q, codes, basis, inp->skip, inp->scan, key.n_scan, kq_scale, softcap, &f);
+    g.cb(logits, "sketch_logits", il);
+    ggml_tensor * selected = ggml_sketch_select(ctx, logits, n_head_kv, inp->support->get_params().n_selected);
+    g.cb(selected, "sketch_selected", il);
+    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, stream_of(ctx, layer.selected, key.stream)));
+    if (f.n_v4 + f.n_v2 == 0) {
+        return { selected, nullptr };
+    }
+    ggml_tensor * tail = ggml_sketch_tail(ctx, logits, codes, basis, selected, n_embd_v, &f);
+    g.cb(tail, "sketch_tail", il);
+    return { selected, ggml_view_2d(ctx, tail, n_embd_v + 1, tail->ne[1], tail->nb[1], 0) };
+}
+
 ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_support_input * inp,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
     if (!inp || kq_b || !inp->support->is_sparse(il)) {
@@ -459,10 +603,25 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     }
 
     const bool fast = key.kind == LLAMA_SUPPORT_FAST;
-    ggml_tensor * selected = fast && layer.selected ? stream_of(ctx, layer.selected, key.stream) : nullptr;
+    scanned chosen = {};
+    if (fast && layer.selected) {
+        switch (inp->support->get_params().policy) {
+            case LLAMA_SUPPORT_FROZEN: chosen.selected = stream_of(ctx, layer.selected, key.stream); break;
+            case LLAMA_SUPPORT_ORACLE: chosen.selected = select_exactly(g, inp, layer, q, k, kq_scale, softcap); break;
+            case LLAMA_SUPPORT_SKETCH:
+                if (inp->skip) {
+                    chosen = scan_sketch(g, inp, layer, q, k->ne[2], v->ne[0], kq_scale, softcap, il);
+                }
+                break;
+            default: break;
+        }
+    }
 
     q = ggml_permute(ctx, q, 0, 2, 1, 3);
-    ggml_tensor * cur = ggml_sparse_attn(ctx, q, k, v, fast ? inp->always : inp->cells, selected, nullptr, sinks, kq_scale, softcap);
+    ggml_tensor * cur = ggml_sparse_attn(ctx, q, k, v, fast ? inp->always : inp->cells, chosen.selected, chosen.tail, sinks, kq_scale, softcap);
+    if (chosen.tail) {
+        ggml_sparse_attn_set_mass(cur, stream_of(ctx, layer.mass, key.stream));
+    }
     if (inp->visible) {
         ggml_sparse_attn_set_visible(cur, inp->visible);
     }

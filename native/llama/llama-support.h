@@ -17,6 +17,7 @@
 #include <unordered_map>
 #include <vector>
 
+struct llama_context;
 struct llama_model;
 struct llama_support_input;
 
@@ -30,15 +31,29 @@ enum llama_support_kind {
     LLAMA_SUPPORT_VERIFY,  // several tokens, each attends to every cell up to its own, our kernel; may end with a refresh
 };
 
+// How a fast step gets its support.
+enum llama_support_policy {
+    LLAMA_SUPPORT_FROZEN, // selected at a refresh, from evidence
+    LLAMA_SUPPORT_WINDOW, // always only
+    LLAMA_SUPPORT_SKETCH, // selected anew at every step, from the sketch, which also stands for all other cells
+    LLAMA_SUPPORT_ORACLE, // selected anew at every step, from the exact logits: no faster than dense, for measuring
+};
+
 struct llama_support_params {
+    llama_support_policy policy = LLAMA_SUPPORT_FROZEN;
     int32_t n_sink     = 4;
     int32_t n_recent   = 256;
-    int32_t n_selected = 2048; // 0: always only (policy window)
-    int32_t max_span   = 64;
+    int32_t n_selected = 2048;
+    int32_t n_grow     = 64;   // cells by which the window may grow: frozen, max_span; sketch, cells coded at once
+    bool    pinned     = true; // the window's start stays where the refresh put it; else it slides
     int32_t n_queries  = 16;   // how many are kept
     int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) ...
     int32_t stride     = 1;    // ... and every how manieth does
     ggml_support_selector selector = {};
+    ggml_sketch_format    format   = {}; // all 0: by the head size of each layer
+
+    bool selects()   const { return policy != LLAMA_SUPPORT_WINDOW && n_selected > 0; }
+    bool refreshes() const { return policy == LLAMA_SUPPORT_FROZEN && n_selected > 0; } // a refresh takes evidence
 };
 
 // A layer's tensors, in the memory of the backend that holds its K.
@@ -47,6 +62,14 @@ struct llama_support_layer {
     ggml_tensor * queries   = nullptr; // F32 [n_embd_head_k*n_head, n_queries, n_stream], a ring
     ggml_tensor * selected  = nullptr; // I32 [n_selected, n_head_kv, n_stream]
     ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
+    // policy sketch
+    ggml_sketch_format format = {};
+    int64_t       n_embd_k = 0, n_embd_v = 0; // of a head
+    ggml_tensor * v         = nullptr; // the cache's V
+    ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
+    ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
+    ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
+    std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
 };
 
 class llama_support {
@@ -74,10 +97,17 @@ public:
 
     bool    valid       (uint32_t stream) const; // a fast step is possible
     bool    was_edited  (uint32_t stream) const; // there was a support, and an edit made it invalid
-    bool    window_full (uint32_t stream) const; // the pinned window cannot grow by another cell
+    bool    window_full (uint32_t stream) const; // the pinned window cannot grow by another cell, and a slow step must
+                                                 // move it (policy sketch moves it by itself)
     int32_t n_fast_cells(uint32_t stream) const; // always + selected, with one more cell in the window
     int32_t span        (uint32_t stream) const; // fast steps since the refresh
     int32_t depth       (uint32_t stream) const; // cells of the sequence
+
+    // Policy sketch, between steps: fits the basis if it is missing or outgrown, writes the codes of cells that have left
+    // the window or will with the next cell. False: computing failed, and the support is invalid.
+    bool update_sketch(llama_context & lctx, uint32_t stream);
+    bool    scanned     (uint32_t stream) const { return streams[stream].n_coded > 0 && params.policy == LLAMA_SUPPORT_SKETCH; }
+    int64_t sketch_bytes(uint32_t stream) const; // what a fast step reads of the codes and bases
 
     // ---- the graph ---------------------------------------------------------------------------------------------
 
@@ -88,16 +118,18 @@ public:
         uint32_t stream   = 0;
         int64_t  n_list   = 0; // length of the list of all cells
         int64_t  n_stored = 0; // queries written to the ring
+        int64_t  n_skip   = 0; // sketch: length of the list of cells that the scan leaves out
+        int64_t  n_scan   = 0; // sketch: cells that are scanned
 
         bool operator==(const key & o) const {
             return kind == o.kind && refresh == o.refresh && stream == o.stream && n_list == o.n_list
-                && n_stored == o.n_stored;
+                && n_stored == o.n_stored && n_skip == o.n_skip && n_scan == o.n_scan;
         }
     };
     key graph_key() const;
 
     int64_t always_size() const { // the longest list of always cells
-        return std::min<int64_t>(kv->get_size(), (int64_t) params.n_sink + params.n_recent + params.max_span);
+        return std::min<int64_t>(kv->get_size(), (int64_t) params.n_sink + params.n_recent + params.n_grow);
     }
 
     // ---- inspection --------------------------------------------------------------------------------------------
@@ -110,12 +142,17 @@ public:
     llama_kv_cache     * get_kv()                  const { return kv; }
     const std::vector<llama_support_layer> & get_layers() const { return layers; }
 
+    // a graph was computed outside of llama_decode(), which the scheduler of the context does not survive
+    bool scheduler_used = false;
+
 private:
     friend struct llama_support_input;
 
     struct stream_state {
         bool     mirrored = false;      // `cells` is what the cache holds
         std::vector<int32_t>   cells;   // in position order
+        std::vector<int32_t>   holes;   // unused cells below n_used
+        int32_t                n_used = 0; // the largest used cell + 1
         std::vector<llama_pos> query_pos; // position of each row of the ring, -1 if unused
         llama_pos last_pos = -1;
 
@@ -124,6 +161,9 @@ private:
         int32_t  j0 = 0, j1 = 0;        // the candidates of the refresh were cells[j0 .. j1)
         int32_t  span      = 0;
         int64_t  n_refresh = 0;
+        int32_t  n_coded   = 0;         // sketch: cells[j0 .. j0 + n_coded) have codes ...
+        int32_t  n_fit     = 0;         // ... by a basis that was fitted to so many candidates; 0: there is none
+        int32_t  n_fit_queries = 0;     // and to so many queries
     };
 
     llama_kv_cache     * kv;
@@ -143,7 +183,14 @@ private:
     int64_t            rolling_back   = -1; // the stream whose cells are being removed by roll_back()
 
     void    allocate(const llama_model & model);
+    void    allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il);
     void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
+    void    find_holes(stream_state & st);
+    std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is cells[0 .. first) and cells[second ..)
+    void    fit(uint32_t stream, int n_threads);
+    void    fit_layer(uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries);
+    bool    encode(llama_context & lctx, uint32_t stream, int32_t from, int32_t to);
+    ggml_tensor * encode_layer(ggml_context * ctx, uint32_t stream, int32_t il, ggml_tensor * cells);
     int64_t list_size() const;
 
     // the candidates of a refresh at n cells, as a range of `stream_state::cells`
@@ -182,11 +229,16 @@ struct llama_support_input : public llm_graph_input_i {
     const llama_support::key       built;
 
     ggml_tensor * always = nullptr; // I32 [always_size]    fast
-    ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, verify, refreshing prefill
+    ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, verify, refreshing prefill, oracle
     ggml_tensor * visible = nullptr; // I32 [n_tokens]      verify: how many of `cells` each token sees
-    ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh
+    ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh; oracle [3]
+    ggml_tensor * skip   = nullptr; // I32 [n_skip]         sketch
+    ggml_tensor * scan   = nullptr; // I32 [1]              sketch: the plan of the scan
     ggml_tensor * rows   = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes
 };
+
+// The part of one stream in a tensor whose dimension dim (1 or 2) holds the KV heads of all streams.
+ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream);
 
 // Adds the input to the graph if the next ubatch is ours; null otherwise.
 llama_support_input * llama_support_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support);

@@ -60,7 +60,7 @@ struct layout {
         selected_blocks = n_blocks(n_selected);
         partial  = n_embd_v + 2;
         per_head = always_blocks + selected_blocks;
-        batch    = dst->src[7] ? std::clamp<int64_t>(batch_floats/token_scratch(), 1, n_tokens) : 1;
+        batch    = dst->src[8] ? std::clamp<int64_t>(batch_floats/token_scratch(), 1, n_tokens) : 1;
     }
 
     int64_t n_partials() const { return n_stream*n_tokens*n_head*per_head; }
@@ -81,7 +81,7 @@ struct task {
 
     explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), always(dst->src[3]), selected(dst->src[4]),
-        tail(dst->src[5]), sinks(dst->src[6]), visible(dst->src[7]), l(dst),
+        tail(dst->src[5]), sinks(dst->src[6]), visible(dst->src[8]), l(dst),
         ops(sfi::tile_ops_for(k->type, v->type, params->use_ref)),
         scale(ggml_get_op_params_f32(dst, 0)), softcap(ggml_get_op_params_f32(dst, 1)),
         k_row_size(ggml_row_size(k->type, l.n_embd_k)), v_row_size(ggml_row_size(v->type, l.n_embd_v)),
@@ -292,7 +292,12 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     }
 
     std::fill(out, out + n, 0.0f);
+    float * mass = a.dst->src[7] ? (float *) ((char *) a.dst->src[7]->data + h*a.dst->src[7]->nb[1]) : nullptr;
     if (max == -INFINITY) {
+        if (mass) {
+            mass[0] = -INFINITY;
+            mass[1] = 0.0f;
+        }
         return; // nothing to attend to
     }
 
@@ -314,6 +319,10 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     }
     for (int64_t i = 0; i < n; ++i) {
         out[i] /= sum;
+    }
+    if (mass) {
+        mass[0] = max + logf(sum);
+        mass[1] = tail ? expf(tail[n] - max)/sum : 0.0f;
     }
 }
 

@@ -4,6 +4,7 @@
 
 #include "attn-tile.h"
 #include "ggml-cpu-impl.h"
+#include "top-k.h"
 
 #include <algorithm>
 #include <cmath>
@@ -43,38 +44,6 @@ void window_max(const float * x, int64_t n, int64_t behind, int64_t ahead, float
     }
 }
 
-// Order-preserving map of float to unsigned, so that a rank can be found digit by digit.
-uint32_t sortable(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof(u));
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-// The k-th largest key (1-based) among n >= k scores, and how many of the keys equal to it belong to the top k.
-// Radix select: 11 bits at a time, three passes at most, each over what the last one left.
-struct threshold { uint32_t key; int64_t n_equal; };
-
-threshold kth_largest(const float * score, int64_t n, int64_t k) {
-    uint32_t prefix = 0, mask = 0;
-    for (const int shift : { 21, 10, 0 }) {
-        const uint32_t digits = shift == 0 ? 1u << 10 : 1u << 11;
-        std::vector<int32_t> count(digits, 0);
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t key = sortable(score[i]);
-            if ((key & mask) == prefix) {
-                ++count[(key >> shift) & (digits - 1)];
-            }
-        }
-        uint32_t digit = digits - 1;
-        while (k > count[digit]) {
-            k -= count[digit--];
-        }
-        prefix |= digit << shift;
-        mask   |= (digits - 1) << shift;
-    }
-    return { prefix, k };
-}
-
 // The cells of the top n_selected scores in position order, padded with -1; pads among the cells are never chosen.
 void take_top(const candidates & c, float * score, int32_t * out, int64_t n_selected) {
     int64_t n_valid = 0;
@@ -88,9 +57,9 @@ void take_top(const candidates & c, float * score, int32_t * out, int64_t n_sele
     const int64_t k = std::min(n_selected, n_valid);
     int64_t n = 0;
     if (k > 0) {
-        threshold t = kth_largest(score, c.n(), k);
+        sfi::threshold t = sfi::kth_largest(score, c.n(), k);
         for (int64_t i = 0; i < c.n() && n < k; ++i) {
-            const uint32_t key = sortable(score[i]);
+            const uint32_t key = sfi::sortable(score[i]);
             if (key > t.key || (key == t.key && t.n_equal-- > 0)) {
                 out[n++] = c.cells[c.j0 + i];
             }

@@ -1,0 +1,87 @@
+// What the sketch operations share: the format of ggml-sfi.h as fields of planes, and the parts of a basis.
+
+#pragma once
+
+#include "ggml-sfi.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace sfi {
+
+constexpr int sketch_cells          = 16;  // of a block
+constexpr int sketch_plane          = 64;  // bytes
+constexpr int sketch_max_components = 256; // of K, and of V
+
+// Some bits of every byte of one plane. K: byte 4*i + r has component 4*g + r of cell i, for the g-th field.
+// V: byte 4*d + r has component 16*g + d of cell 4*s + r, for the fields [g][s].
+struct sketch_field {
+    int plane, shift, mask;
+};
+
+struct sketch_layout {
+    int n_k, n_v;
+    int k_planes, v_planes;
+    int n_k_fields, n_v_groups;
+    sketch_field k[sketch_max_components/4];
+    sketch_field v[sketch_max_components/16][4];
+
+    explicit sketch_layout(const ggml_tensor * dst) {
+        const ggml_sketch_format f = format_of(dst);
+        n_k = f.n_k4 + f.n_k2 + f.n_k1;
+        n_v = f.n_v4 + f.n_v2;
+
+        int bit = 0; // of the four bytes of a cell, each byte's
+        n_k_fields = 0;
+        for (int j = 0; j < n_k; j += 4) {
+            const int bits = j < f.n_k4 ? 4 : j < f.n_k4 + f.n_k2 ? 2 : 1;
+            k[n_k_fields++] = { bit/8, bit % 8, (1 << bits) - 1 };
+            bit += bits;
+        }
+        k_planes = bit/8;
+
+        int plane = k_planes;
+        n_v_groups = 0;
+        for (int j = 0; j < n_v; j += 16) {
+            const int bits = j < f.n_v4 ? 4 : 2;
+            for (int s = 0; s < 4; ++s) {
+                v[n_v_groups][s] = { plane + s*bits/8, s*bits % 8, (1 << bits) - 1 };
+            }
+            plane += bits/2;
+            ++n_v_groups;
+        }
+        v_planes = plane - k_planes;
+    }
+
+    int64_t block_bytes() const { return (k_planes + v_planes)*sketch_plane; }
+    int     k_mask(int j) const { return k[j/4].mask; }
+    int     v_mask(int j) const { return v[j/16][0].mask; }
+
+    static ggml_sketch_format format_of(const ggml_tensor * dst) { // op_params: scale, softcap, format
+        ggml_sketch_format f;
+        memcpy(&f, (const char *) dst->op_params + 2*sizeof(float), sizeof(f));
+        return f;
+    }
+    static bool supported(const ggml_tensor * dst) {
+        const ggml_sketch_format f = format_of(dst);
+        return f.n_k4 + f.n_k2 + f.n_k1 <= sketch_max_components && f.n_v4 + f.n_v2 <= sketch_max_components;
+    }
+};
+
+// mean, then the rows of enc and dec, [n, n_embd] each
+struct sketch_basis {
+    const float * mean, * enc, * dec;
+
+    // of K at the beginning of a head's basis, of V at its end
+    static sketch_basis of_k(const ggml_tensor * basis, int64_t h, int64_t n, int64_t n_embd) {
+        return at((const float *) basis->data + h*basis->ne[0], n, n_embd);
+    }
+    static sketch_basis of_v(const ggml_tensor * basis, int64_t h, int64_t n, int64_t n_embd) {
+        return at((const float *) basis->data + (h + 1)*basis->ne[0] - (1 + 2*n)*n_embd, n, n_embd);
+    }
+    static sketch_basis at(const float * p, int64_t n, int64_t n_embd) {
+        return { p, p + n_embd, p + (1 + n)*n_embd };
+    }
+};
+
+} // namespace sfi

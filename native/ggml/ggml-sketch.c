@@ -1,0 +1,156 @@
+// Constructors of the sketch operations: the contract of ggml-sfi.h as asserts.
+
+#include "ggml-sfi.h"
+
+#include "ggml-impl.h"
+
+static void assert_rows_of(const struct ggml_tensor * t, enum ggml_type type) {
+    GGML_ASSERT(t->type == type);
+    GGML_ASSERT(t->nb[0] == ggml_type_size(type));
+}
+
+int64_t ggml_sketch_cell_bytes(const struct ggml_sketch_format * f) {
+    return (4*f->n_k4 + 2*f->n_k2 + f->n_k1 + 4*f->n_v4 + 2*f->n_v2)/8;
+}
+
+int64_t ggml_sketch_basis_size(const struct ggml_sketch_format * f, int64_t n_embd_k, int64_t n_embd_v) {
+    const int64_t n_k = f->n_k4 + f->n_k2 + f->n_k1, n_v = f->n_v4 + f->n_v2;
+    return n_embd_k*(1 + 2*n_k) + n_embd_v*(1 + 2*n_v);
+}
+
+static void assert_format(const struct ggml_sketch_format * f) {
+    GGML_ASSERT(f->n_k4 >= 0 && f->n_k4 % 4 == 0);
+    GGML_ASSERT(f->n_k2 >= 0 && f->n_k2 % 4 == 0);
+    GGML_ASSERT(f->n_k1 >= 0 && f->n_k1 % 4 == 0);
+    GGML_ASSERT(f->n_v4 >= 0 && f->n_v4 % 16 == 0);
+    GGML_ASSERT(f->n_v2 >= 0 && f->n_v2 % 16 == 0);
+    GGML_ASSERT((4*f->n_k4 + 2*f->n_k2 + f->n_k1) % 32 == 0);
+    GGML_ASSERT(f->n_k4 + f->n_k2 + f->n_k1 > 0);
+}
+
+static void assert_sketch(const struct ggml_tensor * codes, const struct ggml_tensor * basis, const struct ggml_sketch_format * f) {
+    assert_format(f);
+    assert_rows_of(codes, GGML_TYPE_I8);
+    assert_rows_of(basis, GGML_TYPE_F32);
+    GGML_ASSERT(ggml_is_contiguous(codes) && ggml_is_contiguous(basis));
+    GGML_ASSERT(codes->ne[0] == 16*ggml_sketch_cell_bytes(f));
+    GGML_ASSERT(codes->ne[2] == basis->ne[1] && codes->ne[3] == 1);
+}
+
+static void set_params(struct ggml_tensor * result, float scale, float logit_softcap, const struct ggml_sketch_format * f) {
+    const float params[] = { scale, logit_softcap };
+    GGML_ASSERT(sizeof(params) + sizeof(*f) <= sizeof(result->op_params));
+    ggml_set_op_params(result, params, sizeof(params));
+    memcpy((char *) result->op_params + sizeof(params), f, sizeof(*f));
+}
+
+struct ggml_tensor * ggml_sketch_encode(
+        struct ggml_context             * ctx,
+        struct ggml_tensor              * codes,
+        struct ggml_tensor              * basis,
+        struct ggml_tensor              * k,
+        struct ggml_tensor              * v,
+        struct ggml_tensor              * cells,
+        const struct ggml_sketch_format * format) {
+    assert_sketch(codes, basis, format);
+    GGML_ASSERT(k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type));
+    GGML_ASSERT(k->ne[1] == v->ne[1] && k->ne[1] <= 16*codes->ne[1]);
+    GGML_ASSERT(k->ne[2] == codes->ne[2] && v->ne[2] == codes->ne[2]);
+    GGML_ASSERT(k->ne[3] == 1 && v->ne[3] == 1);
+    GGML_ASSERT(basis->ne[0] == ggml_sketch_basis_size(format, k->ne[0], v->ne[0]));
+    assert_rows_of(cells, GGML_TYPE_I32);
+
+    struct ggml_tensor * result = ggml_view_tensor(ctx, codes);
+    set_params(result, 0.0f, 0.0f, format);
+
+    result->op     = GGML_OP_SKETCH_ENCODE;
+    result->src[0] = codes;
+    result->src[1] = basis;
+    result->src[2] = k;
+    result->src[3] = v;
+    result->src[4] = cells;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_sketch_logits(
+        struct ggml_context             * ctx,
+        struct ggml_tensor              * q,
+        struct ggml_tensor              * codes,
+        struct ggml_tensor              * basis,
+        struct ggml_tensor              * skip,
+        struct ggml_tensor              * plan,
+        int64_t                           n_list,
+        float                             scale,
+        float                             logit_softcap,
+        const struct ggml_sketch_format * format) {
+    assert_sketch(codes, basis, format);
+    assert_rows_of(q, GGML_TYPE_F32);
+    GGML_ASSERT(q->ne[1] % codes->ne[2] == 0 && q->ne[2] == 1 && q->ne[3] == 1);
+    GGML_ASSERT(basis->ne[0] > ggml_sketch_basis_size(format, q->ne[0], 0));
+    GGML_ASSERT(n_list % 16 == 0 && n_list > 0 && n_list <= 16*codes->ne[1]);
+    GGML_ASSERT(logit_softcap >= 0.0f);
+    assert_rows_of(skip, GGML_TYPE_I32);
+    assert_rows_of(plan, GGML_TYPE_I32);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, q->ne[1]);
+    set_params(result, scale, logit_softcap, format);
+
+    result->op     = GGML_OP_SKETCH_LOGITS;
+    result->src[0] = q;
+    result->src[1] = codes;
+    result->src[2] = basis;
+    result->src[3] = skip;
+    result->src[4] = plan;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_sketch_select(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * logits,
+        int64_t               n_head_kv,
+        int64_t               n_selected) {
+    assert_rows_of(logits, GGML_TYPE_F32);
+    GGML_ASSERT(n_head_kv >= 1 && logits->ne[1] % n_head_kv == 0);
+    GGML_ASSERT(logits->ne[0] % 16 == 0 && logits->ne[2] == 1 && logits->ne[3] == 1);
+    GGML_ASSERT(n_selected >= 1);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_head_kv);
+
+    result->op     = GGML_OP_SKETCH_SELECT;
+    result->src[0] = logits;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_sketch_tail(
+        struct ggml_context             * ctx,
+        struct ggml_tensor              * logits,
+        struct ggml_tensor              * codes,
+        struct ggml_tensor              * basis,
+        struct ggml_tensor              * selected,
+        int64_t                           n_embd_v,
+        const struct ggml_sketch_format * format) {
+    assert_sketch(codes, basis, format);
+    assert_rows_of(logits, GGML_TYPE_F32);
+    GGML_ASSERT(logits->ne[0] % 16 == 0 && logits->ne[0] <= 16*codes->ne[1]);
+    GGML_ASSERT(logits->ne[1] % codes->ne[2] == 0 && logits->ne[2] == 1 && logits->ne[3] == 1);
+    GGML_ASSERT(format->n_v4 + format->n_v2 > 0);
+    GGML_ASSERT(basis->ne[0] > ggml_sketch_basis_size(format, 0, n_embd_v));
+    if (selected) {
+        assert_rows_of(selected, GGML_TYPE_I32);
+        GGML_ASSERT(selected->ne[1] == codes->ne[2]);
+    }
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_v + 2, logits->ne[1]);
+    set_params(result, 0.0f, 0.0f, format);
+
+    result->op     = GGML_OP_SKETCH_TAIL;
+    result->src[0] = logits;
+    result->src[1] = codes;
+    result->src[2] = basis;
+    result->src[3] = selected;
+
+    return result;
+}

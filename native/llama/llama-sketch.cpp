@@ -1,0 +1,192 @@
+// Policy sketch: when the basis is fitted and cells get their codes.
+//
+// always is cells[0 .. j0) and cells[j1 ..); the cells between have codes and are scanned. When the window is full, the
+// cells older than n_recent get codes and leave it.
+
+#include "llama-support.h"
+
+#include "sketch-fit.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+static constexpr int32_t max_rows   = 2048; // of K and V that a fit looks at, evenly spread over the text
+static constexpr int32_t growth     = 2;    // a basis is outgrown when the cells have become so many times as many
+static constexpr int32_t few_queries = 32;  // a basis fitted to fewer queries is replaced when there are all
+
+static int32_t n_known_queries(const std::vector<llama_pos> & query_pos) {
+    return (int32_t) std::count_if(query_pos.begin(), query_pos.end(), [](llama_pos pos) { return pos >= 0; });
+}
+
+bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
+    auto & st = streams[s];
+    if (params.policy != LLAMA_SUPPORT_SKETCH || !st.valid) {
+        return true;
+    }
+    const int32_t n = (int32_t) st.cells.size();
+    if (st.j0 + (n + 1 - st.j1) <= always_size()) {
+        return true; // the next cell still has room in the window
+    }
+    const auto [j0, j1] = candidates(n);
+    const int32_t n_queries = n_known_queries(st.query_pos);
+    if (st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {
+        fit(s, lctx.get_cparams().n_threads_batch);
+        st.n_fit         = j1 - j0;
+        st.n_fit_queries = n_queries;
+        st.n_coded       = 0;
+    }
+    const bool ok = encode(lctx, s, j0 + st.n_coded, j1);
+    if (!ok) {
+        invalidate(s);
+        return false;
+    }
+    st.n_coded = j1 - j0;
+    st.j0 = j0;
+    st.j1 = j1;
+    return true;
+}
+
+int64_t llama_support::sketch_bytes(uint32_t s) const {
+    const auto & st = streams[s];
+    int64_t size = 0;
+    for (size_t il = 0; il < layers.size() && st.n_coded > 0; ++il) {
+        const auto & layer = layers[il];
+        if (layer.codes) {
+            const int64_t n_head_kv = layer.codes->ne[2]/(int64_t) streams.size();
+            size += n_head_kv*(st.n_used*ggml_sketch_cell_bytes(&layer.format) + (int64_t) layer.basis->nb[1]/2); // decoding half
+        }
+    }
+    return size;
+}
+
+// ---- fitting -------------------------------------------------------------------------------------------------------------
+
+// rows [n_embd_gqa] of the cells in one stream of a cache tensor, in F32
+static std::vector<float> rows_of(const ggml_tensor * cache, uint32_t stream, int64_t n_embd, const std::vector<int32_t> & cells) {
+    const size_t row = ggml_row_size(cache->type, n_embd);
+    const auto to_float = ggml_get_type_traits(cache->type)->to_float;
+    std::vector<float> out(cells.size()*n_embd);
+    std::vector<char>  raw(row);
+    for (size_t i = 0; i < cells.size(); ++i) {
+        ggml_backend_tensor_get(cache, raw.data(), stream*cache->nb[2] + cells[i]*cache->nb[1], row);
+        if (to_float) {
+            to_float(raw.data(), &out[i*n_embd], n_embd);
+        } else {
+            std::copy_n((const float *) raw.data(), n_embd, &out[i*n_embd]);
+        }
+    }
+    return out;
+}
+
+static llama_sketch_rows head_of(const std::vector<float> & rows, int64_t n_embd_gqa, int64_t n_embd, int64_t first, int64_t n_heads) {
+    llama_sketch_rows out;
+    const int64_t n = rows.size()/n_embd_gqa;
+    out.n = n*n_heads;
+    out.data.reserve(out.n*n_embd);
+    for (int64_t i = 0; i < n; ++i) {
+        const float * from = &rows[i*n_embd_gqa + first*n_embd];
+        out.data.insert(out.data.end(), from, from + n_heads*n_embd);
+    }
+    return out;
+}
+
+void llama_support::fit_layer(uint32_t s, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries) {
+    auto & layer = layers[il];
+    const int64_t d_k = layer.n_embd_k, d_v = layer.n_embd_v;
+    const int64_t n_head_kv = layer.codes->ne[2]/(int64_t) streams.size(), n_embd_q = layer.queries->ne[0];
+    const int64_t group = n_embd_q/d_k/n_head_kv;
+
+    const ggml_tensor * k = kv->get_k_storage(il), * v = layer.v;
+    const auto rows_k = rows_of(k, s, d_k*n_head_kv, cells);
+    const auto rows_v = rows_of(v, s, d_v*n_head_kv, cells);
+    const auto rows_q = rows_of(layer.queries, s, n_embd_q, queries);
+
+    std::vector<float> basis(layer.basis->ne[0]);
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        const float error = llama_sketch_fit(head_of(rows_k, d_k*n_head_kv, d_k, h, 1), head_of(rows_v, d_v*n_head_kv, d_v, h, 1),
+                head_of(rows_q, n_embd_q, d_k, h*group, group), d_k, d_v, layer.format, basis.data());
+        layer.logit_error[s*n_head_kv + h] = error;
+        ggml_backend_tensor_set(layer.basis, basis.data(), (s*n_head_kv + h)*layer.basis->nb[1], layer.basis->nb[1]);
+    }
+}
+
+void llama_support::fit(uint32_t s, int n_threads) {
+    const auto & st = streams[s];
+    const int32_t first = std::min<int32_t>(params.n_sink, st.cells.size()), n = (int32_t) st.cells.size() - first;
+    std::vector<int32_t> cells, queries;
+    for (int64_t i = 0, m = std::min(n, max_rows); i < m; ++i) {
+        cells.push_back(st.cells[first + i*n/m]);
+    }
+    for (int32_t i = 0; i < params.n_queries; ++i) {
+        if (st.query_pos[i] >= 0) {
+            queries.push_back(i);
+        }
+    }
+    std::vector<int32_t> todo;
+    for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
+        if (layers[il].codes) {
+            todo.push_back(il);
+        }
+    }
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+        for (size_t i = next++; i < todo.size(); i = next++) {
+            fit_layer(s, todo[i], cells, queries);
+        }
+    };
+    std::vector<std::thread> helpers;
+    for (int t = 1; t < n_threads; ++t) {
+        helpers.emplace_back(work);
+    }
+    work();
+    for (auto & helper : helpers) {
+        helper.join();
+    }
+}
+
+// ---- codes ---------------------------------------------------------------------------------------------------------------
+
+// Compute the codes of st.cells[from .. to), in all layers, on the devices that hold them.
+bool llama_support::encode(llama_context & lctx, uint32_t s, int32_t from, int32_t to) {
+    if (from >= to) {
+        return true;
+    }
+    const size_t n_tensors = 8*layers.size() + 8;
+    ggml_context_ptr ctx(ggml_init({ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false), nullptr, true }));
+    if (!ctx) {
+        return false;
+    }
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), n_tensors, false);
+    ggml_tensor * cells = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, to - from);
+    ggml_set_input(cells);
+    for (size_t il = 0; il < layers.size(); ++il) {
+        if (layers[il].codes) {
+            ggml_build_forward_expand(graph, encode_layer(ctx.get(), s, (int32_t) il, cells));
+        }
+    }
+    ggml_backend_sched_t sched = lctx.get_sched();
+    scheduler_used = true;
+    ggml_backend_sched_reset(sched);
+    if (!ggml_backend_sched_alloc_graph(sched, graph)) {
+        return false;
+    }
+    ggml_backend_tensor_set(cells, &streams[s].cells[from], 0, ggml_nbytes(cells));
+    const bool ok = lctx.graph_compute(graph, true) == GGML_STATUS_SUCCESS;
+    ggml_backend_sched_synchronize(sched);
+    return ok;
+}
+
+ggml_tensor * llama_support::encode_layer(ggml_context * ctx, uint32_t s, int32_t il, ggml_tensor * cells) {
+    const auto & layer = layers[il];
+    const int64_t n_head_kv = layer.codes->ne[2]/(int64_t) streams.size();
+    const auto all = [&](ggml_tensor * cache, int64_t n_embd) {
+        ggml_tensor * view = ggml_view_3d(ctx, cache, n_embd, n_head_kv, kv->get_size(), ggml_row_size(cache->type, n_embd), cache->nb[1], s*cache->nb[2]);
+        return ggml_permute(ctx, view, 0, 2, 1, 3);
+    };
+    return ggml_sketch_encode(ctx, llama_support_heads(ctx, layer.codes, 2, n_head_kv, s), llama_support_heads(ctx, layer.basis, 1, n_head_kv, s),
+            all(kv->get_k_storage(il), layer.n_embd_k), all(layer.v, layer.n_embd_v), cells, &layer.format);
+}

@@ -1,0 +1,258 @@
+"""Policy sketch: every cell is attended to, exactly or by its codes, once; and nothing an edit leaves behind is used.
+
+A fine sketch (4 bits for each of the 32 values of a head) makes a fast step nearly a dense one. The attention of the tiny
+model is spread over all cells: where the sketch stands for none of them, logits are off by one or more.
+"""
+
+import numpy as np
+import pytest
+
+from contexts import Watch, node_rows, open_context, tiny_weights  # noqa: F401
+from test_support import EDITS, LAYERS, took
+from tiny_model import SEED
+
+N = 400  # tokens of the prompt
+HEADS, GROUP = range(2), 2
+BATCH = 64  # cells that leave the window at once
+NEAR = 0.6  # of logits, by a fine sketch; measured: up to 0.44
+FAR = 1.0   # without the tail; measured: up to 2.1
+
+
+@pytest.fixture(scope="module")
+def fine():
+    from sfi_local import SfiParams
+
+    return SfiParams.of("sketch", n_sink=4, n_recent=16, n_selected=64, sketch_k4=32, sketch_v4=32)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return np.random.default_rng(SEED).integers(0, 256, 2000).tolist()
+
+
+@pytest.fixture
+def opened(open_context, tiny_weights, fine):
+    def make(params=None, **settings):
+        return open_context(tiny_weights, params or fine, **{"n_ctx": 1024, **settings})
+    return make
+
+
+@pytest.fixture
+def ready(opened, text):
+    """Up to two sequences, the first of which holds a prompt and has taken one fast step."""
+    context = opened(n_seq=2)
+    context.prefill(text[:N])
+    assert context.step(1).kind == "fast"
+    return context
+
+
+def dense_logits(opened, tokens, n):
+    """Logits of the last n of the tokens, densely."""
+    context = opened()
+    context.prefill(tokens[:-n])
+    return context.steps(tokens[-n:], "dense")
+
+
+# ---- what a fast step attends to ---------------------------------------------------------------------------------------
+
+
+def test_a_fine_sketch_stands_for_every_cell(opened, text):
+    context = opened()
+    context.prefill(text[:N])
+    fast = context.steps(text[N:N + 20])
+    assert context.engine.stats().n_fast == 20
+    assert np.abs(fast - dense_logits(opened, text[:N + 20], 20)).max() < NEAR
+
+
+def test_what_is_scanned_and_what_is_always_attended_to_are_all_cells(opened, text):
+    """Through three batches: the scan finds a logit for each cell from the sink to the window, and for no other."""
+    context = opened(watch=Watch("sketch_logits"))
+    context.prefill(text[:N])
+    scanned = {}
+
+    def look(il, node):
+        logits = node_rows(node)[1].view(np.float32)
+        scanned[il] = np.isfinite(logits[0])
+        return logits
+
+    context.watch.replace = look
+    n_always = []
+    for token in text[N:N + 3 * BATCH]:
+        info = context.step(token)
+        n_always.append(info.n_cells - 64)
+        for il in LAYERS:
+            assert all(np.flatnonzero(row).tolist() == list(range(4, 4 + info.depth - n_always[-1])) for row in scanned[il])
+    assert min(n_always) == 4 + 16 + 1 and max(n_always) == 4 + 16 + BATCH
+
+
+def test_without_values_the_tail_is_missed(opened, text, fine):
+    context = opened(fine.replace(sketch_v4=0))
+    context.prefill(text[:N])
+    assert np.abs(context.steps(text[N:N + 5]) - dense_logits(opened, text[:N + 5], 5)).max() > FAR
+
+
+def test_a_selection_of_everything_equals_dense(opened, text, fine):
+    context = opened(fine.replace(n_selected=2000))
+    context.prefill(text[:N])
+    assert np.abs(context.steps(text[N:N + 5]) - dense_logits(opened, text[:N + 5], 5)).max() < 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 5, 20, 83, 84, 85])
+def test_until_the_window_is_full_steps_are_exact(opened, text, n):
+    """4 + 16 + 64 cells fit into always."""
+    context = opened()
+    context.prefill(text[:n])
+    infos = [context.step(token) for token in text[n:84]]
+    assert {i.kind for i in infos} <= {"fast"} and all(i.n_cells == i.depth and i.tail_mass == 0 for i in infos)
+    if infos:
+        assert np.abs(context.logits() - dense_logits(opened, text[:84], 84 - n)[-1]).max() < 1e-2
+
+
+def test_cells_leave_the_window_in_batches_and_stay_attended_to(opened, text):
+    context = opened()
+    context.prefill(text[:60])
+    infos = [context.step(token) for token in text[60:N]]
+    assert all(i.kind == "fast" for i in infos)
+    assert max(i.n_cells for i in infos) <= 4 + 16 + BATCH + 64
+    assert np.abs(context.logits() - dense_logits(opened, text[:N], N - 60)[-1]).max() < NEAR
+
+
+def test_the_share_that_is_read_counts_codes_and_cells(ready, text):
+    """Codes of K and V, 4 bits a value, are a quarter of F16; the bases, and 149 cells at most, come on top."""
+    ready.engine.reset_stats()
+    ready.steps(text[:20])
+    assert 0.4 < ready.engine.stats().kv_read_share < 0.9
+
+
+@pytest.mark.parametrize("kv", ["f32", "q8_0", "q4_0"])
+def test_every_kv_type_has_a_sketch(opened, text, kv):
+    context, dense = opened(kv=kv), opened(kv=kv)
+    for one in (context, dense):
+        one.prefill(text[:N])
+    assert np.abs(context.steps(text[N:N + 5]) - dense.steps(text[N:N + 5], "dense")).max() < NEAR
+
+
+def test_the_number_of_threads_changes_nothing(opened, text):
+    one, two = opened(n_threads=1), opened(n_threads=2)
+    for context in (one, two):
+        context.prefill(text[:N])
+        context.set_state(context.state())  # threads may round the keys of a prefill apart
+    two.set_state(one.state())
+    assert np.abs(one.steps(text[N:N + 5]) - two.steps(text[N:N + 5])).max() < 1e-3
+
+
+# ---- validity ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_after_an_edit_a_slow_step_comes_first_and_fast_ones_see_what_is_left(ready, opened, text, edit):
+    from sfi_local.errors import NoSupportError
+
+    EDITS[edit](ready)
+    with pytest.raises(NoSupportError, match="slow step first"):
+        ready.step(2, "fast")
+    slow, dense = ready.step(2), opened(n_seq=2)
+    assert took(slow) == ("slow", "invalidated")
+    dense.set_state(ready.state())
+    for token in text[:4]:
+        fast = ready.step(token)
+        dense.step(token, "dense")
+        assert took(fast) == ("fast", "")
+        assert np.abs(ready.logits() - dense.logits()).max() < NEAR
+
+
+def test_holes_in_the_cache_are_not_attended_to(ready, opened, text):
+    """Cells 100 to 300 are freed, then filled again one by one, beyond the end of the window."""
+    ready.cut(100, 300)
+    dense = opened(n_seq=2)
+    ready.step(2)
+    dense.set_state(ready.state())
+    for token in text[:100]:
+        ready.step(token)
+        dense.step(token, "dense")
+    assert np.abs(ready.logits() - dense.logits()).max() < NEAR
+
+
+def test_sequences_have_sketches_of_their_own(opened, text):
+    def decode(context, seq):
+        context.prefill(text[300 * seq:300 * seq + 200 + 50 * seq], seq=seq)
+        for token in text[:12]:
+            yield context.step(token, seq=seq).kind, context.logits()
+
+    together = opened(n_seq=2)
+    for row in zip(*[zip(decode(together, seq), decode(opened(n_seq=2), seq)) for seq in range(2)]):
+        for (kind, logits), (_, expected) in row:
+            assert kind == "fast" and np.abs(logits - expected).max() < 1e-3
+
+
+def test_a_prefill_goes_on_with_the_codes_that_are_there(opened, text):
+    """As in a chat: the second part is more than the first, so the basis is fitted anew; then less, and it is kept."""
+    context = opened()
+    for part in (text[:150], text[150:500], text[500:560]):
+        context.prefill(part)
+        context.steps(part[:3])
+    dense = opened()
+    tokens = text[:150] + text[:3] + text[150:500] + text[150:153] + text[500:560] + text[500:503]
+    dense.prefill(tokens)
+    assert np.abs(context.steps(text[:3]) - dense.steps(text[:3], "dense")).max() < NEAR
+
+
+# ---- the hook --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_hook_tells_what_was_left_to_the_sketch(opened, text):
+    """In each layer: the share of the tail, from the graph's own numbers, and the distinct cells of the selection."""
+    context = opened(watch=Watch("sparse_attn"))
+    context.prefill(text[:N])
+    tails, shares = {}, {}
+
+    def look(il, node):
+        tails[il] = node_rows(node.src[5].contents)[1].view(np.float32)[0, :, -1]  # log-sum-exp of each head's tail
+        return node_rows(node)[1].view(np.float32)
+
+    context.watch.replace = look
+    info = context.step(text[N])
+    for il in LAYERS:
+        shares[il] = [context.engine.tail(il, h).mass for h in range(len(HEADS) * GROUP)]
+        for h in HEADS:
+            cells, _ = context.engine.selected(il, h)
+            assert len(set(cells)) == 64 and all(4 <= cell < N + 1 - 16 for cell in cells)
+        assert len(tails[il]) == 4 and np.isfinite(tails[il]).all() and all(0 < share < 1 for share in shares[il])
+        assert all(0 < context.engine.tail(il, h).logit_error < 0.5 for h in range(4))
+    assert info.tail_mass == pytest.approx(np.mean([*shares.values()]), rel=1e-5)
+
+
+def test_there_is_no_tail_without_a_sketch(opened, text, fine):
+    from sfi_local.errors import NoSupportError
+    from sfi_local.params import SfiParams
+
+    for context in (opened(), opened(SfiParams.of("frozen", n_recent=32, n_selected=24))):
+        context.prefill(text[:40])
+        context.step(1)
+        with pytest.raises(NoSupportError, match="tail"):
+            context.engine.tail(0, 0)
+
+
+# ---- the oracle -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_oracle_of_everything_equals_dense(opened, text):
+    from sfi_local import SfiParams
+
+    context = opened(SfiParams.of("oracle", n_recent=16, n_selected=1000))
+    context.prefill(text[:N])
+    fast = context.steps(text[N:N + 5])
+    assert context.engine.stats().n_fast == 5
+    assert np.abs(fast - dense_logits(opened, text[:N + 5], 5)).max() < 1e-3
+
+
+def test_the_oracle_chooses_anew_at_every_step(opened, text):
+    from sfi_local import SfiParams
+
+    context = opened(SfiParams.of("oracle", n_recent=16, n_selected=8))
+    context.prefill(text[:N])
+    chosen = []
+    for token in text[N:N + 4]:
+        assert context.step(token).kind == "fast"
+        chosen.append(sorted(context.engine.selected(0, 0)[0]))
+    assert len({tuple(cells) for cells in chosen}) > 1

@@ -1,0 +1,527 @@
+"""The sketch operations of ggml-sfi.h on the CPU against the reference.
+
+Codes are random bytes where an operation only reads them, and everything an operation has no business reading (codes of
+cells that do not count, rows that are not listed) is noise or NaN. SFI_TEST_SEED changes the seed.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+import reference as ref
+from ggml_ops import POISON, Graph, SketchFormat, encode, library
+from op_cases import EPS32, SEED, TYPES, Case, pass_on_path, simd_paths
+
+FORMATS = [ref.SketchFormat(*f) for f in (
+    (16, 0, 0, 16, 0), (4, 16, 16, 16, 0), (8, 0, 0, 16, 0), (16, 16, 32, 32, 0), (16, 32, 0, 0, 32), (4, 4, 8, 16, 16),
+    (0, 0, 32, 0, 16), (0, 16, 0, 64, 16), (12, 4, 40, 16, 0), (32, 0, 0, 0, 0))]
+DEFAULT = FORMATS[0]
+GROUPS = {1: (2, 2), 2: (4, 2), 3: (9, 3), 4: (8, 2), 5: (5, 1), 7: (14, 2), 8: (16, 2)}  # n_head, n_head_kv
+SIZES = (64, 80, 128, 256)  # n_embd
+LENGTHS = (16, 48, 240, 256, 272, 1024, 2032, 2048, 2064, 4112)  # both sides of every edge of a run or a chunk
+
+
+def draw_basis(rng, form, n_embd_k, n_embd_v):
+    """Components of rows of normal values get about the spread that a real sketch gives them."""
+    def part(bits, n_embd):
+        enc = rng.normal(size=(len(bits), n_embd)) * 2**bits[:, None] / 4 / np.sqrt(n_embd)
+        dec = rng.normal(size=(len(bits), n_embd)) * 4 / 2**bits[:, None]
+        return [part.astype(np.float32) for part in (rng.normal(size=n_embd), enc, dec)]
+
+    return ref.Basis(*part(form.bits_k, n_embd_k), *part(form.bits_v, n_embd_v))
+
+
+def draw_bases(rng, form, n_head_kv, n_embd_k, n_embd_v):
+    return [draw_basis(rng, form, n_embd_k, n_embd_v) for _ in range(n_head_kv)]
+
+
+def flat(bases):
+    return np.array([basis.flat() for basis in bases])
+
+
+def draw_codes(rng, form, n_head_kv, n_blocks):
+    return rng.integers(0, 256, (n_head_kv, n_blocks, ref.CELLS * form.cell_bytes)).astype(np.uint8)
+
+
+def in_double(basis):
+    return ref.Basis(*(part.astype(np.float64) for part in basis))
+
+
+# ---- sketch_encode ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodeCase(Case):
+    seed: int = None
+    form: ref.SketchFormat = DEFAULT
+    n_head_kv: int = 2
+    n_embd_k: int = 64
+    n_embd_v: int = 64
+    type_k: str = "f16"
+    type_v: str = "f16"
+    n_cells: int = 90
+    n_listed: int = 50
+    in_order: bool = False  # cells one after the other, as prefill writes them
+    n_threads: int = 2
+
+
+class Encode:
+    def __init__(self, case):
+        c, rng = case, case.new_rng()
+        self.case = c
+        self.bases = draw_bases(rng, c.form, c.n_head_kv, c.n_embd_k, c.n_embd_v)
+        self.k_rows = encode(rng.normal(size=(1, c.n_head_kv, c.n_cells, c.n_embd_k)) * 2, c.type_k)
+        self.v_rows = encode(rng.normal(size=(1, c.n_head_kv, c.n_cells, c.n_embd_v)) * 2, c.type_v)
+        self.codes = draw_codes(rng, c.form, c.n_head_kv, -(-c.n_cells // ref.CELLS) + 1)
+        self.cells = rng.permutation(c.n_cells)[:c.n_listed].astype(np.int32)
+        if c.in_order:
+            self.cells = np.arange(7, 7 + c.n_listed, dtype=np.int32)
+        unlisted = np.setdiff1d(np.arange(c.n_cells), self.cells)
+        self.k_rows[:, :, unlisted] = self.v_rows[:, :, unlisted] = POISON
+        for pad in (-1, -1, c.n_cells, 2**31 - 1, -2**31):
+            self.cells = np.insert(self.cells, rng.integers(0, len(self.cells) + 1), pad)
+
+    def run(self, n_threads=None):
+        c = self.case
+        with Graph() as g:
+            out = g.sketch_encode(g.tensor(self.codes), g.tensor(flat(self.bases)), g.cache(self.k_rows, c.type_k),
+                                  g.cache(self.v_rows, c.type_v), g.tensor(self.cells), c.form)
+            assert g.supported(out)
+            return g.compute(out, n_threads or c.n_threads, in_place=True)[0]
+
+    def check(self):
+        """Every code is the unrounded one, rounded; what lies next to it has not changed."""
+        c, got = self.case, self.run()
+        cells = self.cells[(self.cells >= 0) & (self.cells < c.n_cells)]
+        for h, basis in enumerate(map(in_double, self.bases)):
+            k, v = (ref.dequantise(kind, rows[0, h, cells]) for kind, rows in ((c.type_k, self.k_rows), (c.type_v, self.v_rows)))
+            of_k, of_v = (part[cells] for part in ref.unpack(c.form, got[h]))
+            check_codes(of_k, k, basis.mean_k, basis.enc_k, c.form.bits_k)
+            check_codes(of_v, v, basis.mean_v, basis.enc_v, c.form.bits_v)
+            np.testing.assert_array_equal(got[h], ref.pack(c.form, self.codes[h], cells, of_k, of_v))
+
+
+def check_codes(codes, x, mean, enc, bits):
+    exact = ref.unrounded(x, mean, enc, bits)
+    tolerance = 16 * EPS32 * (1 + np.abs(x - mean) @ np.abs(enc).T)
+    largest = 2**bits - 1
+    assert np.all(codes >= 0) and np.all(codes <= largest)
+    assert np.all(np.abs(codes - np.clip(exact, 0, largest)) <= 0.5 + tolerance)
+
+
+def encode_cases():
+    def case(**settings):
+        return EncodeCase(seed=SEED, **settings)
+
+    for form in FORMATS:
+        yield case(form=form)
+        yield case(form=form, n_listed=1, n_threads=3)
+    for n_listed in (0, 1, 15, 16, 17, 83):
+        yield case(n_listed=n_listed, in_order=True)
+        yield case(n_listed=n_listed, n_head_kv=1, n_threads=3)
+    for n_embd in SIZES:
+        for kind in TYPES if n_embd % 32 == 0 else TYPES[:3]:
+            yield case(n_embd_k=n_embd, n_embd_v=n_embd, type_k=kind, type_v=kind, form=FORMATS[1])
+    yield case(n_embd_k=192, n_embd_v=128, type_k="q8_0", type_v="q4_0", n_head_kv=5)
+    yield case(n_cells=2000, n_listed=1500, n_head_kv=3, n_threads=3, form=FORMATS[3])
+
+
+# ---- sketch_logits ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogitsCase(Case):
+    seed: int = None
+    form: ref.SketchFormat = DEFAULT
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_embd_k: int = 64
+    n_list: int = 272
+    n_used: int = 261
+    n_skip: int = 20
+    skip_all: bool = False
+    logit_softcap: float = 0.0
+    largest: float = 8.0  # roughly: size of the largest logits
+    n_threads: int = 2
+
+
+class Logits:
+    def __init__(self, case):
+        c, rng = case, case.new_rng()
+        self.case = c
+        self.bases = draw_bases(rng, c.form, c.n_head_kv, c.n_embd_k, 48)
+        self.codes = draw_codes(rng, c.form, c.n_head_kv, c.n_list // ref.CELLS + 2)
+        self.q = rng.normal(size=(c.n_head, c.n_embd_k)).astype(np.float32)
+        self.scale = c.largest / 4 / c.n_embd_k
+        self.n_used = min(c.n_used, c.n_list)
+        self.skip = rng.permutation(c.n_list)[:c.n_list if c.skip_all else c.n_skip].astype(np.int32)
+        for _ in range(3):
+            self.skip = np.insert(self.skip, rng.integers(0, len(self.skip) + 1), -1)
+
+    def run(self, n_threads=None):
+        c = self.case
+        with Graph() as g:
+            out = g.sketch_logits(g.strided(self.q), g.tensor(self.codes), g.tensor(flat(self.bases)), g.tensor(self.skip),
+                                  g.tensor(np.array([self.n_used])), c.n_list, c.form, self.scale, c.logit_softcap)
+            assert g.supported(out)
+            return g.compute(out, n_threads or c.n_threads)[0, 0]
+
+    def tolerance(self, h, basis):
+        """Rounding errors of float32 in the projections, and a weight that they may push over the edge to the next."""
+        q, centre = np.abs(self.q[h].astype(np.float64)), (2**self.case.form.bits_k - 1) / 2
+        rounding = 16 * EPS32 * (q @ np.abs(basis.mean_k) + centre @ np.abs(basis.dec_k) @ q)
+        w, s = ref.sketch_weights(self.q[h].astype(np.float64), basis.dec_k)
+        exact = basis.dec_k @ self.q[h] / s
+        on_edge = np.abs(np.abs(exact - np.floor(exact)) - 0.5) < 64 * EPS32 * 127
+        return self.scale * (rounding + s * centre[on_edge].sum()) + 16 * EPS32 * (1 + self.case.logit_softcap)
+
+    def check(self):
+        c, got = self.case, self.run()
+        for h in range(c.n_head):
+            h_kv = h * c.n_head_kv // c.n_head
+            basis = in_double(self.bases[h_kv])
+            expected = ref.sketch_logits(c.form, basis, self.codes[h_kv], self.q[h].astype(np.float64), self.skip, self.n_used,
+                                         c.n_list, self.scale, c.logit_softcap)
+            np.testing.assert_allclose(got[h], expected, rtol=0, atol=self.tolerance(h, basis))
+
+
+def logits_cases():
+    def case(**settings):
+        return LogitsCase(seed=SEED, **settings)
+
+    for form in FORMATS:
+        yield case(form=form)
+        yield case(form=form, n_head=9, n_head_kv=3, n_embd_k=128, n_threads=3)
+    for n_head, n_head_kv in GROUPS.values():
+        yield case(n_head=n_head, n_head_kv=n_head_kv, form=FORMATS[1], n_threads=3)
+    for n_embd_k in SIZES:
+        yield case(n_embd_k=n_embd_k)
+    for n_list in LENGTHS:
+        for n_used in (0, 1, n_list - 17, n_list - 1, n_list):
+            yield case(n_list=n_list, n_used=max(n_used, 0), n_threads=3, n_skip=min(20, n_list))
+    for n_skip in (0, 1, 260):
+        yield case(n_skip=n_skip)
+    yield case(skip_all=True)
+    yield case(logit_softcap=5.0)
+    yield case(largest=1000.0)
+    yield case(largest=1000.0, logit_softcap=30.0, form=FORMATS[3])
+
+
+# ---- sketch_select ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SelectCase(Case):
+    seed: int = None
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_list: int = 1040
+    n_selected: int = 50
+    spread: float = 3.0  # standard deviation of the logits
+    levels: int = 0  # > 0: logits take so many values, the same for all heads, so that there are ties
+    hidden: float = 0.2  # share of the cells whose logit is -inf
+    shape: str = "normal"  # "sorted", "reversed": logits rise or fall with the cell; "peak": one cell takes all
+    n_threads: int = 2
+
+
+class Select:
+    def __init__(self, case):
+        c, rng = case, case.new_rng()
+        self.case = c
+        self.logits = rng.normal(size=(c.n_head, c.n_list)).astype(np.float32) * np.float32(c.spread)
+        if c.levels:
+            self.logits[:] = rng.integers(0, c.levels, c.n_list)
+        if c.shape in ("sorted", "reversed"):
+            self.logits.sort(axis=1)
+            self.logits = self.logits[:, ::1 if c.shape == "sorted" else -1].copy()
+        if c.shape == "peak":
+            self.logits[np.arange(c.n_head), rng.integers(0, c.n_list, c.n_head)] += 300
+        self.logits[:, rng.permutation(c.n_list)[:int(c.hidden * c.n_list)]] = -np.inf
+
+    def run(self, n_threads=None):
+        c = self.case
+        with Graph() as g:
+            out = g.sketch_select(g.strided(self.logits), c.n_head_kv, c.n_selected)
+            assert g.supported(out)
+            return g.compute(out, n_threads or c.n_threads)[0, 0]
+
+    def by_kv_head(self):
+        return self.logits.reshape(self.case.n_head_kv, -1, self.case.n_list)
+
+    def check(self):
+        got = self.run()
+        if self.case.levels:  # one value for all heads: scores are in the order of the logits, ties included
+            expected = ref.sketch_select(self.by_kv_head(), self.case.n_selected)
+            np.testing.assert_array_equal(np.sort(got, axis=1), np.sort(expected, axis=1))
+        for row, x in zip(got, self.by_kv_head()):
+            check_best(row, ref.sketch_score(x))
+
+
+def check_best(selected, score):
+    """`selected` is a set of best cells, up to what the contract allows a score to be off."""
+    n = min(len(selected), np.isfinite(score).sum())
+    cells = selected[selected >= 0]
+    assert len(cells) == n and len(set(cells)) == n
+    assert np.all(selected[selected < 0] == -1)
+    is_selected = np.zeros(len(score), bool)
+    is_selected[cells] = True
+    assert np.isfinite(score[is_selected]).all()
+    if n:
+        worst = np.sort(score)[-n]  # the score of the last one to be selected
+        assert np.all(score[is_selected] >= worst - 1e-4)
+        assert np.all(score[~is_selected] <= worst + 1e-4)
+
+
+def select_cases():
+    def case(**settings):
+        return SelectCase(seed=SEED, **settings)
+
+    for n_list in LENGTHS:
+        for n_selected in (1, 16, 250, n_list - 1, n_list, 5000):
+            yield case(n_list=n_list, n_selected=n_selected, n_threads=3)
+    for n_head, n_head_kv in GROUPS.values():
+        yield case(n_head=n_head, n_head_kv=n_head_kv, n_threads=3)
+        yield case(n_head=n_head, n_head_kv=n_head_kv, levels=2, n_selected=300)
+    for levels in (1, 3, 40):
+        for n_selected in (1, 100, 2000):
+            yield case(levels=levels, n_list=2064, n_selected=n_selected)
+    for shape in ("sorted", "reversed", "peak"):
+        for spread in (0.0, 1e-3, 3.0, 300.0):
+            yield case(shape=shape, spread=spread, n_selected=200, n_list=2064)
+    for spread in (0.0, 1e-3, 30.0, 1000.0):
+        yield case(spread=spread, hidden=0.0)
+    for hidden in (0.0, 0.97, 0.999, 1.0):
+        yield case(hidden=hidden)
+        yield case(hidden=hidden, n_head=9, n_head_kv=3)
+
+
+# ---- sketch_tail --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TailCase(Case):
+    seed: int = None
+    form: ref.SketchFormat = DEFAULT
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_embd_v: int = 64
+    n_list: int = 1040
+    n_selected: int = 50  # None: a NULL argument
+    best: bool = True  # the largest logits are selected, as they are in use; else any
+    hidden: float = 0.1
+    spread: float = 3.0
+    n_threads: int = 2
+
+
+class Tail:
+    def __init__(self, case):
+        c, rng = case, case.new_rng()
+        self.case = c
+        self.bases = draw_bases(rng, c.form, c.n_head_kv, 48, c.n_embd_v)
+        self.codes = draw_codes(rng, c.form, c.n_head_kv, c.n_list // ref.CELLS + 2)
+        self.logits = rng.normal(size=(c.n_head, c.n_list)).astype(np.float32) * np.float32(c.spread)
+        self.selected = np.full((c.n_head_kv, c.n_selected or 0), -1, np.int32)
+        for row, x in zip(self.selected, self.logits.reshape(c.n_head_kv, -1, c.n_list)):
+            best = np.argsort(-x.max(axis=0)) if c.best else rng.permutation(c.n_list)
+            row[:c.n_list] = rng.permutation(best[:len(row)])
+            row[rng.random(len(row)) < 0.1] = -1
+        self.logits[:, rng.permutation(c.n_list)[:int(c.hidden * c.n_list)]] = -np.inf
+
+    def run(self, n_threads=None):
+        c = self.case
+        with Graph() as g:
+            out = g.sketch_tail(g.strided(self.logits), g.tensor(self.codes), g.tensor(flat(self.bases)),
+                                None if c.n_selected is None else g.strided(self.selected), c.n_embd_v, c.form)
+            assert g.supported(out)
+            return g.compute(out, n_threads or c.n_threads)[0, 0]
+
+    def expected(self, h):
+        h_kv = h * self.case.n_head_kv // self.case.n_head
+        return ref.sketch_tail(self.case.form, in_double(self.bases[h_kv]), self.codes[h_kv], self.logits[h].astype(np.float64),
+                               self.selected[h_kv])
+
+    def tolerance(self, h):
+        """Of the output: weights off by half of 2^-15 of the largest among 256 cells, relative to their sum."""
+        c = self.case
+        h_kv = h * c.n_head_kv // c.n_head
+        x = self.logits[h].astype(np.float64)
+        x[self.selected[h_kv][self.selected[h_kv] >= 0]] = -np.inf
+        lse = ref.log_sum_exp(x)
+        if lse == -np.inf:
+            return 0
+        runs = [x[i:i + 256] for i in range(0, c.n_list, 256)]
+        off = sum(np.exp(run.max() - lse) * np.isfinite(run).sum() * 2.0**-16 for run in runs) + 2e-5
+        basis = self.bases[h_kv]
+        return 2 * off * (np.abs(basis.dec_v) * (2**c.form.bits_v[:, None] - 1) / 2).sum(axis=0).max()
+
+    def check(self):
+        got, n = self.run(), self.case.n_embd_v
+        for h in range(self.case.n_head):
+            expected = self.expected(h)
+            np.testing.assert_allclose(got[h, :n], expected[:n], rtol=0, atol=self.tolerance(h))
+            np.testing.assert_allclose(got[h, n:], expected[n:], rtol=4 * EPS32, atol=2e-5)
+
+
+def tail_cases():
+    def case(**settings):
+        return TailCase(seed=SEED, **settings)
+
+    with_values = [form for form in FORMATS if len(form.bits_v)]
+    for form in with_values:
+        yield case(form=form)
+        yield case(form=form, n_head=9, n_head_kv=3, n_embd_v=128, n_threads=3)
+    for n_head, n_head_kv in GROUPS.values():
+        yield case(n_head=n_head, n_head_kv=n_head_kv, form=FORMATS[5], n_threads=3)
+    for n_embd_v in SIZES:
+        yield case(n_embd_v=n_embd_v)
+    for n_list in LENGTHS:
+        yield case(n_list=n_list, n_selected=n_list // 5, n_threads=3)
+        yield case(n_list=n_list, n_selected=None)
+    for n_selected in (0, 1, 2000):  # 2000: every cell
+        for best in (False, True):
+            yield case(n_selected=n_selected, best=best, hidden=0.0)
+    for hidden in (0.0, 0.99, 1.0):
+        yield case(hidden=hidden)
+        yield case(hidden=hidden, n_selected=None)
+    for spread in (0.0, 1e-3, 30.0, 1000.0):
+        yield case(spread=spread)
+        yield case(spread=spread, best=False, n_list=4112, n_head=9, n_head_kv=3, n_selected=256)
+
+
+# ---- against the reference ----------------------------------------------------------------------------------------
+
+
+class TestCore:
+    """What is run again for every kernel path of this CPU."""
+
+    @pytest.mark.parametrize("case", list(encode_cases()), ids=str)
+    def test_encode(self, case):
+        Encode(case).check()
+
+    @pytest.mark.parametrize("case", list(logits_cases()), ids=str)
+    def test_logits(self, case):
+        Logits(case).check()
+
+    @pytest.mark.parametrize("case", list(select_cases()), ids=str)
+    def test_select(self, case):
+        Select(case).check()
+
+    @pytest.mark.parametrize("case", list(tail_cases()), ids=str)
+    def test_tail(self, case):
+        Tail(case).check()
+
+
+@pytest.mark.parametrize("path", simd_paths())
+def test_every_kernel_path_of_this_cpu(path):
+    pass_on_path(path, f"{__file__}::TestCore")
+
+
+# ---- equivalences -------------------------------------------------------------------------------------------------
+
+THREADS = [
+    (Encode, EncodeCase(seed=SEED, n_cells=700, n_listed=600, n_head_kv=3, form=FORMATS[1])),
+    (Logits, LogitsCase(seed=SEED, n_list=4112, n_used=4000, n_head=9, n_head_kv=3, form=FORMATS[1])),
+    (Logits, LogitsCase(seed=SEED, n_list=4112, n_used=4000, n_head=8, n_head_kv=1)),
+    (Select, SelectCase(seed=SEED, n_list=8016, n_selected=256, n_head=9, n_head_kv=3)),
+    (Select, SelectCase(seed=SEED, n_list=8016, n_selected=256, n_head=2, n_head_kv=1, levels=50)),
+    (Tail, TailCase(seed=SEED, n_list=8016, n_selected=256, n_head=9, n_head_kv=3)),
+    (Tail, TailCase(seed=SEED, n_list=8016, n_selected=256, n_head=4, n_head_kv=1, form=FORMATS[4])),
+]
+
+
+@pytest.mark.parametrize("inputs, case", THREADS, ids=lambda x: getattr(x, "__name__", None) or str(x))
+def test_thread_count_changes_nothing(inputs, case):
+    inputs = inputs(case)
+    one = inputs.run(n_threads=1)
+    for n_threads in (1, 2, 3, 5):
+        np.testing.assert_array_equal(inputs.run(n_threads), one)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_the_library_and_the_reference_agree_on_sizes(form):
+    f = SketchFormat(*form)
+    assert library().ggml_sketch_cell_bytes(f) == form.cell_bytes
+    assert library().ggml_sketch_basis_size(f, 96, 80) == draw_basis(np.random.default_rng(0), form, 96, 80).flat().size
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_every_bit_of_a_block_belongs_to_one_component_of_one_cell(form):
+    count = np.zeros((16 * form.cell_bytes, 8), int)
+    for bits, place in ((form.bits_k, ref.place_k), (form.bits_v, ref.place_v)):
+        for j, b in enumerate(bits):
+            for cell in range(16):
+                block, byte, bit = place(form, j, cell)
+                assert block == 0
+                count[byte, bit:bit + b] += 1
+    assert np.all(count == 1)
+
+
+def test_encoding_cells_one_by_one_equals_encoding_them_together():
+    e = Encode(EncodeCase(seed=SEED, form=FORMATS[5], n_listed=40))
+    together, cells = e.run(), e.cells
+    for cell in cells:
+        e.cells = np.array([cell])
+        e.codes = e.run()
+    np.testing.assert_array_equal(e.codes, together)
+
+
+def test_logits_of_encoded_keys_are_those_of_the_decoded_keys():
+    e = Encode(EncodeCase(seed=SEED, form=FORMATS[1], n_cells=256, n_listed=256, type_k="f32"))
+    x = Logits(LogitsCase(seed=SEED, form=FORMATS[1], n_list=256, n_used=256, n_skip=0))
+    x.bases = [ref.Basis(*e_basis[:3], *x_basis[3:]) for e_basis, x_basis in zip(e.bases, x.bases)]
+    x.codes = e.run()
+    for h in range(4):
+        basis, of_k = in_double(x.bases[h // 2]), ref.unpack(e.case.form, x.codes[h // 2])[0][:256]
+        keys = ref.decode(of_k, basis.mean_k, basis.dec_k, e.case.form.bits_k)
+        w, s = ref.sketch_weights(x.q[h].astype(np.float64), basis.dec_k)
+        rounding = s / 2 * ((2**e.case.form.bits_k - 1) / 2).sum()  # of the weights
+        np.testing.assert_allclose(x.run()[h], x.scale * keys @ x.q[h], rtol=0, atol=x.scale * rounding + 1e-4)
+
+
+def test_selected_cells_and_their_tail_are_all_there_is():
+    """With values that the sketch holds exactly, exact attention over the selected cells and the tail of the others give
+    attention over all cells."""
+    t = Tail(TailCase(seed=SEED, n_head=2, n_head_kv=2, hidden=0.0))
+    out = t.run()
+    for h in range(2):
+        basis, x = in_double(t.bases[h]), t.logits[h].astype(np.float64)
+        v = ref.decode(ref.unpack(t.case.form, t.codes[h])[1][:len(x)], basis.mean_v, basis.dec_v, t.case.form.bits_v)
+        cells = t.selected[h][t.selected[h] >= 0]
+        merged = ref.attend(np.ones(1), x[cells, None], v[cells], 1.0, tail=out[h, :-1].astype(np.float64))
+        np.testing.assert_allclose(merged, np.exp(x - ref.log_sum_exp(x)) @ v, rtol=0, atol=t.tolerance(h))
+        np.testing.assert_allclose(out[h, -1], ref.log_sum_exp(x), rtol=0, atol=2e-5)
+
+
+def test_a_null_selection_equals_one_of_pads():
+    t = Tail(TailCase(seed=SEED, n_selected=None))
+    out = t.run()
+    t.case = replace(t.case, n_selected=7)
+    t.selected = np.full((2, 7), -1, np.int32)
+    np.testing.assert_array_equal(t.run(), out)
+
+
+def test_a_group_of_equal_heads_selects_what_one_of_them_does():
+    s = Select(SelectCase(seed=SEED, n_head=2))
+    one = np.sort(s.run(), axis=1)
+    s.case = replace(s.case, n_head=6)
+    s.logits = np.repeat(s.logits, 3, axis=0)
+    np.testing.assert_array_equal(np.sort(s.run(), axis=1), one)
+
+
+# ---- what the CPU does not compute --------------------------------------------------------------------------------
+
+
+def test_the_backend_says_no_to_rows_of_odd_sizes():
+    with Graph() as g:
+        basis = g.new("f32", (24 + 64) * (1 + 2 * 16), 2)
+        out = g.sketch_encode(g.new("i8", 256, 4, 2), basis, g.new("f16", 24, 64, 2), g.new("f16", 64, 64, 2), g.new("i32", 8),
+                              DEFAULT)
+        assert not g.supported(out)
+
+
+def test_the_backend_says_no_to_more_components_than_it_has_room_for():
+    form = ref.SketchFormat(272, 0, 0, 16, 0)
+    with Graph() as g:
+        codes, basis = g.new("i8", 16 * form.cell_bytes, 4, 2), g.new("f32", 64 * (1 + 2 * 272) + 64 * (1 + 2 * 16), 2)
+        assert not g.supported(g.sketch_logits(g.new("f32", 64, 2), codes, basis, g.new("i32", 1), g.new("i32", 1), 64, form))
