@@ -5,6 +5,7 @@
 #include "boundary.h"
 #include "schedule.h"
 #include "sfi-source-id.h"
+#include "tail.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
@@ -28,7 +29,7 @@ struct sfi {
     const llama_kv_cache       * kv_swa = nullptr;
     sfi_params                   params;
     std::vector<slowfast::token_class>       tokens;    // by token id
-    std::vector<slowfast::boundary_detector> detectors; // by stream
+    std::vector<slowfast::tail>  tails;        // by stream
     std::vector<float>           tail_mass;    // by stream, of the last fast step
     sfi_stats                    stats = {};
     mutable std::atomic<int>     state{0};     // of enum below
@@ -96,6 +97,7 @@ const char * sfi_reason_name(enum sfi_reason reason) {
         case SFI_REASON_INVALIDATED: return "invalidated";
         case SFI_REASON_FORCED:      return "forced";
         case SFI_REASON_SHORT:       return "short";
+        case SFI_REASON_VERIFY:      return "verify";
         case SFI_REASON_COUNT:       break;
     }
     return "unknown";
@@ -167,6 +169,7 @@ struct sfi_params sfi_policy_params(enum sfi_policy policy) {
     p.max_span    = follows ? 0 : 64;
     p.min_span    = 16;
     p.boundary    = !follows;
+    p.repair      = false;
     p.auto_depth  = 0;
     p.n_queries   = 16;
     p.n_slow_queries = 1;
@@ -375,6 +378,7 @@ static bool device_supports(const llama_support & support, const llama_hparams &
     ggml_tensor * last  = ggml_new_tensor_3d(c, GGML_TYPE_F32, d_k, n_head, 1);
 
     ggml_tensor * attn = ggml_sparse_attn(c, q, k, v, cells, nullptr, nullptr, nullptr, 1.0f, 0.0f);
+    ggml_sparse_attn_set_visible(attn, ggml_new_tensor_1d(c, GGML_TYPE_I32, 1));
     ggml_tensor * evidence = ggml_support_evidence(c, last, k, cells, plan, 1.0f, 0.0f, 1.0f, GGML_SUPPORT_SOFTMAX_VISIBLE);
     ggml_tensor * selected = ggml_support_select(c, evidence, cells, plan,
             p.selector.kind == GGML_SUPPORT_SELECTOR_PAPER ? k : nullptr, std::max(p.n_selected, 1), &p.selector);
@@ -451,7 +455,7 @@ static int attach(llama_context * lctx, const sfi_params & params, std::unique_p
     s->kv_swa  = kv_swa;
     s->params  = params;
     s->tokens  = classify_tokens(llama_model_get_vocab(&model));
-    s->detectors.resize(kv->get_n_stream());
+    s->tails.resize(kv->get_n_stream());
     s->tail_mass.resize(kv->get_n_stream());
     kv->support = std::move(support);
     out = std::move(s);
@@ -549,7 +553,7 @@ static slowfast::decision decide(const sfi * s, const llama_support & support, l
     in.edited      = support.was_edited(seq);
     in.window_full = support.window_full(seq);
     in.tail_mass   = s->tail_mass[seq];
-    in.boundary    = s->detectors[seq].peek(s->tokens[token]);
+    in.boundary    = s->tails[seq].peek(s->tokens[token]);
     return slowfast::decide(s->params, in, asked);
 }
 
@@ -568,9 +572,9 @@ static int decode_status(int ret) {
     }
 }
 
-// One llama_decode() of tokens at the end of a sequence; the logits of the last one are kept if asked.
+// One llama_decode() of tokens at the end of a sequence; the logits of the last n_logits of them are kept.
 static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n,
-                  llama_support_kind kind, bool refresh, bool logits) {
+                  llama_support_kind kind, bool refresh, int32_t n_logits) {
     std::unique_ptr<llama_batch, void (*)(llama_batch *)> batch(new llama_batch(llama_batch_init(n, 0, 1)),
             [](llama_batch * b) { llama_batch_free(*b); delete b; });
     const llama_pos pos = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq) + 1;
@@ -580,7 +584,7 @@ static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llam
         batch->pos[i]       = pos + i;
         batch->n_seq_id[i]  = 1;
         batch->seq_id[i][0] = seq;
-        batch->logits[i]    = logits && i == n - 1;
+        batch->logits[i]    = i >= n - n_logits;
     }
     support.announce(seq, kind, n, refresh);
     const int ret = llama_decode(s->lctx, *batch);
@@ -620,10 +624,9 @@ int sfi_prefill(struct sfi * s, llama_seq_id seq, const llama_token * tokens, in
             }
         }
         s->stats.us_prefill += ggml_time_us() - start;
-        auto & detector = s->detectors[seq];
-        detector.reset();
+        s->tails[seq].clear();
         for (int32_t i = std::max(0, n - 8); i < n; ++i) {
-            detector.feed(s->tokens[tokens[i]]);
+            s->tails[seq].feed(tokens[i], s->tokens[tokens[i]], true);
         }
         return (int) SFI_OK;
     });
@@ -733,6 +736,37 @@ static llama_support_kind support_kind(sfi_step_kind kind) {
     }
 }
 
+// Remove the last n tokens from cache and support; `tails` is the caller's.
+static int remove_last(sfi * s, llama_support & support, llama_seq_id seq, int32_t n) {
+    const llama_memory_t memory = llama_get_memory(s->lctx);
+    const llama_pos first = llama_memory_seq_pos_max(memory, seq) + 1 - n;
+    const auto & swa = s->lctx->get_model().hparams;
+    if (n > 0 && s->kv_swa && s->kv_swa->seq_pos_min(seq) > std::max<llama_pos>(0, first - (llama_pos) swa.n_swa)) {
+        return fail(SFI_ERR_CONTEXT, "%d tokens cannot be taken back: the sliding-window layers have dropped the cells before "
+                "them. Make the context with swa_full = true.", n);
+    }
+    if (n > 0 && !support.roll_back(seq, n, [&] { return llama_memory_seq_rm(memory, seq, first, -1); })) {
+        return fail(SFI_ERR_DECODE, "The last %d tokens could not be removed from the memory of this model.", n);
+    }
+    return SFI_OK;
+}
+
+// A slow step that computes the tokens since the last refresh again, in one batch with its own.
+static int repairing_step(sfi * s, llama_support & support, llama_seq_id seq, llama_token token) {
+    auto tokens = s->tails[seq].since_refresh(llama_n_batch(s->lctx) - 1);
+    const int32_t n = (int32_t) tokens.size();
+    if (const int err = remove_last(s, support, seq, n)) {
+        return err;
+    }
+    tokens.push_back(token);
+    if (const int err = decode(s, support, seq, tokens.data(), n + 1, LLAMA_SUPPORT_VERIFY, true, 1)) {
+        s->tails[seq].take_back(n);
+        return err;
+    }
+    s->stats.n_repaired += n;
+    return SFI_OK;
+}
+
 int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_kind kind, struct sfi_step_info * info) {
     return guarded(s, [&](llama_support & support) {
         for (const int err : { check_seq(support, seq), check_tokens(s, &token, 1), check_range("kind", kind, SFI_STEP_AUTO, SFI_STEP_DENSE) }) {
@@ -751,13 +785,16 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
         if (d.reason == SFI_REASON_UNSTABLE) {
             support.outgrow(seq);
         }
+        const bool repair = d.kind == SFI_STEP_SLOW && s->params.repair && support.valid(seq) && support.span(seq) > 0
+            && (s->params.policy == SFI_POLICY_FROZEN || s->params.policy == SFI_POLICY_WINDOW);
         if (d.kind == SFI_STEP_FAST && !support.update_sketch(*s->lctx, seq)) {
             return sketch_failed();
         }
-        if (const int err = decode(s, support, seq, &token, 1, support_kind(d.kind), d.kind == SFI_STEP_SLOW, true)) {
+        if (const int err = repair ? repairing_step(s, support, seq, token)
+                : decode(s, support, seq, &token, 1, support_kind(d.kind), d.kind == SFI_STEP_SLOW, 1)) {
             return err;
         }
-        s->detectors[seq].feed(s->tokens[token]);
+        s->tails[seq].feed(token, s->tokens[token], d.kind == SFI_STEP_SLOW);
 
         sfi_step_info done = {};
         done.kind    = d.kind;
@@ -791,6 +828,96 @@ int sfi_peek(const struct sfi * s, llama_seq_id seq, llama_token token, enum sfi
         }
         if (reason) {
             *reason = d.reason;
+        }
+        return (int) SFI_OK;
+    });
+}
+
+// Bytes of K and V that dense steps read for the last n of `depth` tokens.
+static int64_t dense_bytes(const sfi * s, const llama_support & support, int64_t depth, int32_t n) {
+    const auto & hparams = s->lctx->get_model().hparams;
+    const int64_t cell = sparse_cell_bytes(support, hparams, false);
+    int64_t size = 0;
+    for (int64_t d = depth - n + 1; d <= depth; ++d) {
+        size += cell*d + other_bytes(s, support, hparams, d);
+    }
+    return size;
+}
+
+int sfi_rollback(struct sfi * s, llama_seq_id seq, int32_t n) {
+    return guarded(s, [&](llama_support & support) {
+        if (const int err = check_seq(support, seq)) {
+            return err;
+        }
+        const int32_t depth = support.depth(seq);
+        if (const int err = check_range("n", n, 0, depth)) {
+            return err;
+        }
+        if (const int err = remove_last(s, support, seq, n)) {
+            return err;
+        }
+        s->tails[seq].take_back(n);
+        s->stats.kv_dense = std::max<int64_t>(0, s->stats.kv_dense - dense_bytes(s, support, depth, n));
+        return (int) SFI_OK;
+    });
+}
+
+static int check_verify(const sfi * s, const llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n, int32_t n_replaced) {
+    if (!tokens) {
+        return fail(SFI_ERR_ARGUMENT, "There are no tokens to verify.");
+    }
+    const int32_t depth = support.depth(seq);
+    for (const int err : { check_range("n", n, 1, (int32_t) llama_n_batch(s->lctx)), check_range("n_replaced", n_replaced, 0, std::min(n, depth)) }) {
+        if (err) {
+            return err;
+        }
+    }
+    if (const int err = check_tokens(s, tokens, n)) {
+        return err;
+    }
+    return check_room(support, seq, n - n_replaced);
+}
+
+static void count_verify(sfi * s, const llama_support & support, const sfi_step_info & info, int32_t n, int32_t n_new, bool refresh) {
+    auto & stats = s->stats;
+    const auto & hparams = s->lctx->get_model().hparams;
+    ++stats.n_verify;
+    ++stats.n_reason[info.reason];
+    stats.n_verified += n;
+    stats.us_verify  += info.t_us;
+    stats.kv_read    += dense_bytes(s, support, info.depth, 1);
+    stats.kv_read    += refresh && s->params.policy == SFI_POLICY_FROZEN ? sparse_cell_bytes(support, hparams, true)*info.depth : 0;
+    stats.kv_dense   += dense_bytes(s, support, info.depth, n_new);
+}
+
+int sfi_verify(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, int32_t n_replaced, bool refresh, struct sfi_step_info * info) {
+    return guarded(s, [&](llama_support & support) {
+        if (const int err = check_seq(support, seq)) {
+            return err;
+        }
+        if (const int err = check_verify(s, support, seq, tokens, n, n_replaced)) {
+            return err;
+        }
+        const int64_t start = ggml_time_us();
+        if (const int err = remove_last(s, support, seq, n_replaced)) {
+            return err;
+        }
+        s->tails[seq].take_back(n_replaced);
+        if (const int err = decode(s, support, seq, tokens, n, LLAMA_SUPPORT_VERIFY, refresh, n)) {
+            return err;
+        }
+        for (int32_t i = 0; i < n; ++i) {
+            s->tails[seq].feed(tokens[i], s->tokens[tokens[i]], true); // dense: nothing to repair
+        }
+        sfi_step_info done = {};
+        done.kind    = refresh ? SFI_STEP_SLOW : SFI_STEP_DENSE;
+        done.reason  = SFI_REASON_VERIFY;
+        done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
+        done.depth   = done.n_cells = support.depth(seq);
+        done.t_us    = ggml_time_us() - start;
+        count_verify(s, support, done, n, n - n_replaced, refresh);
+        if (info) {
+            *info = done;
         }
         return (int) SFI_OK;
     });

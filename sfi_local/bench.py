@@ -16,7 +16,7 @@ from sfi_local.rows_report import FORMATS
 if TYPE_CHECKING:
     from sfi_local.bench_session import BenchSession, Decoded
 
-MODES = ("stock", "dense", "frozen", "sfi", "auto")  # in the order in which they take turns
+MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in which they take turns
 
 
 @click.command("bench", short_help="Measure modes side by side at several depths.")
@@ -53,7 +53,8 @@ def command(**options: Any) -> None:
 
     All modes decode the same text from the same KV cache, by turns (stock, dense, sfi, stock ...), and the medians are
     shown. First their outputs are compared: dense with stock, slow steps with dense ones, and that fast steps did read
-    less; where that fails, no time is shown.
+    less; where that fails, no time is shown. Mode exact decodes the greedy text that follows, not the given one; it must
+    give the tokens of dense steps.
 
     ceiling is tokens/s of stock at depth 0 over tokens/s of stock at that depth: what a step can gain at most when
     attention costs nothing. GB/s counts weights and the K and V that were read once per step; KV GB/s, for stock and
@@ -138,12 +139,13 @@ def measure_kv_type(request: Request, model: Any, kv_type: str, tokens: list[int
             session.go_to(depth, bar.filling)
             bar.say(f"{kv_type} @ {depth}: checking")
             checks = check_outputs(session, modes, request)
+            greedy = session.greedy(request.n) if "exact" in modes else []
             turns = {mode: [] for mode in modes}
             for rep in range(request.reps):
                 for mode in modes:
                     bar.say(f"{kv_type} @ {depth}: {mode}, {rep + 1} of {request.reps}")
                     turns[mode].append(session.decode(mode, request.n, request.slow_every, params_of(mode, request)))
-                    check_kinds(turns[mode][-1], mode, depth, request)
+                    check_kinds(turns[mode][-1], mode, depth, request, greedy)
                     bar.advance()
             measured.append((depth, turns, checks))
     return [row(mode, depth, turns, measured, checks, {**facts, **params_facts(params_of(mode, request))}, kv_type, session)
@@ -221,13 +223,15 @@ def params_of(mode: str, request: Request) -> SfiParams:
     return params.replace(max_span=max(params.max_span, request.slow_every or 0))
 
 
-def check_kinds(decoded: "Decoded", mode: str, depth: int, request: Request) -> None:
-    """Raise CheckError where a mode did not do the steps it stands for."""
+def check_kinds(decoded: "Decoded", mode: str, depth: int, request: Request, greedy: list[int]) -> None:
+    """Raise CheckError where a mode did not do the steps it stands for; greedy: the tokens of dense steps."""
     from sfi_local import bench_check
 
     params = params_of(mode, request)
     budget, auto = params.budget, params.auto_depth
-    if mode in ("stock", "dense") or mode == "auto" and depth + request.n <= auto:
+    if mode == "exact":
+        bench_check.same_tokens(decoded, greedy)
+    elif mode in ("stock", "dense") or mode == "auto" and depth + request.n <= auto:
         bench_check.only(decoded, mode if mode != "auto" else "dense")
     elif mode in ("frozen", "sfi") or depth > auto:
         bench_check.slow_and_fast(decoded, budget, depth, request.slow_every)
@@ -252,7 +256,7 @@ def row(mode: str, depth: int, turns: dict[str, list], measured: list, checks: d
         "model": facts["model"], "kv_type": kv_type, "depth": depth, "mode": mode, "decode_tps": tps,
         "spread": (max(rates) - min(rates)) / tps, "tps_reps": rates, "ms_step": _median_ms(mine),
         "ms_slow": _median_ms(mine, "slow"), "ms_fast": _median_ms(mine, "fast"), "steps": _steps(mine),
-        "reasons": mine[0].reasons, "kv_read_share": median(d.kv_read_share for d in mine),
+        "reasons": mine[0].reasons, "n_drafted": mine[0].n_drafted, "n_accepted": mine[0].n_accepted, "kv_read_share": median(d.kv_read_share for d in mine),
         "ratio_to_stock": _ratio(mine, stock), "ratio_to_dense": _ratio(mine, dense),
         "ceiling": median(d.tps for d in origin) / median(d.tps for d in stock) if origin and stock else None,
         "gbps": (facts["weight_bytes"] + kv_bytes) * tps / 1e9,

@@ -43,6 +43,14 @@ def only(decoded: "Decoded", kind: str) -> None:
         raise CheckError(f"No numbers are shown: the steps of mode {kind} were {', '.join(sorted(set(decoded.kinds)))}.")
 
 
+def same_tokens(decoded: "Decoded", dense: list[int]) -> None:
+    """Mode exact gave the tokens of dense steps, up to a tie if there is one."""
+    apart = next((i for i, (a, b) in enumerate(zip(decoded.tokens, dense)) if a != b), None)
+    if apart is not None and not decoded.ties[apart]:
+        raise CheckError(f"No times are shown: token {apart + 1} of mode exact is not that of dense steps, and no tie. Please "
+                         f"report this.")
+
+
 def slow_and_fast(decoded: "Decoded", budget: int, depth: int, slow_every: int | None) -> None:
     """There were slow and fast steps, as often as asked, and they read less than dense ones."""
     kinds = decoded.kinds

@@ -21,6 +21,7 @@ class Decoded:
     """One repetition: kind and milliseconds of each step, wall time around the call, the same for every mode.
 
     kv_read_share: bytes of K and V read over those of dense steps; kv_bytes: bytes of K and V per step
+    mode exact: n_drafted, n_accepted in tokens; tokens: what was decoded; ties: which of them are one, see noise.py
     """
 
     kinds: list[str]
@@ -28,6 +29,10 @@ class Decoded:
     reasons: dict[str, int]
     kv_read_share: float
     kv_bytes: float
+    n_drafted: int = 0
+    n_accepted: int = 0
+    tokens: tuple[int, ...] = ()
+    ties: tuple[bool, ...] = ()
 
     @property
     def tps(self) -> float:
@@ -44,7 +49,7 @@ class BenchSession(SwitchSession):
     def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str, tokens: list[int], fill: str):
         super().__init__(model, n_ctx, params, kv_type)
         self._text, self._fill = tokens, fill
-        self._layers = kv_layout.layers(model.file)
+        self._layers, self._vocabulary = kv_layout.layers(model.file), model.vocabulary
 
     @property
     def n_tail(self) -> int:
@@ -59,8 +64,13 @@ class BenchSession(SwitchSession):
             self.set_trunk(self._text[:depth], progress)
 
     def decode(self, mode: str, n: int, slow_every: int | None = None, params: SfiParams | None = None) -> Decoded:
-        """n steps in a mode, from the depth; the cache is first brought back to where it was."""
+        """n steps in a mode, from the depth; the cache is first brought back to where it was.
+
+        Steps are given the tokens of the text; mode exact, whose drafts a text would refute, goes its own greedy way.
+        """
         self.begin("sfi" if mode == "frozen" else mode, params)
+        if mode == "exact":
+            return self._decode_exact(n)
         schedule = every(slow_every) if slow_every and mode in ("frozen", "sfi") else None
         if self._fill == "state" and self.engine and self.params.support == "sketch" and self.mode == "sfi":
             self._settle_sketch()
@@ -71,6 +81,36 @@ class BenchSession(SwitchSession):
         dense_bytes = sum(kv_layout.kv_bytes(self._layers, i.depth, self.kv_type, self.kv_type) for i in infos) / n
         return Decoded([i.kind for i in infos], ms, stats.reasons if stats else {},
                        stats.kv_read_share if stats else 1.0, stats.kv_read / n if stats else dense_bytes)
+
+    def greedy(self, n: int) -> list[int]:
+        """The n tokens that dense steps give from the depth."""
+        from sfi_local.sampling import Sampling
+
+        self.begin("dense")
+        sampler, tokens = Sampling(temp=0).chain(), self._next(1)
+        while len(tokens) <= n:
+            self.step(tokens[-1])
+            tokens.append(sampler.sample(self.context))
+        return tokens[1:]
+
+    def _decode_exact(self, n: int) -> Decoded:
+        from sfi_local.exact import decode_span
+        from sfi_local.sampling import Sampling
+        from sfi_local.span import SpanLength
+
+        self.engine.reset_stats()
+        sampler, length, steps, ms = Sampling(temp=0).chain(), SpanLength(), [], []
+        token = self._next(1)[0]
+        while len(steps) < n:
+            start = time.perf_counter()
+            span = decode_span(self, self._vocabulary, sampler, token, n - len(steps) - 1, length)
+            wall = 1000 * (time.perf_counter() - start)
+            drafts = [info.t_ms for _, info, _ in span[:-1]]
+            steps, ms, token = steps + span, [*ms, *drafts, wall - sum(drafts)], span[-1][0]
+        stats, counts = self.engine.stats(), [more for _, _, more in steps]
+        return Decoded([info.kind for _, info, _ in steps], ms, stats.reasons, stats.kv_read_share, stats.kv_read / n,
+                       sum(c.get("n_drafted", 0) for c in counts), sum(c.get("n_accepted", 0) for c in counts),
+                       tuple(token for token, _, _ in steps), tuple(c.get("tie", False) for c in counts))
 
     def logits(self, mode: str, n: int, schedule: Schedule | None = None) -> Any:
         """The logits after each of n steps, float32 [n, n_vocab]."""

@@ -56,7 +56,7 @@ def _answer(model: Any, request: Any, conversation: list, marked: bool) -> Any:
     try:
         with progress("prefill", "tokens") as prefill:
             for step in model.generate(tokens, n=request.n_limit, sampling=request.sampling(), stop=request.stop,
-                                       progress=prefill):
+                                       draft=request.draft, progress=prefill):
                 prefill.close()
                 tell_notes(model)
                 tally.add(step)

@@ -88,6 +88,10 @@ class Stats:
     ms_prefill: float
     kv_read: int
     kv_dense: int
+    n_verify: int = 0
+    n_verified: int = 0
+    ms_verify: float = 0.0
+    n_repaired: int = 0
 
     @property
     def kv_read_share(self) -> float:
@@ -137,8 +141,20 @@ class Engine:
         """One token through the model; the logits of the next are then ready in the context."""
         info = self._ffi.new("struct sfi_step_info *")
         self._check(self._lib.sfi_step(self._handle(), seq, token, KINDS[kind], info))
-        return StepInfo(self._kind_name(info.kind), self._reason_name(info.reason), info.pos, info.depth,
-                        info.n_cells, info.t_us / 1000, info.tail_mass)
+        return self._step_info(info)
+
+    def verify(self, tokens: Sequence[int], n_replaced: int, refresh: bool = True, seq: int = 0) -> StepInfo:
+        """Dense attention for tokens in one batch, in place of the last n_replaced of the sequence.
+
+        The logits after token i are then row i of the context. With refresh the pass ends with a new support.
+        """
+        info, array = self._ffi.new("struct sfi_step_info *"), self._ffi.new("llama_token[]", tokens)
+        self._check(self._lib.sfi_verify(self._handle(), seq, array, len(tokens), n_replaced, refresh, info))
+        return self._step_info(info)
+
+    def rollback(self, n: int, seq: int = 0) -> None:
+        """Take back the last n tokens; the support stays valid where it does not list them."""
+        self._check(self._lib.sfi_rollback(self._handle(), seq, n))
 
     def peek(self, token: int, seq: int = 0) -> tuple[str, str]:
         """(kind, reason) that the schedule would choose for this token now; nothing is computed."""
@@ -197,7 +213,8 @@ class Engine:
         self._check(self._lib.sfi_get_stats(self._handle(), s))
         reasons = {self._reason_name(i): n for i, n in enumerate(s.n_reason) if i and n}
         return Stats(s.n_slow, s.n_fast, s.n_dense, s.n_prefill, reasons, s.us_slow / 1000, s.us_fast / 1000,
-                     s.us_dense / 1000, s.us_prefill / 1000, s.kv_read, s.kv_dense)
+                     s.us_dense / 1000, s.us_prefill / 1000, s.kv_read, s.kv_dense, s.n_verify, s.n_verified,
+                     s.us_verify / 1000, s.n_repaired)
 
     def reset_stats(self) -> None:
         self._check(self._lib.sfi_reset_stats(self._handle()))
@@ -211,6 +228,10 @@ class Engine:
         self._check(self._lib.sfi_get_layer(self._handle(), il, out))
         return LayerInfo(out.sparse, out.n_head, out.n_head_kv, out.n_embd_head_k, out.n_embd_head_v,
                          out.kv_cell_bytes, self._ffi.string(out.why).decode())
+
+    def _step_info(self, info: Any) -> StepInfo:
+        return StepInfo(self._kind_name(info.kind), self._reason_name(info.reason), info.pos, info.depth,
+                        info.n_cells, info.t_us / 1000, info.tail_mass)
 
     def _kind_name(self, kind: int) -> str:
         return self._ffi.string(self._lib.sfi_kind_name(kind)).decode()

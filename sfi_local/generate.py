@@ -28,34 +28,55 @@ def generate(session: Session, vocabulary: "Vocabulary", prompt: Sequence[int], 
     Raises InputError for an empty prompt, BusyError if another generation began, and what Session raises. After any
     exception the session is usable.
     """
+    turn, info = begin(session, prompt, progress)
+    ending = Ending(session, vocabulary, n, stop)
+    while True:
+        token = sampler.sample(session.context)
+        yield (step := ending.step(token, info))
+        if step.finish:
+            return
+        check_turn(session, turn)
+        info = session.step(token, schedule)
+
+
+def begin(session: Session, prompt: Sequence[int], progress: Progress | None) -> tuple[int, StepInfo]:
+    """Prefill what the cache does not hold; returns the number of this generation, and the prefill as a step."""
     if not prompt:
         raise InputError("The prompt is empty: give some text.")
     if session.engine:
         session.engine.reset_stats()
     n_reused = session.reuse(prompt)
-    turn, info = session.turn, session.prefill(prompt[n_reused:], progress)
-    text = TextStream(tuple(stop))
-    for n_generated in range(1, (n or session.n_ctx) + 1):
-        token = sampler.sample(session.context)
-        finish = _finish(session, vocabulary, token, n is not None and n_generated >= n)
-        piece = b"" if finish == "end" else vocabulary.piece(token)
-        released = text.push(piece, last=bool(finish))
-        finish = "stop" if text.stopped else finish
-        yield _step(info, token, released, finish)
-        if finish:
-            return
-        if session.turn != turn:
-            raise BusyError("Another generation has begun on this model: finish one before the next, or load it twice.")
-        info = session.step(token, schedule)
+    return session.turn, session.prefill(prompt[n_reused:], progress)
 
 
-def _finish(session: Session, vocabulary: "Vocabulary", token: int, n_reached: bool) -> str:
-    if vocabulary.is_end(token):
-        return "end"
-    if n_reached:
-        return "length"
-    return "context" if len(session.tokens) >= session.n_ctx else ""
+def check_turn(session: Session, turn: int) -> None:
+    """Raise BusyError if another generation has begun, for it has taken the cache."""
+    if session.turn != turn:
+        raise BusyError("Another generation has begun on this model: finish one before the next, or load it twice.")
 
 
-def _step(info: StepInfo, token: int, text: str, finish: str) -> Step:
-    return Step(token, text, info.kind, info.reason, info.t_ms, info.pos + 1, info.depth, info.n_cells, finish)
+class Ending:
+    """Turns tokens into Steps, and knows when it is over.
+
+    n_left: tokens that may still come
+    """
+
+    def __init__(self, session: Session, vocabulary: "Vocabulary", n: int | None, stop: Sequence[str]):
+        self._vocabulary, self._n_ctx, self._text = vocabulary, session.n_ctx, TextStream(tuple(stop))
+        self.n_left = n or session.n_ctx + 1
+
+    def step(self, token: int, info: StepInfo) -> Step:
+        """The Step of a token and the step whose logits it was sampled from."""
+        self.n_left -= 1
+        finish = self._finish(token, info.pos + 1)
+        piece = b"" if finish == "end" else self._vocabulary.piece(token)
+        released = self._text.push(piece, last=bool(finish))
+        finish = "stop" if self._text.stopped else finish
+        return Step(token, released, info.kind, info.reason, info.t_ms, info.pos + 1, info.depth, info.n_cells, finish)
+
+    def _finish(self, token: int, pos: int) -> str:
+        if self._vocabulary.is_end(token):
+            return "end"
+        if self.n_left == 0:
+            return "length"
+        return "context" if pos >= self._n_ctx else ""

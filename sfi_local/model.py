@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 from sfi_local import kv_layout
 from sfi_local.errors import ArgumentError, ModelFileError, OutOfMemoryError
+from sfi_local.exact import generate_exact
 from sfi_local.generate import generate
 from sfi_local.gguf_file import GgufFile, read_gguf
 from sfi_local.interrupt import InterruptFlag
@@ -20,6 +21,7 @@ from sfi_local.prompt import ChatTemplate, Message, too_long
 from sfi_local.pull import resolve
 from sfi_local.sampling import Sampling
 from sfi_local.session import MODES, N_BATCH, Progress, Schedule, Session
+from sfi_local.span import MAX_DRAFTS
 from sfi_local.step import Step
 
 MIN_CTX = 512        # a context smaller than this is of no use
@@ -33,7 +35,7 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
          verbose: bool = False, progress: Callable[[float, float], None] | None = None) -> "Model":
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
-    mode:      ``auto``, ``sfi``, ``dense`` or ``stock``, see session.py
+    mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see session.py
     n_ctx:     cells of the context; None: grows as needed, up to what the model was trained on and memory allows
     n_threads: None: one per physical core
     type_k, type_v: f16, bf16, q8_0, q4_0 or f32
@@ -113,17 +115,28 @@ class Model:
 
     def generate(self, prompt: str | Sequence, *, n: int | None = 512, sampling: Sampling | None = None,
                  stop: Sequence[str] = (), schedule: Schedule | None = None,
-                 progress: Progress | None = None) -> Iterator[Step]:
-        """Yield a Step per generated token; see generate.generate.
+                 draft: int | None = None, progress: Progress | None = None) -> Iterator[Step]:
+        """Yield a Step per generated token; see generate.generate, and in mode ``exact`` exact.generate_exact.
 
         prompt: text, messages or token ids, see prompt_tokens
         n:      tokens at most; None: until the answer ends or the context is full
-        Raises InputError if the prompt is empty or does not fit.
+        draft:  mode ``exact``: tokens drafted per span; None: as many as pay
+        Raises InputError if the prompt is empty or does not fit, ArgumentError for options that the mode does not have.
         """
+        self._check_generate(schedule, draft)
         tokens = self.prompt_tokens(prompt) if prompt else []
         sampler = (sampling or Sampling()).validate().chain()
         session = self.open_session(len(tokens), n)
-        yield from generate(session, self.vocabulary, tokens, sampler, n, stop, schedule, progress)
+        if self.mode == "exact":
+            yield from generate_exact(session, self.vocabulary, tokens, sampler, n, stop, draft, progress)
+        else:
+            yield from generate(session, self.vocabulary, tokens, sampler, n, stop, schedule, progress)
+
+    def _check_generate(self, schedule: Schedule | None, draft: int | None) -> None:
+        if self.mode == "exact" and schedule:
+            raise ArgumentError("In mode exact every step is a draft or a verification: leave the schedule out.")
+        if draft is not None and (self.mode != "exact" or not 0 <= draft <= MAX_DRAFTS):
+            raise ArgumentError(f"draft is {draft}: give a number from 0 to {MAX_DRAFTS}, in mode exact.")
 
     def open_session(self, n_prompt: int, n: int | None) -> Session:
         """The session, with room for a prompt and n more tokens if the limit allows; a larger one is made if needed."""
@@ -187,7 +200,7 @@ class Model:
             self._params.check_context(n_ctx)
             return self._params
         params = self._params.fit_context(n_ctx)
-        if self.mode == "sfi" and params.budget < self._params.budget:
+        if self.mode in ("sfi", "exact") and params.budget < self._params.budget:
             self._note(f"The budget of {self._params.budget} cells does not fit a context of {n_ctx} tokens; it is "
                        f"{params.budget} cells here.")
         return params

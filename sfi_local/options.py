@@ -24,8 +24,11 @@ def answer_options(n: int, mode: str) -> Callable:
             click.option("-p", "--prompt", metavar="TEXT", help="The question or instruction."),
             click.option("-n", "--n", "n", type=click.IntRange(-1), default=n, show_default=True, metavar="N",
                          help="Tokens to generate at most; -1: until the answer ends or the context is full."),
-            click.option("--mode", type=click.Choice(["auto", "sfi", "dense", "stock"]), default=mode, show_default=True,
-                         help="sfi: slow-fast; dense: every step dense; stock: llama.cpp's own path; auto: sfi where it pays."),
+            click.option("--mode", type=click.Choice(["auto", "sfi", "exact", "dense", "stock"]), default=mode, show_default=True,
+                         help="sfi: slow-fast; exact: slow-fast drafts, verified: the text of dense; dense: every step dense; stock: "
+                              "llama.cpp's own path; auto: sfi where it pays."),
+            click.option("--draft", type=click.IntRange(0, 32), metavar="N",
+                         help="Mode exact: tokens drafted per span [default: as many as pay]."),
             click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Seed of the sampler [default: random]."),
             click.option("--temp", type=click.FloatRange(0), default=0.8, show_default=True, metavar="X",
                          help="Temperature; 0 takes the most likely token."),
@@ -73,6 +76,9 @@ def sfi_options(command: Callable) -> Callable:
         _count("--min-span", 0, "Fast steps before a boundary may make a step slow."),
         click.option("--boundary/--no-boundary", default=None,
                      help="Slow step after the end of a sentence [default: on for frozen and window]."),
+        click.option("--repair/--no-repair", default=None,
+                     help=f"A slow step computes K and V of the fast steps before it again, with dense attention [default: "
+                          f"{'on' if _DEFAULT.repair else 'off'}]."),
         _count("--n-queries", 1, "Evidence of the last N queries, 64 at most ..."),
         _count("--n-slow-queries", 1, "... of which a slow step takes the last N: its own costs nothing, more do."),
         _count("--pool-after", 0, "An important cell brings N cells after it ..."),
@@ -114,7 +120,7 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
 
     A budget that was typed is kept or refused; the default one adapts to a small context. Raises ArgumentError.
     """
-    names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "n_queries", "n_slow_queries", "pool_after",
+    names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "n_slow_queries", "pool_after",
              "pool_before", "tolerance", "max_tail_mass")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})

@@ -29,6 +29,7 @@ class SfiParams:
     max_span:   a step is slow at the latest after this many fast steps; 0: never (sketch and oracle only); steps
     min_span:   fast steps before a boundary may make a step slow; steps
     boundary:   slow step at the first content token after the end of a sentence
+    repair:     frozen, window: a slow step computes K and V of the span before it again, with dense attention
     auto_depth: below this depth SFI_STEP_AUTO is dense; 0: slow-fast at every depth; cells
     n_queries:  evidence of the last n queries; tokens, 1 .. 64
     n_slow_queries: ... of which a slow step takes the last n: its own costs nothing, more do; tokens, 1 .. 64
@@ -51,6 +52,7 @@ class SfiParams:
     max_span: int = 0
     min_span: int = 16
     boundary: bool = False
+    repair: bool = False
     auto_depth: int = 0
     n_queries: int = 16
     n_slow_queries: int = 1
@@ -84,6 +86,11 @@ class SfiParams:
     def follows(self) -> bool:
         """Is `selected` chosen anew at every step, so that no slow step is needed to renew it?"""
         return self.support in ("sketch", "oracle")
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether slow steps choose what fast steps attend to; else each fast step does."""
+        return self.support in ("frozen", "window")
 
     @property
     def budget(self) -> int:

@@ -22,6 +22,7 @@ class Request:
     prompt: str | None
     n: int
     mode: str
+    draft: int | None
     seed: int | None
     temp: float
     top_k: int
@@ -45,6 +46,8 @@ class Request:
 
         if self.n == 0:
             raise UsageError("-n 0 generates nothing: give 1 or more, or -1 for no limit.")
+        if self.draft is not None and self.mode != "exact":
+            raise UsageError("--draft is for mode exact: add --mode exact, or leave it out.")
         if (self.max_prompt_tokens or self.truncate) and self.file is None:
             raise UsageError("--max-prompt-tokens and --truncate take the head of a file: give one with -f.")
         if self.raw and self.system is not None:

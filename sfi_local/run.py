@@ -50,7 +50,8 @@ def command(**options: Any) -> None:
 
     The answer alone goes to stdout; progress goes to stderr and, after the answer, a line of statistics: speed of
     prefill and decode (steps only), how many steps were slow or dense and why, how many fast, and the share of KV
-    bytes read compared with dense decoding.
+    bytes read compared with dense decoding. In mode exact also how many tokens were drafted and how many of them kept,
+    and ties: tokens that rounding might have decided otherwise.
     """
     params, fit_budget = take_params(options)
     request = RunRequest(**options, params=params, fit_budget=fit_budget)
@@ -105,7 +106,8 @@ def stream(model: Any, tokens: list[int], sampling: Any, request: Request, echo:
     tally = Tally(n_prompt=len(tokens))
     marked = request.marks()
     with progress("prefill", "tokens") as prefill:
-        for step in model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, progress=prefill):
+        for step in model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
+                                   progress=prefill):
             if not tally.tokens:
                 prefill.close()
                 tell_notes(model)
@@ -143,7 +145,13 @@ def report(model: Any, tally: Any, request: Request, sampling: Any) -> dict[str,
         "temp": sampling.temp,
         "seed": sampling.seed,
         "notes": model.notes,
+        **({"drafts": drafts(tally)} if request.mode == "exact" else {}),
     }
+
+
+def drafts(tally: Any) -> dict[str, int]:
+    """What --json says about mode exact, in tokens."""
+    return {"drafted": tally.n_drafted, "accepted": tally.n_accepted, "ties": tally.n_ties}
 
 
 def statistics(model: Any, tally: Any) -> str:
@@ -154,6 +162,8 @@ def statistics(model: Any, tally: Any) -> str:
         parts.append(f"decode {sum(tally.steps.values())} steps {tally.decode_tps:.1f}/s: {kinds}")
     if tally.reasons and model.mode != "dense":  # there every step is, because that was asked for
         parts.append("because " + ", ".join(f"{reason} {n}" for reason, n in tally.reasons.most_common()))
+    if tally.n_drafted:
+        parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted}, ties {tally.n_ties}")
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
     ends = {"length": "stopped at -n", "context": "stopped: the context is full", "stop": "stopped at a stop text",
             "": "interrupted"}

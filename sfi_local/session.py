@@ -2,7 +2,8 @@
 
 modes: ``stock`` plain llama_decode, sfi never attached; ``dense`` every step dense with our kernel; ``sfi`` slow-fast
 at every depth; ``auto`` slow-fast from the depth where it pays, stock (with the reason in ``why_stock``) where the
-model cannot be sparse.
+model cannot be sparse; ``exact`` fast steps whose tokens a dense pass verifies (exact.py), dense steps below the depth
+where that can pay.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Callable, Sequence
 
 from sfi_local.engine import Engine, StepInfo
@@ -18,9 +20,10 @@ from sfi_local.errors import (AbortedError, BackendError, BusyError, ContextErro
                               DetachedError, KvTypeError, ModelError, OutOfMemoryError, SfiError)
 from sfi_local.interrupt import InterruptFlag
 from sfi_local.library import last_log_lines, open_library
+from sfi_local.noise import Noise
 from sfi_local.params import SfiParams, auto_depth
 
-MODES = ("auto", "sfi", "dense", "stock")
+MODES = ("auto", "sfi", "dense", "exact", "stock")
 GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 N_BATCH = 512
 
@@ -36,14 +39,17 @@ class Session:
     tokens:  what the KV cache holds, in order
     n_prefilled: tokens of the last prefill
     turn:    number of the current generation; a generator that sees another number has lost the cache
-    Raises ModelError, KvTypeError, BackendError in modes ``sfi`` and ``dense``; OutOfMemoryError.
+    n_drafted: of the last tokens, those that came by fast steps and are not verified (mode ``exact``)
+    n_since_refresh: tokens since a support was chosen, where mode ``exact`` counts them
+    noise:   how far verified batches lie from dense steps
+    Raises ModelError, KvTypeError, BackendError in modes ``sfi``, ``dense`` and ``exact``; OutOfMemoryError.
     """
 
     def __init__(self, weights: Any, n_ctx: int, mode: str, params: SfiParams, n_threads: int,
                  type_k: str = "f16", type_v: str = "f16"):
         self.n_ctx, self.mode, self.params = n_ctx, mode, params
         self.tokens: list[int] = []
-        self.why_stock, self.n_prefilled, self.turn = "", 0, 0
+        self.why_stock, self.n_prefilled, self.turn, self.n_drafted, self.n_since_refresh, self.noise = "", 0, 0, 0, 0, Noise()
         self._llama = open_library().llama_cpp
         self._context = _new_context(self._llama, weights, n_ctx, n_threads, type_k, type_v)
         self._memory = self._llama.llama_get_memory(self._context.ctx)
@@ -90,7 +96,7 @@ class Session:
                 self._prefill(list(tokens), lambda n, total: _report(flag, progress, n, total))
             finally:
                 self._settle()
-        depth, self.n_prefilled = len(self.tokens), len(tokens)
+        depth, self.n_prefilled, self.n_since_refresh = len(self.tokens), len(tokens), 0
         return StepInfo("prefill", "", depth - 1, depth, depth, 1000 * (time.perf_counter() - start))
 
     def step(self, token: int, schedule: Schedule | None = None) -> StepInfo:
@@ -105,8 +111,46 @@ class Session:
                 self._settle()
                 raise
 
-    def _reuse(self, tokens: Sequence[int]) -> int:
+    def can_draft(self, token: int) -> bool:
+        """Whether a fast step may be taken now: there is a support, room in its window, and depth enough."""
+        kind, reason = self.engine.peek(token)
+        return kind == "fast" or reason == "boundary"
+
+    def draft(self, token: int) -> StepInfo:
+        """A fast step whose token is to be verified or taken back."""
+        self.n_drafted += 1  # first, so that after an interrupt at any point no draft passes for a sure token
+        return replace(self.step(token, lambda *_: "fast"), reason="")
+
+    def verify(self, tokens: Sequence[int], refresh: bool) -> StepInfo:
+        """One dense pass over tokens, all but the last of which the cache holds; row i of the logits follows token i.
+
+        refresh: the pass ends with a new support
+        """
+        with self._exclusive():
+            known = len(tokens) - 1
+            try:
+                info = self.engine.verify(tokens, known, refresh)
+            except SfiError:
+                self._drop_drafts()
+                raise
+            self.tokens[len(self.tokens) - known:] = tokens
+            self.n_drafted = 0
+            return info
+
+    def rollback(self, n: int) -> None:
+        """Take back the last n tokens; the support stays."""
+        with self._exclusive():
+            self.engine.rollback(n)
+            del self.tokens[len(self.tokens) - n:]
+
+    def _drop_drafts(self) -> None:
+        if self.n_drafted:
+            del self.tokens[max(0, len(self.tokens) - self.n_drafted):]
+            self.n_drafted = 0
         self._settle()
+
+    def _reuse(self, tokens: Sequence[int]) -> int:
+        self._drop_drafts()
         self.turn += 1
         n = 0
         while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
@@ -120,7 +164,7 @@ class Session:
     def _attach(self) -> Engine | None:
         if self.mode == "stock":
             return None
-        depth = (self.params.auto_depth or auto_depth(self.params)) if self.mode == "auto" else 0
+        depth = (self.params.auto_depth or auto_depth(self.params)) if self.mode in ("auto", "exact") else 0
         try:
             return Engine(self._context.ctx, self.params.replace(auto_depth=depth), owner=self._context)
         except (ModelError, ContextError, KvTypeError, BackendError) as error:
@@ -130,7 +174,8 @@ class Session:
             return None
 
     def _engine_step(self, token: int, schedule: Schedule | None) -> StepInfo:
-        kind = "dense" if self.mode == "dense" else "auto"
+        exact = self.mode == "exact" and self.can_draft(token)  # else the schedule's step is a dense or a slow one
+        kind = "dense" if self.mode == "dense" or exact else "auto"
         if schedule:
             proposed = (kind, "forced") if kind == "dense" else self.engine.peek(token)
             kind = schedule(len(self.tokens) - 1, token, *proposed)

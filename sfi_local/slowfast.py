@@ -22,7 +22,9 @@ from sfi_local.gguf_file import read_gguf  # noqa: E402
 from sfi_local.library import log  # noqa: E402
 from sfi_local.machine import physical_cores  # noqa: E402
 from sfi_local.params import SfiParams, auto_depth  # noqa: E402
-from sfi_local.session import MODES  # noqa: E402
+from sfi_local.session import MODES as SESSION_MODES  # noqa: E402
+
+MODES = tuple(mode for mode in SESSION_MODES if mode != "exact")
 
 
 class SlowFastLlama(Llama):
@@ -42,6 +44,9 @@ class SlowFastLlama(Llama):
     """
 
     def __init__(self, model_path: str, *, mode: str = "auto", sfi_params: SfiParams | None = None, **kwargs: Any):
+        if mode == "exact":
+            raise ArgumentError("SlowFastLlama has no mode exact, which must see the sampler draw several tokens at once: use "
+                                "sfi_local.load(..., mode=\"exact\"), or mode dense.")
         if mode not in MODES:
             raise ArgumentError(f"mode is {mode!r}: choose one of {', '.join(MODES)}.")
         if kwargs.get("embedding"):

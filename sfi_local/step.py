@@ -23,6 +23,9 @@ class Step:
     n_cells: cells that each KV head of a sparse layer did attend to
     finish:  "" or why this is the last item: ``stop`` (stop string), ``end`` (end of answer), ``length`` (n reached),
              ``context`` (context full)
+    tie:     mode exact: another token was as likely but for noise, so that dense steps might have taken it
+    n_drafted, n_accepted: mode exact: tokens that were drafted for the span which ends here, and those of them that
+             verification kept
     """
 
     token: int
@@ -34,6 +37,9 @@ class Step:
     depth: int
     n_cells: int
     finish: str = ""
+    tie: bool = False
+    n_drafted: int = 0
+    n_accepted: int = 0
 
 
 class TextStream:
@@ -84,12 +90,18 @@ class Tally:
     ms_prefill: float = 0.0
     ms_steps: float = 0.0
     finish: str = ""
+    n_drafted: int = 0
+    n_accepted: int = 0
+    n_ties: int = 0
 
     def add(self, step: Step) -> None:
         """Count one item."""
         self.tokens.append(step.token)
         self.texts.append(step.text)
         self.finish = step.finish
+        self.n_drafted += step.n_drafted
+        self.n_accepted += step.n_accepted
+        self.n_ties += step.tie
         if step.kind == "prefill":
             self.ms_prefill += step.t_ms
             return

@@ -78,6 +78,20 @@ def test_the_sketch_is_measured_beside_the_frozen_support(tiny, fill):
     dense, frozen, sketch = rows
     assert sketch["steps"]["fast"] == 20 and sketch["params"]["support"] == "sketch" and sketch["kv_read_share"] < 0.7
     assert frozen["params"]["support"] == "frozen" and dense["steps"]["dense"] == 20
+def test_mode_exact_is_measured_on_the_greedy_text_that_dense_steps_give(tiny):
+    params = SMALL.replace(auto_depth=1)
+    rows = bench.measure(request(tiny, depths=(300,), modes=("dense", "exact"), params=params, n=40))
+    exact = next(r for r in rows if r["mode"] == "exact")
+    assert exact["n_drafted"] >= exact["n_accepted"] and exact["n_drafted"] > 0 and sum(exact["steps"].values()) == 40
+
+
+def test_mode_exact_that_is_not_dense_gets_no_time(tiny, monkeypatch):
+    def keep_all(session, sampler, drafts, first):
+        return [*(d.token for d in drafts), sampler.sample(session.context, first + len(drafts))], [False] * (len(drafts) + 1)
+
+    monkeypatch.setattr("sfi_local.exact._keep", keep_all)
+    with pytest.raises(CheckError, match="mode exact is not that of dense steps"):
+        bench.measure(request(tiny, depths=(300,), modes=("dense", "exact"), params=SMALL.replace(auto_depth=1), n=40))
 
 
 def test_every_kv_type_and_depth_has_its_rows_and_a_state_fill_is_labelled(tiny):

@@ -81,6 +81,20 @@ struct ggml_tensor * ggml_sparse_attn(
     return result;
 }
 
+void ggml_sparse_attn_set_visible(
+        struct ggml_tensor * attn,
+        struct ggml_tensor * visible) {
+    const struct ggml_tensor * q = attn->src[0], * always = attn->src[3];
+
+    GGML_ASSERT(attn->op == GGML_OP_SPARSE_ATTN);
+    GGML_ASSERT(always && always->ne[1] == 1 && !attn->src[4]);
+    assert_cells(visible);
+    GGML_ASSERT(visible->ne[0] == q->ne[1]);
+    GGML_ASSERT(visible->ne[1] == q->ne[3] && ggml_nrows(visible) == q->ne[3]);
+
+    attn->src[7] = visible; // the place of mass, which is for one token
+}
+
 void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass) {
     GGML_ASSERT(result->op == GGML_OP_SPARSE_ATTN);
     GGML_ASSERT(mass->type == GGML_TYPE_F32 && has_rows(mass));

@@ -45,6 +45,16 @@ GGML_API struct ggml_tensor * ggml_sparse_attn(
         float                 scale,
         float                 logit_softcap);
 
+// Tokens of one text: token t sees only the first visible[t] entries of `always` (pads count). The rows of K and V are
+// then read once for all tokens, and the result of each is bit for bit that of the operation for it alone, if `always`
+// is then cut at visible[t].
+//
+//   attn      result of ggml_sparse_attn() whose `always` is the same for all tokens, without `selected`
+//   visible   I32 [n_tokens, n_stream]
+GGML_API void ggml_sparse_attn_set_visible(
+        struct ggml_tensor * attn,
+        struct ggml_tensor * visible);
+
 // Have the operation also say where the attention went, for one token:
 //
 //   mass      F32 [2, n_head]                           // written

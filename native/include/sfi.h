@@ -80,6 +80,7 @@ struct sfi_params {
     int32_t max_span;    /* fast steps after which a step is slow at the latest; 0: never (not for frozen and window) */
     int32_t min_span;    /* fast steps before a boundary may make a step slow, >= 0 */
     bool    boundary;    /* slow step at the first content token after the end of a sentence */
+    bool    repair;      /* frozen, window: a slow step computes K and V of the span before it again, with dense attention */
     int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells; 0: slow-fast at every depth */
 
     /* the selector */
@@ -143,7 +144,8 @@ enum sfi_reason {
     SFI_REASON_INVALIDATED = 5, /* slow: the cache was edited behind the support */
     SFI_REASON_FORCED      = 6, /* the caller asked for this kind */
     SFI_REASON_SHORT       = 7, /* dense: fewer cells than auto_depth */
-    SFI_REASON_COUNT       = 8,
+    SFI_REASON_VERIFY      = 8, /* slow or dense: sfi_verify() */
+    SFI_REASON_COUNT       = 9,
 };
 
 struct sfi_step_info {
@@ -172,6 +174,19 @@ SFI_API int sfi_step(struct sfi * sfi, llama_seq_id seq, llama_token token, enum
 /* What the schedule would do with this token now; nothing is computed. */
 SFI_API int sfi_peek(const struct sfi * sfi, llama_seq_id seq, llama_token token,
                      enum sfi_step_kind * kind, enum sfi_reason * reason);
+
+/* Take back the last n tokens of a sequence. A support that does not list them stays valid: any n up to the cells
+ * that followed the last refresh, and n_recent of those before it. Taken back beyond that, the next step is slow. */
+SFI_API int sfi_rollback(struct sfi * sfi, llama_seq_id seq, int32_t n);
+
+/* Dense attention for n tokens in one batch, 1 to llama_n_batch(), each K row read once for all of them. They take the
+ * place of the last n_replaced tokens of the sequence (n_replaced <= n), whose K and V came from fast steps. The logits
+ * after token i are then llama_get_logits_ith(lctx, i). With refresh the pass ends with a new support.
+ *
+ * To decode exactly as dense steps would: draft a few tokens by fast steps, verify the token that was sampled last and
+ * all drafted ones, keep the drafts that the logits confirm, sfi_rollback() the others, sample the next token. */
+SFI_API int sfi_verify(struct sfi * sfi, llama_seq_id seq, const llama_token * tokens, int32_t n, int32_t n_replaced,
+                       bool refresh, struct sfi_step_info * info);
 
 /* Drop the support of a sequence, if it has one: its next step is slow. */
 SFI_API int sfi_invalidate(struct sfi * sfi, llama_seq_id seq);
@@ -221,7 +236,10 @@ struct sfi_stats {
     int64_t n_slow, n_fast, n_dense, n_prefill;  /* steps; tokens of prefill */
     int64_t n_reason[SFI_REASON_COUNT];          /* slow and dense steps by reason */
     int64_t us_slow, us_fast, us_dense, us_prefill;
-    int64_t kv_read, kv_dense;                   /* bytes of K and V that the steps read / dense steps would have read */
+    int64_t kv_read, kv_dense;                   /* bytes of K and V that the steps read / dense steps would have read
+                                                    for the tokens that were not taken back */
+    int64_t n_verify, n_verified, us_verify;     /* calls of sfi_verify(), tokens in them, their time */
+    int64_t n_repaired;                          /* tokens whose K and V slow steps computed again */
 };
 
 SFI_API int sfi_get_stats  (const struct sfi * sfi, struct sfi_stats * stats);

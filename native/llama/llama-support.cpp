@@ -161,6 +161,9 @@ size_t llama_support::memory() const {
 // ---- validity ----------------------------------------------------------------------------------------------------------
 
 void llama_support::invalidate(uint32_t s) {
+    if (s == rolling_back) {
+        return; // roll_back() knows what is removed
+    }
     auto & st = streams[s];
     st.edited   = st.edited || st.valid;
     st.valid    = false;
@@ -274,6 +277,34 @@ void llama_support::finish(bool ok) {
     kind = ubatch_kind = LLAMA_SUPPORT_NONE;
 }
 
+bool llama_support::roll_back(uint32_t s, int32_t n, const std::function<bool()> & remove) {
+    auto & st = streams[s];
+    const int64_t left = (int64_t) st.cells.size() - n;
+    if (!st.mirrored || left < (st.valid ? st.j1 : 1)) {
+        return remove(); // an edit like any other
+    }
+    const llama_pos last_pos = kv->get_cells(s).pos_get(st.cells[left - 1]);
+    rolling_back = s;
+    const bool ok = remove();
+    rolling_back = -1;
+    if (!ok) {
+        invalidate(s);
+        return false;
+    }
+    for (; (int64_t) st.cells.size() > left; st.cells.pop_back()) {
+        st.holes.push_back(st.cells.back());
+    }
+    for (auto it = st.holes.end(); (it = std::find(st.holes.begin(), st.holes.end(), st.n_used - 1)) != st.holes.end(); --st.n_used) {
+        st.holes.erase(it);
+    }
+    st.last_pos = last_pos;
+    st.span     = std::max(0, st.span - n);
+    for (auto & pos : st.query_pos) {
+        pos = pos > last_pos ? -1 : pos;
+    }
+    return true;
+}
+
 bool llama_support::valid(uint32_t s) const {
     return streams[s].valid;
 }
@@ -331,7 +362,7 @@ llama_support::key llama_support::graph_key() const {
         const bool fast = ubatch_kind == LLAMA_SUPPORT_FAST;
         k.refresh  = ubatch_refresh && params.refreshes();
         k.stream   = stream;
-        const bool lists_all = ubatch_kind == LLAMA_SUPPORT_DENSE || ubatch_kind == LLAMA_SUPPORT_SLOW || k.refresh
+        const bool lists_all = ubatch_kind == LLAMA_SUPPORT_DENSE || ubatch_kind == LLAMA_SUPPORT_SLOW || ubatch_kind == LLAMA_SUPPORT_VERIFY || k.refresh
             || (fast && params.policy == LLAMA_SUPPORT_ORACLE);
         k.n_list   = lists_all ? list_size() : 0;
         k.n_stored = params.selects() ? ubatch_stored : 0;
@@ -378,6 +409,13 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     }
     if (is_used(cells)) {
         set_list(cells, st.cells.data(), st.cells.size());
+    }
+    if (is_used(visible)) {
+        std::vector<int32_t> values;
+        for (int32_t i = (int32_t) ubatch->n_tokens - 1; i >= 0; --i) {
+            values.push_back(n - i);
+        }
+        ggml_backend_tensor_set(visible, values.data(), 0, ggml_nbytes(visible));
     }
     const auto set_plan = [&](ggml_tensor * dst, llama_pos youngest, llama_pos oldest) {
         const auto [j0, j1] = support->candidates(n);
@@ -443,6 +481,9 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
     }
     if (key.n_list > 0) {
         inp->cells = new_input(g, GGML_TYPE_I32, key.n_list, "support_cells");
+    }
+    if (key.kind == LLAMA_SUPPORT_VERIFY) {
+        inp->visible = new_input(g, GGML_TYPE_I32, g.n_tokens, "support_visible");
     }
     if (key.refresh) {
         inp->plan   = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
@@ -638,6 +679,9 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     ggml_tensor * cur = ggml_sparse_attn(ctx, q_rows, k, v, fast ? inp->always : inp->cells, chosen.selected, chosen.tail, sinks, kq_scale, softcap);
     if (chosen.tail) {
         ggml_sparse_attn_set_mass(cur, stream_of(ctx, layer.mass, key.stream));
+    }
+    if (inp->visible) {
+        ggml_sparse_attn_set_visible(cur, inp->visible);
     }
     g.cb(cur, "sparse_attn", il);
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

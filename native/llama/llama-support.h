@@ -11,6 +11,7 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -27,6 +28,7 @@ enum llama_support_kind {
     LLAMA_SUPPORT_DENSE,   // every cell, our kernel
     LLAMA_SUPPORT_SLOW,    // every cell, our kernel, then a refresh
     LLAMA_SUPPORT_FAST,    // the support alone
+    LLAMA_SUPPORT_VERIFY,  // several tokens, each attends to every cell up to its own, our kernel; may end with a refresh
 };
 
 // How a fast step gets its support.
@@ -92,6 +94,10 @@ public:
     // the next n_tokens tokens of this stream are ours; with refresh the last ubatch of a prefill chooses the support
     void announce(uint32_t stream, llama_support_kind kind, int32_t n_tokens, bool refresh);
     void finish(bool ok);
+
+    // `remove` takes the last n cells of a stream out of the cache. What does not list them stays valid; the queries
+    // of the removed tokens are gone, and the older ones that they had replaced. False if `remove` failed.
+    bool roll_back(uint32_t stream, int32_t n, const std::function<bool()> & remove);
 
     bool    valid       (uint32_t stream) const; // a fast step is possible
     bool    was_edited  (uint32_t stream) const; // there was a support, and an edit made it invalid
@@ -180,6 +186,7 @@ private:
     llama_support_kind ubatch_kind    = LLAMA_SUPPORT_NONE;
     bool               ubatch_refresh = false;
     int32_t            ubatch_stored  = 0;
+    int64_t            rolling_back   = -1; // the stream whose cells are being removed by roll_back()
 
     void    allocate(const llama_model & model);
     void    allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il);
@@ -228,7 +235,8 @@ struct llama_support_input : public llm_graph_input_i {
     const llama_support::key       built;
 
     ggml_tensor * always = nullptr; // I32 [always_size]    fast
-    ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, refreshing prefill, oracle
+    ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, verify, refreshing prefill, oracle
+    ggml_tensor * visible = nullptr; // I32 [n_tokens]      verify: how many of `cells` each token sees
     ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh; oracle [3]
     ggml_tensor * others = nullptr; // I32 [2 + n_queries]  slow: a plan without the query at work, see build_slow_attn()
     ggml_tensor * skip   = nullptr; // I32 [n_skip]         sketch

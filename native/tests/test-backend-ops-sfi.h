@@ -136,19 +136,21 @@ struct test_sparse_attn : public test_sfi {
     const bool sinks;
     const float logit_softcap;
     const bool view;          // K and V as views of a cache
+    const bool visible;       // each token sees another length of `always`
 
-    ggml_tensor * t[7] = {};  // q, k, v, always, selected, tail, sinks
+    ggml_tensor * t[8] = {};  // q, k, v, always, selected, tail, sinks, visible
 
     std::string vars() override {
-        return VARS_TO_STR15(type_K, type_V, hsk, hsv, nh_kv, nr, n_always, n_selected, nb, ns, per_token, tail, sinks, logit_softcap, view);
+        return VARS_TO_STR16(type_K, type_V, hsk, hsv, nh_kv, nr, n_always, n_selected, nb, ns, per_token, tail, sinks, logit_softcap, view, visible);
     }
 
     test_sparse_attn(int64_t n_always = 36, int64_t n_selected = 128, int64_t hsk = 64, int64_t hsv = 64, int64_t nh_kv = 2, int64_t nr = 4,
             ggml_type type_K = GGML_TYPE_F16, ggml_type type_V = GGML_TYPE_F16, int64_t nb = 1, int64_t ns = 1, bool per_token = false,
-            bool tail = false, bool sinks = false, float logit_softcap = 0.0f, bool view = true)
+            bool tail = false, bool sinks = false, float logit_softcap = 0.0f, bool view = true, bool visible = false)
         : type_K(type_K), type_V(type_V), hsk(hsk), hsv(hsv), nh_kv(nh_kv), nr(nr), n_always(n_always), n_selected(n_selected), nb(nb), ns(ns),
-          per_token(per_token), tail(tail), sinks(sinks), logit_softcap(logit_softcap), view(view) {}
+          per_token(per_token), tail(tail), sinks(sinks), logit_softcap(logit_softcap), view(view), visible(visible) {}
 
+    int64_t n_seen(int64_t token) const { return visible ? n_always*(token + 1)/(nb + 1) : n_always; }
     int64_t n_cells() const { return std::max<int64_t>(n_always, 0) + std::max<int64_t>(n_selected, 0) + 50; }
     int64_t n_lists() const { return per_token ? nb : 1; }
     float   scale()   const { return 1.0f/sqrtf(hsk); }
@@ -167,7 +169,12 @@ struct test_sparse_attn : public test_sfi {
         t[4] = n_selected < 0 ? nullptr : named(ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_selected, nh_kv, n_lists(), ns), "selected");
         t[5] = tail  ? ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hsv + 1, nh, nb, ns) : nullptr;
         t[6] = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh) : nullptr;
-        return result(ggml_sparse_attn(ctx, t[0], t[1], t[2], t[3], t[4], t[5], t[6], scale(), logit_softcap));
+        ggml_tensor * attn = ggml_sparse_attn(ctx, t[0], t[1], t[2], t[3], t[4], t[5], t[6], scale(), logit_softcap);
+        if (visible) {
+            t[7] = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, nb, ns), "visible");
+            ggml_sparse_attn_set_visible(attn, t[7]);
+        }
+        return result(attn);
     }
 
     // the first n_always cells are for `always`, the others for `selected`
@@ -175,6 +182,13 @@ struct test_sparse_attn : public test_sfi {
         const bool    shared = strcmp(list->name, "always") == 0;
         const int64_t split  = std::max<int64_t>(n_always, 0);
         std::vector<int32_t> data;
+        if (strcmp(list->name, "visible") == 0) {
+            for (int64_t i = 0; i < nb*ns; i++) {
+                data.push_back((int32_t) n_seen(i % nb));
+            }
+            set(list, data);
+            return;
+        }
         for (int64_t r = 0; r < ggml_nrows(list); r++) {
             const auto cells = random_cells(list->ne[0], shared ? 0 : split, shared ? split : n_cells());
             data.insert(data.end(), cells.begin(), cells.end());
@@ -194,11 +208,11 @@ struct test_sparse_attn : public test_sfi {
                 for (int64_t h = 0; h < nh; h++) {
                     const int64_t l = s*n_lists() + (per_token ? b : 0), kv = h/nr;
                     std::vector<int32_t> cells;
-                    const auto add = [&cells](const std::vector<int32_t> & lists, int64_t row, int64_t n) {
-                        cells.insert(cells.end(), lists.begin() + row*n, lists.begin() + (row + 1)*n);
+                    const auto add = [&cells](const std::vector<int32_t> & lists, int64_t row, int64_t row_size, int64_t n) {
+                        cells.insert(cells.end(), lists.begin() + row*row_size, lists.begin() + row*row_size + n);
                     };
-                    if (t[3]) { add(always,   l,            n_always); }
-                    if (t[4]) { add(selected, l*nh_kv + kv, n_selected); }
+                    if (t[3]) { add(always,   l,            n_always,   n_seen(b)); }
+                    if (t[4]) { add(selected, l*nh_kv + kv, n_selected, n_selected); }
 
                     // logits are small here: no maximum needed
                     std::vector<double> o(hsv, 0.0);
@@ -1013,6 +1027,11 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
         }
     }
     test_cases.emplace_back(new test_sparse_attn(-1, 0, 64, 64, 2, 3, F16, F16, 1, 1, false, true)); // the tail alone
+    for (int64_t n : { 7, 64, 65, 300, 700 }) {
+        for (int64_t nb : { 2, 17 }) {
+            test_cases.emplace_back(new test_sparse_attn(n, -1, 64, 64, 2, 3, F16, Q8_0, nb, 2, false, true, true, 0.0f, true, true));
+        }
+    }
 
     // sparse_attn with evidence
     for (int64_t n_list : { 1, 63, 64, 65, 300, 1025 }) {

@@ -7,6 +7,9 @@
 // sum; the partials are merged in block order, so the result does not depend on the number of threads or on which
 // thread took which block.
 //
+// Tokens that see different lengths of one list (`visible`) take turns at a block, whose rows then are in the cache. What
+// is computed for each is the same, in the same order, as for it alone.
+//
 //   pass 1  gather the rows of a tile of cells
 //   pass 2  logits of the whole GQA group, each K row read once
 //   pass 3  online softmax
@@ -70,6 +73,7 @@ struct layout {
 
 struct task {
     const ggml_tensor * dst, * q, * k, * v, * always, * selected, * tail, * sinks;
+    const ggml_tensor * visible, * mass; // one place for both
     layout        l;
     sfi::tile_ops ops;
     float         scale, softcap;
@@ -79,7 +83,9 @@ struct task {
 
     explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), always(dst->src[3]), selected(dst->src[4]),
-        tail(dst->src[5]), sinks(dst->src[6]), l(dst),
+        tail(dst->src[5]), sinks(dst->src[6]),
+        visible(dst->src[7] && dst->src[7]->type == GGML_TYPE_I32 ? dst->src[7] : nullptr),
+        mass   (dst->src[7] && dst->src[7]->type == GGML_TYPE_F32 ? dst->src[7] : nullptr), l(dst),
         ops(sfi::tile_ops_for(k->type, v->type, params->use_ref)),
         scale(ggml_get_op_params_f32(dst, 0)), softcap(ggml_get_op_params_f32(dst, 1)),
         k_row_size(ggml_row_size(k->type, l.n_embd_k)), v_row_size(ggml_row_size(v->type, l.n_embd_v)),
@@ -87,6 +93,11 @@ struct task {
 
     float * partial(int64_t s, int64_t t, int64_t h, int64_t block) const {
         return partials + (((s*l.n_tokens + t)*l.per_head + block)*l.n_head + h)*l.partial;
+    }
+
+    // how many entries of a list of n token t sees
+    int64_t seen(int64_t s, int64_t t, int64_t n) const {
+        return visible ? std::clamp<int64_t>(((const int32_t *) ((const char *) visible->data + s*visible->nb[1]))[t], 0, n) : n;
     }
 };
 
@@ -169,13 +180,19 @@ block block_of(const task & a, int64_t i) {
         return {};
     }
     const int64_t per_token = l.always_blocks + l.n_head_kv*l.selected_blocks;
-    const int64_t s = i/(per_token*l.n_tokens), t = i/per_token % l.n_tokens, b = i % per_token;
+    const int64_t s = i/(per_token*l.n_tokens), of_stream = i % (per_token*l.n_tokens);
+    const int64_t t = a.visible ? of_stream % l.n_tokens : of_stream/per_token;
+    const int64_t b = a.visible ? of_stream/l.n_tokens   : of_stream % per_token;
     const auto part = [&](int64_t h0, int64_t h1, int64_t slot, const int32_t * list, int64_t n_list, int64_t number) {
         const int64_t begin = number*block_cells;
+        if (begin >= n_list) { // this token sees nothing of it
+            static const int32_t pad = -1;
+            return block { s, t, h0, h1, slot, begin/tile_cells, &pad, 1 };
+        }
         return block { s, t, h0, h1, slot, begin/tile_cells, list + begin, std::min<int64_t>(block_cells, n_list - begin) };
     };
     if (b < l.always_blocks) {
-        return part(0, l.n_head_kv, b, list_of(a.always, t, 0, s), l.n_always, b);
+        return part(0, l.n_head_kv, b, list_of(a.always, t, 0, s), a.seen(s, t, l.n_always), b);
     }
     // heads in turn: they often choose neighbours, whose rows share lines that the hardware has fetched already
     const int64_t h = (b - l.always_blocks) % l.n_head_kv, number = (b - l.always_blocks)/l.n_head_kv;
@@ -325,7 +342,7 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     const float max = std::max(cells_max, std::max(sink, tail ? tail[n] : -INFINITY));
 
     std::fill(out, out + n, 0.0f);
-    float * mass = a.dst->src[7] ? (float *) ((char *) a.dst->src[7]->data + h*a.dst->src[7]->nb[1]) : nullptr;
+    float * mass = a.mass ? (float *) ((char *) a.mass->data + h*a.mass->nb[1]) : nullptr;
     if (max == -INFINITY) {
         if (mass) {
             mass[0] = -INFINITY;
