@@ -168,7 +168,7 @@ struct sfi_params sfi_policy_params(enum sfi_policy policy) {
     p.boundary    = !follows;
     p.auto_depth  = 0;
     p.n_queries   = 16;
-    p.query_stride = 1;
+    p.n_slow_queries = 1;
     p.pool_after  = 16;
     p.pool_before = 2;
     // the authors' code; the paper gives lambda_clip 0.02, a_soft 0.5, a_cross 0.35 and no others
@@ -203,7 +203,7 @@ static int check_params(const sfi_params & p) {
         { "selector",    p.selector,    SFI_SELECTOR_TOPK, SFI_SELECTOR_PAPER },
         { "n_sink",      p.n_sink,      0, many },
         { "n_queries",   p.n_queries,   1, 64 },
-        { "query_stride", p.query_stride, 1, 64 },
+        { "n_slow_queries", p.n_slow_queries, 1, 64 },
         { "n_recent",    p.n_recent,    p.policy == SFI_POLICY_FROZEN ? p.n_queries : 1, many },
         { "n_selected",  p.n_selected,  1, many },
         { "max_span",    p.max_span,    p.policy == SFI_POLICY_FROZEN || p.policy == SFI_POLICY_WINDOW, many },
@@ -260,6 +260,7 @@ static llama_support_policy support_policy(sfi_policy policy) {
 }
 
 static llama_support_params support_params(const sfi_params & p) {
+    const bool paper = p.selector == SFI_SELECTOR_PAPER;
     llama_support_params sp;
     const bool sketch = p.policy == SFI_POLICY_SKETCH;
     sp.policy     = support_policy(p.policy);
@@ -271,8 +272,8 @@ static llama_support_params support_params(const sfi_params & p) {
     sp.n_queries  = sketch ? sketch_queries : p.n_queries;
     sp.tolerance  = p.tolerance;
     sp.format     = { p.sketch_k4, p.sketch_k2, p.sketch_k1, p.sketch_v4, p.sketch_v2 };
-    sp.stride     = p.query_stride;
-    sp.n_evidence = p.selector == SFI_SELECTOR_PAPER ? 1 : p.n_queries; // the paper: the slow step's query alone
+    sp.n_slow_evidence = paper ? 1 : std::min(p.n_slow_queries, p.n_queries);
+    sp.n_evidence = paper ? 1 : p.n_queries; // the paper: the slow step's query alone
     sp.selector.kind        = p.selector == SFI_SELECTOR_PAPER ? GGML_SUPPORT_SELECTOR_PAPER : GGML_SUPPORT_SELECTOR_TOPK;
     sp.selector.pool_after  = p.pool_after;
     sp.selector.pool_before = p.pool_before;

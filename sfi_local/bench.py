@@ -16,7 +16,7 @@ from sfi_local.rows_report import FORMATS
 if TYPE_CHECKING:
     from sfi_local.bench_session import BenchSession, Decoded
 
-MODES = ("stock", "dense", "sfi", "auto")  # in the order in which they take turns
+MODES = ("stock", "dense", "frozen", "sfi", "auto")  # in the order in which they take turns
 
 
 @click.command("bench", short_help="Measure modes side by side at several depths.")
@@ -111,7 +111,7 @@ class Request:
 def measure(request: Request) -> list[dict[str, Any]]:
     """All rows, see row(). Raises InputError, CheckError, and what loading a model raises."""
     from sfi_local.bar import Bar
-    from sfi_local.measured import check_depth, fetch, params_facts
+    from sfi_local.measured import check_depth, fetch
     from sfi_local.model import load
 
     path = fetch(request.model)
@@ -123,16 +123,17 @@ def measure(request: Request) -> list[dict[str, Any]]:
         rows = []
         for kv_type in request.kv_types:
             fitted = replace(request, params=fit_params(request, model, kv_type))
-            rows += measure_kv_type(fitted, model, kv_type, tokens, {**facts, **params_facts(fitted.params)}, bar)
+            rows += measure_kv_type(fitted, model, kv_type, tokens, facts, bar)
         return rows
 
 
 def measure_kv_type(request: Request, model: Any, kv_type: str, tokens: list[int], facts: dict, bar: Any) -> list[dict]:
     """The rows of one KV type, all in one context."""
     from sfi_local.bench_session import BenchSession
+    from sfi_local.measured import params_facts
 
     measured = []
-    with BenchSession(model, request.need, request.params, kv_type, tokens, request.fill) as session:
+    with BenchSession(model, request.need + 1, request.params, kv_type, tokens, request.fill) as session:
         for depth, modes in request.cases:
             session.go_to(depth, bar.filling)
             bar.say(f"{kv_type} @ {depth}: checking")
@@ -141,11 +142,11 @@ def measure_kv_type(request: Request, model: Any, kv_type: str, tokens: list[int
             for rep in range(request.reps):
                 for mode in modes:
                     bar.say(f"{kv_type} @ {depth}: {mode}, {rep + 1} of {request.reps}")
-                    turns[mode].append(session.decode(mode, request.n, request.slow_every))
+                    turns[mode].append(session.decode(mode, request.n, request.slow_every, params_of(mode, request)))
                     check_kinds(turns[mode][-1], mode, depth, request)
                     bar.advance()
             measured.append((depth, turns, checks))
-    return [row(mode, depth, turns, measured, checks, facts, kv_type, session)
+    return [row(mode, depth, turns, measured, checks, {**facts, **params_facts(params_of(mode, request))}, kv_type, session)
             for depth, turns, checks in measured for mode in turns]
 
 
@@ -158,7 +159,7 @@ def fit_params(request: Request, model: Any, kv_type: str) -> SfiParams:
         params = params.fit_context(request.need)
     elif "sfi" in request.modes:
         params.check_context(request.need)
-    if request.slow_every:
+    if request.slow_every and not params.follows:
         params = params.replace(max_span=max(params.max_span, request.slow_every))
     if "auto" in request.modes:
         from sfi_local.calibrate import auto_depth_of
@@ -212,14 +213,23 @@ def check_outputs(session: "BenchSession", modes: tuple[str, ...], request: Requ
     return found
 
 
+def params_of(mode: str, request: Request) -> SfiParams:
+    """Mode frozen is mode sfi with another policy, beside the one asked for."""
+    if mode != "frozen":
+        return request.params
+    params = SfiParams.of("frozen").fit_context(request.need)
+    return params.replace(max_span=max(params.max_span, request.slow_every or 0))
+
+
 def check_kinds(decoded: "Decoded", mode: str, depth: int, request: Request) -> None:
     """Raise CheckError where a mode did not do the steps it stands for."""
     from sfi_local import bench_check
 
-    budget, auto = request.params.budget, request.params.auto_depth
+    params = params_of(mode, request)
+    budget, auto = params.budget, params.auto_depth
     if mode in ("stock", "dense") or mode == "auto" and depth + request.n <= auto:
         bench_check.only(decoded, mode if mode != "auto" else "dense")
-    elif mode == "sfi" or depth > auto:
+    elif mode in ("frozen", "sfi") or depth > auto:
         bench_check.slow_and_fast(decoded, budget, depth, request.slow_every)
 
 

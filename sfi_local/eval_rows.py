@@ -145,10 +145,10 @@ _TYPES = {f.name: type(f.default) for f in fields(SfiParams)}
 
 def parse_row(text: str) -> Row:
     """The row of ``NAME:FIELD=VALUE,...``, e.g. ``small:n_selected=128,n_recent=64``. Raises UsageError, ArgumentError."""
-    name, colon, settings = text.partition(":")
+    name, colon, fields_given = text.partition(":")
     if not name.strip() or not colon:
         raise UsageError(f"--row {text}: write NAME:FIELD=VALUE,..., e.g. --row small:n_selected=128,n_recent=64.")
-    given = dict(_setting(name, item) for item in settings.split(",") if item.strip())
+    given = dict(_setting(name, item) for item in fields_given.split(",") if item.strip())
     own = {key: given.pop(key) for key in _OWN if key in given}
     mode = own.get("mode", "sfi")
     _one_of(name, "mode", mode, MODES)

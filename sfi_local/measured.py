@@ -14,7 +14,7 @@ from sfi_local.params import SfiParams
 def fetch(name: str) -> Any:
     """The file of a model, fetched on first use, with progress on stderr."""
     from sfi_local.progress import Progress
-    from sfi_local.run import resolve_noted
+    from sfi_local.terminal import resolve_noted
 
     with Progress("fetching", "bytes") as fetching:
         return resolve_noted(name, fetching)

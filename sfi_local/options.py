@@ -74,7 +74,7 @@ def sfi_options(command: Callable) -> Callable:
         click.option("--boundary/--no-boundary", default=None,
                      help="Slow step after the end of a sentence [default: on for frozen and window]."),
         _count("--n-queries", 1, "Evidence of the last N queries, 64 at most ..."),
-        _count("--query-stride", 1, "... of every N-th of them; slow steps are cheaper by as much."),
+        _count("--n-slow-queries", 1, "... of which a slow step takes the last N: its own costs nothing, more do."),
         _count("--pool-after", 0, "An important cell brings N cells after it ..."),
         _count("--pool-before", 0, "... and N cells before it."),
         click.option("--tolerance", type=click.FloatRange(0), metavar="X",
@@ -111,7 +111,7 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
 
     A budget that was typed is kept or refused; the default one adapts to a small context. Raises ArgumentError.
     """
-    names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "n_queries", "query_stride", "pool_after",
+    names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "n_queries", "n_slow_queries", "pool_after",
              "pool_before", "tolerance")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})

@@ -73,6 +73,7 @@ SIGNATURES = {
 }
 SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
+    "ggml_sparse_attn_evidence": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
     "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
     "ggml_support_stability": (T, [c_void_p, T, T, T, T, T]),
@@ -214,6 +215,9 @@ class Graph:
 
     def sparse_attn(self, q, k, v, always=None, selected=None, tail=None, sinks=None, scale=1.0, logit_softcap=0.0):
         return self.lib.ggml_sparse_attn(self.ctx, q, k, v, always, selected, tail, sinks, scale, logit_softcap)
+
+    def sparse_attn_evidence(self, q, k, v, cells, sinks, queries, plan, scale=1.0, logit_softcap=0.0):
+        return self.lib.ggml_sparse_attn_evidence(self.ctx, q, k, v, cells, sinks, queries, plan, scale, logit_softcap)
 
     def support_evidence(self, q, k, cells, plan, scale=1.0, logit_softcap=0.0, alpha=1.0, over=0):
         return self.lib.ggml_support_evidence(self.ctx, q, k, cells, plan, scale, logit_softcap, alpha, over)

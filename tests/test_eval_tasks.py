@@ -42,7 +42,7 @@ def test_pass_keys_lie_at_even_places_of_prompts_of_the_length_asked_for(model, 
     places = [t.index(p.answer) / len(t) for t, p in zip(texts, prompts)][:N_PLACES]
     size = min(n, N_PLACES)
     assert places == sorted(places, reverse=True)
-    assert places == pytest.approx([(i + 0.5) / size for i in reversed(range(size))], abs=0.1)
+    assert places == pytest.approx([(i + 0.5) / size for i in reversed(range(size))], abs=0.12)
     assert [p.tokens for p in passkeys(model, text, "text", depth, n)] == [p.tokens for p in prompts]
 
 

@@ -263,23 +263,41 @@ def test_more_than_the_context_holds_costs_no_more_than_the_context(opened, prom
 def test_a_refresh_selects_what_the_reference_selects(opened, prompts, small, selector, kv):
     """From the queries of 16 steps, taken from the graph, and the keys that the last of them finds in the cache."""
     params = small.replace(selector=selector, n_queries=16)
-    context, queries, keys = opened(params, kv=kv, watch=Watch("sparse_attn")), [[] for _ in LAYERS], {}
-
-    def look(il, node):
-        queries[il].append(ref.dequantise("f32", node_rows(node.src[0].contents)[1])[:, 0])
-        kind, rows = node_rows(node.src[1].contents)
-        keys[il] = ref.dequantise(kind, rows[:, :N + 16])
-        return node_rows(node)[1].view(np.float32)
-
-    context.prefill(prompts[0])
-    context.watch.replace = look
-    context.steps(prompts[1][:15], "dense"), context.steps(prompts[1][15:16], "slow")
+    context, queries, keys = after_sixteen_steps(opened, prompts, params, kv)
     for il in LAYERS:
         selected, evidence, mass = reference_refresh(params, np.array(queries[il]), keys[il])
         for h in HEADS:
             s = context.engine.stability(il, h)
             assert set(context.engine.selected(il, h)[0]) == set(selected[h])
             assert (s.evidence, s.mass) == (pytest.approx(evidence[h], rel=1e-4), pytest.approx(mass[h], rel=1e-4))
+
+
+def test_a_slow_step_may_take_more_queries_than_its_own(opened, prompts, small):
+    """Evidence of further queries is rounded, so it only comes close: all of it, and what the selected cells hold."""
+    params = small.replace(n_queries=16, n_slow_queries=5)
+    context, queries, keys = after_sixteen_steps(opened, prompts, params, "f32")
+    for il in LAYERS:
+        _, evidence, mass = reference_refresh(params, np.array(queries[il]), keys[il])
+        for h in HEADS:
+            s = context.engine.stability(il, h)
+            assert (s.evidence, s.mass) == (pytest.approx(evidence[h], rel=0.02), pytest.approx(mass[h], rel=0.02))
+
+
+def after_sixteen_steps(opened, prompts, params, kv):
+    """(context, queries, keys) after 15 dense steps and a slow one; queries [layer][16] and keys [layer] of the last."""
+    context, queries, keys = opened(params, kv=kv, watch=Watch("sparse_attn")), [[] for _ in LAYERS], {}
+
+    def look(il, node):
+        attn = node if node.src[2] else node.src[0].contents  # a slow step's attention is a view of a larger result
+        queries[il].append(ref.dequantise("f32", node_rows(attn.src[0].contents)[1])[:, 0])
+        kind, rows = node_rows(attn.src[1].contents)
+        keys[il] = ref.dequantise(kind, rows[:, :N + 16])
+        return node_rows(node)[1].view(np.float32)
+
+    context.prefill(prompts[0])
+    context.watch.replace = look
+    context.steps(prompts[1][:15], "dense"), context.steps(prompts[1][15:16], "slow")
+    return context, queries, keys
 
 
 def reference_refresh(params, q, k):
@@ -291,15 +309,17 @@ def reference_refresh(params, q, k):
         e = ref.evidence(q[-1:], k, cells, j0, j1, [N + 16], scale, alpha=params.alpha, over=ref.CANDIDATES)
         selected = ref.select_paper(e, cells, j0, j1, k, params.n_selected, **{n: getattr(params, n) for n in names})
     else:
-        e = ref.evidence(q, k, cells, j0, j1, range(N + 1, N + 17), scale)
+        n = params.n_slow_queries
+        e = ref.evidence(q[-n:], k, cells, j0, j1, range(N + 17 - n, N + 17), scale)
         selected = ref.select_topk(e, cells, j0, j1, params.n_selected, params.pool_after, params.pool_before)
     stability = ref.stability(e, cells, j0, j1, selected, selected)
     return selected, stability[:, 0], stability[:, 1] / stability[:, 0]
 
 
 @pytest.mark.parametrize("parts", [[199, 1], [64, 64, 64, 8], [150, 50], [190, "steps"], [199, "slow"]])
-def test_how_a_prompt_is_split_changes_no_selection(opened, prompts, parts):
-    whole, split, at = opened(n_ubatch=512), opened(n_ubatch=50), 0
+def test_how_a_prompt_is_split_changes_no_selection(opened, prompts, small, parts):
+    params = small.replace(n_queries=small.n_queries if type(parts[-1]) is int else 1)  # a slow step takes its own alone
+    whole, split, at = opened(params, n_ubatch=512), opened(params, n_ubatch=50), 0
     whole.prefill(prompts[0])
     for part in parts:
         if part == "steps":

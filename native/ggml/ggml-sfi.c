@@ -126,6 +126,41 @@ struct ggml_tensor * ggml_support_evidence(
     return result;
 }
 
+struct ggml_tensor * ggml_sparse_attn_evidence(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * cells,
+        struct ggml_tensor  * sinks,
+        struct ggml_tensor  * queries,
+        struct ggml_tensor  * plan,
+        float                 scale,
+        float                 logit_softcap) {
+    GGML_ASSERT(q->ne[1] == 1 && q->ne[3] == 1);
+    GGML_ASSERT(queries->type == GGML_TYPE_F32 && has_rows(queries));
+    GGML_ASSERT(queries->ne[0] == k->ne[0] && queries->ne[1] == q->ne[2]);
+    GGML_ASSERT(queries->ne[2] >= 1 && queries->ne[2] <= 64 && queries->ne[3] == 1);
+    assert_cells(plan);
+    GGML_ASSERT(plan->ne[0] == 2 + queries->ne[2]);
+
+    struct ggml_tensor * result = ggml_sparse_attn(ctx, q, k, v, cells, NULL, NULL, sinks, scale, logit_softcap);
+
+    const int64_t ne[4] = { ggml_nelements(result) + cells->ne[0]*k->ne[2], 1, 1, 1 };
+    struct ggml_tensor * both = ggml_new_tensor(ctx, GGML_TYPE_F32, 1, ne);
+    memcpy(both->op_params, result->op_params, sizeof(both->op_params));
+    memcpy(both->src, result->src, sizeof(both->src));
+    both->op     = result->op;
+    both->src[8] = queries;
+    both->src[9] = plan;
+
+    return both;
+}
+
+bool ggml_sparse_attn_has_evidence(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_SPARSE_ATTN && node->src[8] != NULL;
+}
+
 static void assert_evidence(
         const struct ggml_tensor * evidence,
         const struct ggml_tensor * cells,

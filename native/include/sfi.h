@@ -84,7 +84,7 @@ struct sfi_params {
 
     /* the selector */
     int32_t n_queries;   /* evidence of the last n queries, 1 .. 64 ... */
-    int32_t query_stride; /* ... of every n-th of them, 1 .. 64: slow steps are cheaper by as much */
+    int32_t n_slow_queries; /* ... of which a slow step takes the last n: its own costs nothing, more do, 1 .. 64 */
     int32_t pool_after;  /* an important cell also brings the cells after it ... */
     int32_t pool_before; /* ... and before it */
 

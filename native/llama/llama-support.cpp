@@ -378,17 +378,23 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     if (is_used(cells)) {
         set_list(cells, st.cells.data(), st.cells.size());
     }
-    if (is_used(plan)) {
+    const auto set_plan = [&](ggml_tensor * dst, llama_pos youngest, llama_pos oldest) {
         const auto [j0, j1] = support->candidates(n);
         std::vector<int32_t> values = { j0, j1 };
         if (built.kind == LLAMA_SUPPORT_FAST) { // oracle: this query, which sees all
             values.push_back(n);
         } else for (const llama_pos pos : st.query_pos) {
             const llama_pos age = st.last_pos - pos;
-            const bool used = pos >= 0 && age < params.n_evidence && age % params.stride == 0;
+            const bool used = pos >= 0 && age >= youngest && age < oldest;
             values.push_back(used ? std::max(0, n - age) : 0);
         }
-        ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
+        ggml_backend_tensor_set(dst, values.data(), 0, ggml_nbytes(dst));
+    };
+    if (is_used(plan)) {
+        set_plan(plan, 0, built.kind == LLAMA_SUPPORT_SLOW ? params.n_slow_evidence : params.n_evidence);
+    }
+    if (is_used(others)) {
+        set_plan(others, 1, params.n_slow_evidence);
     }
     if (is_used(rows)) {
         std::vector<int64_t> values;
@@ -438,7 +444,8 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
         inp->cells = new_input(g, GGML_TYPE_I32, key.n_list, "support_cells");
     }
     if (key.refresh) {
-        inp->plan = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
+        inp->plan   = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
+        inp->others = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_others");
     } else if (key.kind == LLAMA_SUPPORT_FAST && key.n_list > 0) {
         inp->plan = new_input(g, GGML_TYPE_I32, 3, "support_plan");
     }
@@ -473,32 +480,70 @@ static void store_queries(const llm_graph_context & g, const llama_support_input
     ggml_build_forward_expand(g.gf, ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows));
 }
 
+// the queries that give evidence, as [n_embd_head_k, n_head, n_queries]
+static ggml_tensor * kept_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                  int64_t n_embd, int64_t n_head) {
+    return ggml_reshape_3d(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), n_embd, n_head, inp->support->get_params().n_queries);
+}
+
 // evidence -> selected, and how stable it is; the previous set is read before the new one replaces it
 static void refresh_support(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
-                            ggml_tensor * k, int64_t n_head, float kq_scale, float softcap, int il) {
+                            ggml_tensor * evidence, ggml_tensor * plan, ggml_tensor * k, int il) {
     ggml_context * ctx = g.ctx0;
     const auto & params = inp->support->get_params();
     const bool   paper  = params.selector.kind == GGML_SUPPORT_SELECTOR_PAPER;
     const auto   stream = inp->built.stream;
-
-    ggml_tensor * q = stream_of(ctx, layer.queries, stream);
-    q = ggml_reshape_3d(ctx, q, k->ne[0], n_head, params.n_queries);
-
-    ggml_tensor * evidence = ggml_support_evidence(ctx, q, k, inp->cells, inp->plan, kq_scale, softcap,
-            paper ? params.selector.alpha : 1.0f,
-            paper ? GGML_SUPPORT_SOFTMAX_CANDIDATES : GGML_SUPPORT_SOFTMAX_VISIBLE);
     g.cb(evidence, "support_evidence", il);
 
-    ggml_tensor * selected = ggml_support_select(ctx, evidence, inp->cells, inp->plan, paper ? k : nullptr,
+    ggml_tensor * selected = ggml_support_select(ctx, evidence, inp->cells, plan, paper ? k : nullptr,
             params.n_selected, &params.selector);
     g.cb(selected, "support_selected", il);
 
     ggml_tensor * previous  = stream_of(ctx, layer.selected, stream);
-    ggml_tensor * stability = ggml_support_stability(ctx, evidence, inp->cells, inp->plan, selected, previous);
+    ggml_tensor * stability = ggml_support_stability(ctx, evidence, inp->cells, plan, selected, previous);
     g.cb(stability, "support_stability", il);
 
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, stability, stream_of(ctx, layer.stability, stream)));
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, previous));
+}
+
+// evidence by an operation of its own, which reads all keys
+static ggml_tensor * build_evidence(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                    ggml_tensor * k, int64_t n_head, float kq_scale, float softcap) {
+    const auto & selector = inp->support->get_params().selector;
+    const bool   paper    = selector.kind == GGML_SUPPORT_SELECTOR_PAPER;
+    return ggml_support_evidence(g.ctx0, kept_queries(g, inp, layer, k->ne[0], n_head), k, inp->cells, inp->plan, kq_scale, softcap,
+            paper ? selector.alpha : 1.0f,
+            paper ? GGML_SUPPORT_SOFTMAX_CANDIDATES : GGML_SUPPORT_SOFTMAX_VISIBLE);
+}
+
+// A slow step that makes its evidence while it attends: that of the query at work costs nothing. Null where the evidence
+// must be another or the backend has no such pass.
+static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                     ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale,
+                                     float softcap, int il) {
+    if (inp->support->get_params().selector.kind == GGML_SUPPORT_SELECTOR_PAPER) {
+        return nullptr;
+    }
+    const int64_t n_head = q->ne[2], n_embd_v = v->ne[0];
+    ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, kept_queries(g, inp, layer, k->ne[0], n_head),
+            inp->others, kq_scale, softcap);
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.queries->buffer));
+    if (!dev && ggml_backend_buffer_is_host(layer.queries->buffer)) {
+        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // whose own buffers do not name it
+    }
+    if (!dev || !ggml_backend_dev_supports_op(dev, both)) {
+        return nullptr;
+    }
+    g.cb(both, "sparse_attn_evidence", il);
+    const size_t n_bytes = n_embd_v*n_head*sizeof(float);
+    ggml_tensor * attn = ggml_view_2d(g.ctx0, both, n_embd_v, n_head, n_embd_v*sizeof(float), 0);
+    g.cb(attn, "sparse_attn", il);
+    ggml_tensor * cur = ggml_reshape_2d(g.ctx0, attn, n_embd_v*n_head, 1);
+    ggml_build_forward_expand(g.gf, cur); // before the refresh, so that who watches it finds the query still there
+    ggml_tensor * evidence = ggml_view_2d(g.ctx0, both, inp->cells->ne[0], k->ne[2], inp->cells->ne[0]*sizeof(float), n_bytes);
+    refresh_support(g, inp, layer, evidence, inp->others, k, il);
+    return cur;
 }
 
 // policy oracle: the selected cells of this query, from its exact attention
@@ -561,8 +606,14 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     if (key.n_stored > 0) {
         store_queries(g, inp, layer, q);
     }
+    ggml_tensor * q_rows = ggml_permute(ctx, q, 0, 2, 1, 3);
+    if (key.refresh && key.kind == LLAMA_SUPPORT_SLOW) {
+        if (ggml_tensor * cur = build_slow_attn(g, inp, layer, q_rows, k, v, sinks, kq_scale, softcap, il)) {
+            return cur;
+        }
+    }
     if (key.refresh) {
-        refresh_support(g, inp, layer, k, q->ne[1], kq_scale, softcap, il);
+        refresh_support(g, inp, layer, build_evidence(g, inp, layer, k, q->ne[1], kq_scale, softcap), inp->plan, k, il);
     }
     if (key.kind == LLAMA_SUPPORT_PREFILL) {
         return nullptr;
@@ -583,8 +634,7 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
         }
     }
 
-    q = ggml_permute(ctx, q, 0, 2, 1, 3);
-    ggml_tensor * cur = ggml_sparse_attn(ctx, q, k, v, fast ? inp->always : inp->cells, chosen.selected, chosen.tail, sinks, kq_scale, softcap);
+    ggml_tensor * cur = ggml_sparse_attn(ctx, q_rows, k, v, fast ? inp->always : inp->cells, chosen.selected, chosen.tail, sinks, kq_scale, softcap);
     if (chosen.tail) {
         ggml_sparse_attn_set_mass(cur, stream_of(ctx, layer.mass, key.stream));
     }

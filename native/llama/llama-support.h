@@ -45,8 +45,8 @@ struct llama_support_params {
     int32_t n_grow     = 64;   // cells by which the window may grow: frozen, max_span; sketch, cells coded at once
     bool    pinned     = true; // the window's start stays where the refresh put it; else it slides
     int32_t n_queries  = 16;   // how many are kept
-    int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) ...
-    int32_t stride     = 1;    // ... and every how manieth does
+    int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) at the end of a prefill
+    int32_t n_slow_evidence = 1; // the same on a slow step, whose own query is the first of them
     ggml_support_selector selector = {};
     float                 tolerance = 0.0f; // sketch: attend exactly to cells whose share of the attention times the
                                             // error of their logit is larger; 0: to n_selected cells
@@ -228,6 +228,7 @@ struct llama_support_input : public llm_graph_input_i {
     ggml_tensor * always = nullptr; // I32 [always_size]    fast
     ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, refreshing prefill, oracle
     ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh; oracle [3]
+    ggml_tensor * others = nullptr; // I32 [2 + n_queries]  slow: a plan without the query at work, see build_slow_attn()
     ggml_tensor * skip   = nullptr; // I32 [n_skip]         sketch
     ggml_tensor * scan   = nullptr; // I32 [1]              sketch: the plan of the scan
     ggml_tensor * rows   = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes

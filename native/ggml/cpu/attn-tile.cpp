@@ -175,12 +175,7 @@ static float max_of(const float * x, int n) {
     for (int i = S::W; i < n; i += S::W) {
         max = S::max(max, S::load(x + i));
     }
-    float lanes[S::W];
-    S::store(lanes, max);
-    for (int i = 1; i < S::W; ++i) {
-        lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-    }
-    return lanes[0];
+    return S::hmax(max);
 }
 
 template <class S, ggml_type T>

@@ -8,6 +8,8 @@
 //   sum4(a, b, c, d, out)    out[i] = sum of the lanes of the i-th vector
 //   transpose(in, ld, out, ld)  a W x W block
 //   exp(x)                   for x <= 0, relative error below 3e-7, 0 below -87
+//   hmax(x)                  the largest lane
+//   below(a, b, x)           x where a < b, elsewhere -INFINITY
 //   exp2(t)                  for t < 126, relative error below 4e-6; below -126 what it is there: nothing, beside a 1
 //   ge(a, b)                 a bit per lane: a >= b
 
@@ -69,9 +71,9 @@ simd simd_for(bool reference);
 
 static SFI_INLINE void prefetch(const void * p) {
 #if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 3);
+    __builtin_prefetch(p, 0, 2); // into the second level: what is fetched ahead would push what is at work out of the first
 #elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
-    _mm_prefetch((const char *) p, _MM_HINT_T0);
+    _mm_prefetch((const char *) p, _MM_HINT_T1);
 #else
     (void) p;
 #endif
@@ -118,6 +120,8 @@ struct scalar {
     static void sum4(V a, V b, V c, V d, float * out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
     static void transpose(const float * in, int, float * out, int) { *out = *in; }
     static V    exp(V x)                { return x < exp_constants::min_x ? 0.0f : std::exp(x); }
+    static float hmax(V x)              { return x; }
+    static V    below(V a, V b, V x)    { return a < b ? x : -INFINITY; }
     static V    exp2(V t)               { return std::exp2(max(t, exp2_constants::min_t)); }
     static uint32_t ge(V a, V b)        { return a >= b; }
 };
@@ -184,6 +188,12 @@ struct avx2 {
         const V result = mul(y, _mm256_castsi256_ps(e));
         return _mm256_and_ps(result, _mm256_cmp_ps(x, set1(min_x), _CMP_GE_OQ));
     }
+    static float hmax(V x) {
+        __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+        return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+    }
+    static V    below(V a, V b, V x)    { return _mm256_blendv_ps(set1(-INFINITY), x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));
@@ -270,6 +280,8 @@ struct avx512 {
         y = fma(y, r, set1(1.0f));
         return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(min_x), _CMP_GE_OQ), y, n);
     }
+    static float hmax(V x)              { return _mm512_reduce_max_ps(x); }
+    static V    below(V a, V b, V x)    { return _mm512_mask_mov_ps(set1(-INFINITY), _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));
@@ -334,6 +346,8 @@ struct neon {
         const V result = mul(y, vreinterpretq_f32_s32(e));
         return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(result), vcgeq_f32(x, set1(min_x))));
     }
+    static float hmax(V x)              { return vmaxvq_f32(x); }
+    static V    below(V a, V b, V x)    { return vbslq_f32(vcltq_f32(a, b), x, set1(-INFINITY)); }
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));

@@ -2,9 +2,10 @@
 //
 // The support is cut into blocks of cells. A block of `always` serves every head, so its rows are read once and in
 // full, a few cells at a time, in the order of memory: that is what hardware prefetching is good at. A block of
-// `selected` serves one KV head; its rows lie anywhere, and are fetched one phase before their use. Each block yields, per query head, a partial output with its
-// softmax maximum and sum; the partials are merged in block order, so the result does not depend on the number of
-// threads or on which thread took which block.
+// `selected` serves one KV head; its rows lie anywhere. Either way the rows that a thread needs next are fetched while it
+// computes, across tiles and blocks. Each block yields, per query head, a partial output with its softmax maximum and
+// sum; the partials are merged in block order, so the result does not depend on the number of threads or on which
+// thread took which block.
 //
 //   pass 1  gather the rows of a tile of cells
 //   pass 2  logits of the whole GQA group, each K row read once
@@ -15,6 +16,7 @@
 #include "sfi-ops.h"
 
 #include "attn-tile.h"
+#include "evidence-pass.h"
 #include "ggml-cpu-impl.h"
 
 #include <algorithm>
@@ -22,15 +24,17 @@
 
 namespace {
 
-constexpr int tile_cells  = 64;             // logits of a group and the rows' addresses stay in L1
+using sfi::tile_cells;
 constexpr int block_cells = 4*tile_cells;   // the unit of work that a thread takes
-constexpr int chunk_cells = 16;             // rows of `always` that all heads visit before anyone goes on
+constexpr int line_floats = 16;             // of a cache line
+constexpr int chunk_bytes = 32 << 10;       // rows of `always` that all heads visit before anyone goes on: a part of L1
 
 int64_t n_blocks(int64_t n) {
     return (n + block_cells - 1)/block_cells;
 }
 
-// A partial: output [n_embd_v], maximum, sum.
+// A partial: output [n_embd_v], maximum, sum. Those of one block lie together, and no two blocks share a cache line: the
+// threads that work on them would take it from each other at every tile.
 struct layout {
     int64_t n_tokens, n_head, n_head_kv, group, n_stream;
     int64_t n_embd_k, n_embd_v;
@@ -53,14 +57,15 @@ struct layout {
         n_selected = selected ? selected->ne[0] : 0;
         always_blocks   = n_blocks(n_always);
         selected_blocks = n_blocks(n_selected);
-        partial  = n_embd_v + 2;
+        partial  = GGML_PAD(n_embd_v + 2, line_floats);
         per_head = always_blocks + selected_blocks;
     }
 
+    int64_t n_output()   const { return n_embd_v*n_head*n_tokens*n_stream; }
     int64_t n_partials() const { return n_stream*n_tokens*n_head*per_head; }
     int64_t n_items()    const { return n_stream*n_tokens*(always_blocks + n_head_kv*selected_blocks); }
     // a thread's logits of one tile and its scaled queries, for all heads
-    int64_t scratch()    const { return n_head*(tile_cells + n_embd_k) + 16; }
+    int64_t scratch()    const { return GGML_PAD(n_head*(tile_cells + n_embd_k), line_floats) + line_floats; }
 };
 
 struct task {
@@ -70,6 +75,7 @@ struct task {
     float         scale, softcap;
     size_t        k_row_size, v_row_size; // bytes of one head
     float       * partials;
+    const sfi::evidence_pass * evidence = nullptr;
 
     explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), always(dst->src[3]), selected(dst->src[4]),
@@ -77,10 +83,10 @@ struct task {
         ops(sfi::tile_ops_for(k->type, v->type, params->use_ref)),
         scale(ggml_get_op_params_f32(dst, 0)), softcap(ggml_get_op_params_f32(dst, 1)),
         k_row_size(ggml_row_size(k->type, l.n_embd_k)), v_row_size(ggml_row_size(v->type, l.n_embd_v)),
-        partials((float *) params->wdata) {}
+        partials((float *) GGML_PAD((uintptr_t) params->wdata, line_floats*sizeof(float))) {}
 
     float * partial(int64_t s, int64_t t, int64_t h, int64_t block) const {
-        return partials + (((s*l.n_tokens + t)*l.n_head + h)*l.per_head + block)*l.partial;
+        return partials + (((s*l.n_tokens + t)*l.per_head + block)*l.n_head + h)*l.partial;
     }
 };
 
@@ -104,6 +110,7 @@ void load_queries(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1, 
 struct tile {
     const char * k[tile_cells];
     const char * v[tile_cells];
+    uint8_t      place[tile_cells]; // in the part of the list
     int          n = 0;
 
     // pass 1: drop the pads
@@ -115,6 +122,7 @@ struct tile {
             if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) { // negative cells are huge
                 k[n] = k0 + list[i]*a.k->nb[1];
                 v[n] = v0 + list[i]*a.v->nb[1];
+                place[n] = (uint8_t) i;
                 ++n;
             }
         }
@@ -143,33 +151,97 @@ void softmax(const task & a, float * x, int n, float * o) {
     sum += max == -INFINITY ? 0.0f : a.ops.exp(x, n_pad, max);
 }
 
-// Passes 2 to 4 for one tile and the KV heads [h0, h1). o: the partial of the first head, `stride` floats before the
-// next one's. `next` is the tile after this one, null at the end of a block.
-void attend(const task & a, const tile & t, const tile * next, int64_t h0, int64_t h1, const float * q, float * logits,
-            float * o, int64_t stride) {
-    const int  group  = (int) a.l.group, d_k = (int) a.l.n_embd_k, d_v = (int) a.l.n_embd_v;
-    const bool shared = h1 - h0 > 1;
-    const int  chunk  = shared ? chunk_cells : tile_cells;
+// A block of a list and the KV heads [h0, h1) that share it.
+struct block {
+    int64_t s, t, h0, h1;
+    int64_t slot;         // of the partials
+    int64_t number;       // of its first tile in the list
+    const int32_t * list;
+    int64_t n;            // cells; 0: there is no such block
+
+    int64_t n_heads() const { return h1 - h0; }
+};
+
+// Block i of the operation: of each token first those of `always`, then those of each KV head's `selected`.
+block block_of(const task & a, int64_t i) {
+    const layout & l = a.l;
+    if (i >= l.n_items()) {
+        return {};
+    }
+    const int64_t per_token = l.always_blocks + l.n_head_kv*l.selected_blocks;
+    const int64_t s = i/(per_token*l.n_tokens), t = i/per_token % l.n_tokens, b = i % per_token;
+    const auto part = [&](int64_t h0, int64_t h1, int64_t slot, const int32_t * list, int64_t n_list, int64_t number) {
+        const int64_t begin = number*block_cells;
+        return block { s, t, h0, h1, slot, begin/tile_cells, list + begin, std::min<int64_t>(block_cells, n_list - begin) };
+    };
+    if (b < l.always_blocks) {
+        return part(0, l.n_head_kv, b, list_of(a.always, t, 0, s), l.n_always, b);
+    }
+    // heads in turn: they often choose neighbours, whose rows share lines that the hardware has fetched already
+    const int64_t h = (b - l.always_blocks) % l.n_head_kv, number = (b - l.always_blocks)/l.n_head_kv;
+    return part(h, h + 1, l.always_blocks + number, list_of(a.selected, h, t, s), l.n_selected, number);
+}
+
+// Cells of a chunk: all heads visit its rows before anyone goes on, and while they do, the next chunk is fetched.
+int chunk_of(const task & a, const block & b) {
+    if (b.n_heads() == 1) {
+        return tile_cells;
+    }
+    const int64_t n = chunk_bytes/(int64_t) std::max<size_t>(b.n_heads()*std::max(a.k_row_size, a.v_row_size), 1);
+    return (int) std::clamp<int64_t>(n & ~3, 8, tile_cells);
+}
+
+// Passes 2 to 4 for a tile of a block. What follows is `next`, a tile of the block `after`; n = 0: nothing.
+void attend(const task & a, const block & b, const tile & t, const block & after, const tile & next, const float * q, float * logits) {
+    const int group = (int) a.l.group, d_k = (int) a.l.n_embd_k, d_v = (int) a.l.n_embd_v, chunk = chunk_of(a, b);
+    const int64_t stride = a.l.partial;
+    float * o = a.partial(b.s, b.t, b.h0*a.l.group, b.slot);
+    // heads of `after` in the place of ours
+    const int64_t ahead = after.h0 - b.h0;
+    const int     n_next = after.n_heads() == b.n_heads() ? std::min(chunk, next.n) : 0;
+
+    if (a.evidence) {
+        logits = a.evidence->own_of(b.number); // which keeps the weights
+    }
 
     // pass 2
     for (int c = 0; c < t.n; c += chunk) {
-        const int n = std::min(chunk, t.n - c);
-        for (int64_t h = h0; h < h1; ++h) {
-            const sfi::row_set rows = { t.k + c, h*a.k->nb[2], n, t.v + c, h*a.v->nb[2], a.v_row_size, n };
-            a.ops.dot(q + (h - h0)*group*d_k, group, d_k, rows, logits + (h - h0)*group*tile_cells + c, tile_cells);
+        const int  n    = std::min(chunk, t.n - c), more = std::min(chunk, t.n - c - n);
+        const bool last = more == 0;
+        for (int64_t h = b.h0; h < b.h1; ++h) {
+            const sfi::row_set rows = last
+                ? sfi::row_set { t.k + c, h*a.k->nb[2], n, t.v,         h*a.v->nb[2], a.v_row_size, std::min(chunk, t.n) }
+                : sfi::row_set { t.k + c, h*a.k->nb[2], n, t.k + c + n, h*a.k->nb[2], a.k_row_size, more };
+            a.ops.dot(q + (h - b.h0)*group*d_k, group, d_k, rows, logits + (h - b.h0)*group*tile_cells + c, tile_cells);
+            if (a.evidence && a.evidence->has_rows()) {
+                a.evidence->add_keys(b.number, h, rows, c);
+                if (last) {
+                    a.evidence->finish_tile(b.number, h, t.place, t.n);
+                }
+            }
         }
     }
-    for (int64_t g = 0; g < (h1 - h0)*group; ++g) {
-        softmax(a, logits + g*tile_cells, t.n, o + g*stride);
+    for (int64_t g = 0; g < b.n_heads()*group; ++g) {
+        if (t.n > 0) {
+            softmax(a, logits + g*tile_cells, t.n, o + g*stride);
+        }
+        if (a.evidence) {
+            a.evidence->keep_max(b.number, g, t.n > 0 ? o[g*stride + d_v] : -INFINITY);
+        }
     }
     // pass 4
     for (int c = 0; c < t.n; c += chunk) {
-        const int n = std::min(chunk, t.n - c);
-        for (int64_t h = h0; h < h1; ++h) {
-            const int n_next = next ? std::clamp(next->n - c, 0, chunk) : 0;
-            const sfi::row_set rows = { t.v + c, h*a.v->nb[2], n, next ? next->k + c : nullptr, h*a.k->nb[2], a.k_row_size, n_next };
-            a.ops.mad(logits + (h - h0)*group*tile_cells + c, tile_cells, group, d_v, rows, o + (h - h0)*group*stride, stride);
+        const int  n    = std::min(chunk, t.n - c), more = std::min(chunk, t.n - c - n);
+        const bool last = more == 0;
+        for (int64_t h = b.h0; h < b.h1; ++h) {
+            const sfi::row_set rows = last
+                ? sfi::row_set { t.v + c, h*a.v->nb[2], n, next.k,      (h + ahead)*a.k->nb[2], a.k_row_size, n_next }
+                : sfi::row_set { t.v + c, h*a.v->nb[2], n, t.v + c + n, h*a.v->nb[2],           a.v_row_size, more };
+            a.ops.mad(logits + (h - b.h0)*group*tile_cells + c, tile_cells, group, d_v, rows, o + (h - b.h0)*group*stride, stride);
         }
+    }
+    for (int64_t h = b.h0; h < b.h1 && a.evidence && a.evidence->has_rows() && t.n == 0; ++h) {
+        a.evidence->finish_tile(b.number, h, t.place, 0);
     }
 }
 
@@ -179,70 +251,78 @@ void clear(const task & a, float * partial) {
     partial[a.l.n_embd_v + 1] = 0.0f;
 }
 
-// Passes 1 to 4 for one block of a list, for the KV heads [h0, h1) that share it.
-void attend_block(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1,
-                  const int32_t * list, int64_t n_list, int64_t block, int64_t slot, float * scratch) {
-    const int64_t stride = a.l.per_head*a.l.partial;
-    const int64_t begin  = block*block_cells;
-    const int64_t end    = std::min(begin + block_cells, n_list);
+void begin_block(const task & a, const block & b, float * q) {
+    for (int64_t h = b.h0*a.l.group; h < b.h1*a.l.group; ++h) {
+        clear(a, a.partial(b.s, b.t, h, b.slot));
+    }
+    load_queries(a, b.s, b.t, b.h0, b.h1, q);
+}
 
+// Passes 1 to 4 for the blocks that this thread gets: the first is its own number, the others come from take_next().
+template <class F>
+void attend_blocks(const task & a, int64_t first, F take_next, float * scratch) {
     float * logits = scratch;
     float * q      = scratch + a.l.n_head*tile_cells;
+    tile tiles[2];     // the one at work, and what follows it
+    int  at = 0;
 
-    for (int64_t h = h0*a.l.group; h < h1*a.l.group; ++h) {
-        clear(a, a.partial(s, t, h, slot));
-    }
-    load_queries(a, s, t, h0, h1, q);
-
-    tile tiles[2]; // this one and the next
-    const auto gather = [&](int64_t i) {
-        tile & to = tiles[i/tile_cells % 2];
-        to.gather(a, s, list + i, std::min<int64_t>(tile_cells, end - i));
-        return &to;
+    // moves on by one tile, into the next block where this one ends
+    const auto gather = [&](block & b, tile & to) {
+        const int64_t n = std::min<int64_t>(tile_cells, b.n);
+        to.gather(a, b.s, b.list, n);
     };
-    const tile * cur = gather(begin);
-    for (int64_t i = begin; i < end; i += tile_cells) {
-        const tile * next = i + tile_cells < end ? gather(i + tile_cells) : nullptr;
-        if (cur->n > 0) {
-            attend(a, *cur, next, h0, h1, q, logits, a.partial(s, t, h0*a.l.group, slot), stride);
+    block cur = block_of(a, first);
+    gather(cur, tiles[at]);
+    while (cur.n > 0) {
+        const block next_block = block_of(a, take_next());
+        begin_block(a, cur, q);
+        while (cur.n > 0) {
+            block rest = cur;
+            rest.list += tile_cells;
+            rest.n    -= tile_cells;
+            rest.number++;
+            block after = rest.n > 0 ? rest : next_block;
+            gather(after, tiles[1 - at]);
+            if (tiles[at].n > 0 || a.evidence) {
+                attend(a, cur, tiles[at], after, tiles[1 - at], q, logits);
+            }
+            at  = 1 - at;
+            cur = rest;
         }
-        cur = next;
+        cur = next_block;
     }
 }
 
-// Item i of a token: first the blocks of `always`, then those of each KV head's `selected`.
-void attend_item(const task & a, int64_t i, float * scratch) {
-    const layout & l = a.l;
-    const int64_t per_token = l.always_blocks + l.n_head_kv*l.selected_blocks;
-    const int64_t s = i/(per_token*l.n_tokens);
-    const int64_t t = i/per_token % l.n_tokens;
-    int64_t       b = i % per_token;
-
-    if (b < l.always_blocks) {
-        attend_block(a, s, t, 0, l.n_head_kv, list_of(a.always, t, 0, s), l.n_always, b, b, scratch);
-        return;
+// the sum of exp(x - max) over all cells of a query head
+float cells_sum(const task & a, int64_t s, int64_t t, int64_t h, float max) {
+    const int64_t n = a.l.n_embd_v;
+    float sum = 0.0f;
+    for (int64_t b = 0; b < a.l.per_head && max > -INFINITY; ++b) {
+        const float * p = a.partial(s, t, h, b);
+        sum += expf(p[n] - max)*p[n + 1];
     }
-    b -= l.always_blocks;
-    const int64_t h = b/l.selected_blocks;
-    b %= l.selected_blocks;
-    attend_block(a, s, t, h, h + 1, list_of(a.selected, h, t, s), l.n_selected, b, l.always_blocks + b, scratch);
+    return sum;
 }
 
 // pass 5, one query head of one token
 void merge(const task & a, int64_t s, int64_t t, int64_t h) {
     const layout & l = a.l;
     const int64_t n = l.n_embd_v;
-    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1] + t*a.dst->nb[2] + s*a.dst->nb[3]);
+    float * out = (float *) a.dst->data + ((s*l.n_tokens + t)*l.n_head + h)*n;
 
     const float * tail = a.tail
         ? (const float *) ((const char *) a.tail->data + h*a.tail->nb[1] + t*a.tail->nb[2] + s*a.tail->nb[3])
         : nullptr;
     const float sink = a.sinks ? ((const float *) a.sinks->data)[h] : -INFINITY;
 
-    float max = std::max(sink, tail ? tail[n] : -INFINITY);
+    float cells_max = -INFINITY;
     for (int64_t b = 0; b < l.per_head; ++b) {
-        max = std::max(max, a.partial(s, t, h, b)[n]);
+        cells_max = std::max(cells_max, a.partial(s, t, h, b)[n]);
     }
+    if (a.evidence) {
+        a.evidence->finish_own(h, cells_max, cells_sum(a, s, t, h, cells_max), a.ops.exp);
+    }
+    const float max = std::max(cells_max, std::max(sink, tail ? tail[n] : -INFINITY));
 
     std::fill(out, out + n, 0.0f);
     float * mass = a.dst->src[7] ? (float *) ((char *) a.dst->src[7]->data + h*a.dst->src[7]->nb[1]) : nullptr;
@@ -281,35 +361,69 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
 
 } // namespace
 
-void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
-    const task a(params, dst);
+namespace {
+
+void attend_all(const ggml_compute_params * params, const task & a, float * scratch) {
+    attend_blocks(a, params->ith, [params] { return ggml_threadpool_chunk_add(params->threadpool, 1); }, scratch);
+}
+
+void merge_all(const ggml_compute_params * params, const task & a) {
     const layout & l = a.l;
-
-    // blocks go to whichever thread is free: cores are rarely equally fast or equally idle
-    if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
-    }
-    ggml_barrier(params->threadpool);
-
-    float * scratch = a.partials + l.n_partials()*l.partial + params->ith*l.scratch();
-    for (int64_t i = params->ith; i < l.n_items(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        attend_item(a, i, scratch);
-    }
-    ggml_barrier(params->threadpool);
-
     const int64_t n_rows = l.n_stream*l.n_tokens*l.n_head;
     for (int64_t i = params->ith; i < n_rows; i += params->nth) {
         merge(a, i/(l.n_head*l.n_tokens), i/l.n_head % l.n_tokens, i % l.n_head);
     }
 }
 
+int64_t attn_floats(const layout & l, int n_threads) {
+    return l.n_partials()*l.partial + n_threads*l.scratch() + line_floats;
+}
+
+} // namespace
+
+void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    task a(params, dst);
+    const int ith = params->ith, nth = params->nth;
+    float * scratch = a.partials + a.l.n_partials()*a.l.partial + ith*a.l.scratch();
+
+    // blocks go to whichever thread is free: cores are rarely equally fast or equally idle
+    if (ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, nth);
+    }
+    if (!ggml_sparse_attn_has_evidence(dst)) {
+        ggml_barrier(params->threadpool);
+        attend_all(params, a, scratch);
+        ggml_barrier(params->threadpool);
+        merge_all(params, a);
+        return;
+    }
+
+    evidence_pass evidence(params, dst, (char *) (a.partials + attn_floats(a.l, nth)), a.l.n_output());
+    evidence.prepare(ith, nth);
+    a.evidence = &evidence;
+    ggml_barrier(params->threadpool);
+    attend_all(params, a, scratch);
+    ggml_barrier(params->threadpool);
+    merge_all(params, a);
+    for (int64_t h = nth - 1 - ith; h < evidence.n_head_kv && evidence.has_rows(); h += nth) {
+        evidence.finish_head(h);
+    }
+    ggml_barrier(params->threadpool);
+    for (int64_t i = ith; i < evidence.n_tiles; i += nth) {
+        evidence.write_tile(i);
+    }
+}
+
 size_t sfi::sparse_attn_work_size(const ggml_tensor * dst, int n_threads) {
-    const layout l(dst);
-    return (l.n_partials()*l.partial + n_threads*l.scratch())*sizeof(float);
+    return attn_floats(layout(dst), n_threads)*sizeof(float)
+        + (ggml_sparse_attn_has_evidence(dst) ? evidence_pass::work_size(dst, n_threads) : 0);
 }
 
 bool sfi::sparse_attn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
+    if (ggml_sparse_attn_has_evidence(dst) && !evidence_pass::supported(dst)) {
+        return false;
+    }
     return q->ne[0] % 16 == 0 && q->ne[0] <= 512 && v->ne[0] % 16 == 0 && v->ne[0] <= 512
         && k->ne[0] % ggml_blck_size(k->type) == 0 && v->ne[0] % ggml_blck_size(v->type) == 0
         && tile_ops_supported(k->type) && tile_ops_supported(v->type);

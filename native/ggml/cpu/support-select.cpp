@@ -8,7 +8,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -29,43 +30,75 @@ struct candidates {
     bool    is_cell(int64_t i) const { return cells[j0 + i] >= 0; }
 };
 
-// out[i] = max of x[i - behind .. i + ahead], within [0, n)
-void window_max(const float * x, int64_t n, int64_t behind, int64_t ahead, float * out) {
-    std::copy(x, x + n, out);
-    for (int64_t d = 1; d <= behind; ++d) {
-        for (int64_t i = d; i < n; ++i) {
-            out[i] = std::max(out[i], x[i - d]);
+// floats that window_max() needs beside its output
+int64_t window_floats(int64_t n, int64_t behind, int64_t ahead) {
+    return 2*(n + std::min(behind, n) + std::min(ahead, n));
+}
+
+// out[i] = max of x[i - behind .. i + ahead], within [0, n). Maxima of 1, 2, 4 ... values by doubling; the window is two
+// of the longest that fit into it, which may overlap.
+void window_max(const float * x, int64_t n, int64_t behind, int64_t ahead, float * out, float * tmp) {
+    behind = std::min(behind, n);
+    ahead  = std::min(ahead,  n);
+    const int64_t window = behind + ahead + 1;
+    int64_t m = n + behind + ahead; // y[i] is for the values that begin at x[i - behind]
+    float * y = tmp, * next = tmp + m;
+    std::fill(y, y + behind, -INFINITY);
+    std::copy(x, x + n, y + behind);
+    std::fill(y + behind + n, y + m, -INFINITY);
+
+    int64_t length = 1;
+    for (; 2*length <= window; length *= 2) {
+        m -= length;
+        for (int64_t i = 0; i < m; ++i) {
+            next[i] = std::max(y[i], y[i + length]);
         }
+        std::swap(y, next);
     }
-    for (int64_t d = 1; d <= ahead; ++d) {
-        for (int64_t i = 0; i + d < n; ++i) {
-            out[i] = std::max(out[i], x[i + d]);
+    for (int64_t i = 0; i < n; ++i) {
+        out[i] = std::max(y[i], y[i + window - length]);
+    }
+}
+
+// The cells whose keys are in the top k, in position order; among keys equal to the last the earlier ones.
+void take(const uint32_t * key, const int32_t * cells, int64_t n, sfi::threshold t, int32_t * out, int64_t k) {
+    constexpr int64_t run = 32; // pooled evidence comes in runs: many blocks are taken whole or not at all
+    int64_t n_out = 0;
+    for (int64_t begin = 0; begin < n && n_out < k; begin += run) {
+        const int64_t end = std::min(begin + run, n);
+        int32_t n_greater = 0, n_equal = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            n_greater += key[i] >  t.key;
+            n_equal   += key[i] == t.key;
+        }
+        if (n_greater == end - begin) {
+            std::copy(cells + begin, cells + end, out + n_out);
+            n_out += n_greater;
+        } else if (n_greater + n_equal > 0) {
+            for (int64_t i = begin; i < end && n_out < k; ++i) {
+                const bool equal = key[i] == t.key && t.n_equal > 0;
+                t.n_equal -= equal;
+                out[n_out] = cells[i];
+                n_out += key[i] > t.key || equal;
+            }
         }
     }
 }
 
 // The cells of the top n_selected scores in position order, padded with -1; pads among the cells are never chosen.
-void take_top(const candidates & c, float * score, int32_t * out, int64_t n_selected) {
-    int64_t n_valid = 0;
+// key: room for a key of every candidate
+void take_top(const candidates & c, const float * score, uint32_t * key, int32_t * out, int64_t n_selected) {
+    int32_t n_valid = 0;
     for (int64_t i = 0; i < c.n(); ++i) {
-        if (c.is_cell(i)) {
-            ++n_valid;
-        } else {
-            score[i] = -INFINITY;
-        }
+        const uint32_t of_score = sfi::sortable(score[i] + 0.0f); // both zeros are equal
+        key[i] = c.is_cell(i) ? of_score : 0;
+        n_valid += c.is_cell(i);
     }
-    const int64_t k = std::min(n_selected, n_valid);
-    int64_t n = 0;
+    const int64_t k = std::min<int64_t>(n_selected, n_valid);
     if (k > 0) {
-        sfi::threshold t = sfi::kth_largest(score, c.n(), k);
-        for (int64_t i = 0; i < c.n() && n < k; ++i) {
-            const uint32_t key = sfi::sortable(score[i]);
-            if (key > t.key || (key == t.key && t.n_equal-- > 0)) {
-                out[n++] = c.cells[c.j0 + i];
-            }
-        }
+        take(key, c.cells + c.j0, c.n(), sfi::kth_largest_key(key, c.n(), k), out, k);
     }
-    std::fill(out + n, out + n_selected, -1);
+    std::fill(out + k, out + n_selected, -1);
 }
 
 // ---- paper: arXiv 2603.12038, steps 1 to 4; double because sums over 10^5 cells are compared ----------------------
@@ -122,7 +155,7 @@ double fusion_weight(const std::vector<double> & f, const std::vector<double> & 
 
 // steps 1 to 4: the log score after soft non-maximum suppression
 void paper_score(const candidates & c, const ggml_support_selector & sel, const ggml_tensor * k, int64_t h,
-                 const float * evidence, float * z) {
+                 const float * evidence, float * z, float * tmp) {
     const int64_t n = c.n();
     std::vector<double> f(n);
     for (int64_t i = 0; i < n; ++i) {
@@ -136,7 +169,7 @@ void paper_score(const candidates & c, const ggml_support_selector & sel, const 
     for (int64_t i = 0; i < n; ++i) {
         log_score[i] = (float) std::log((1.0 - lambda)*f[i] + lambda*r[i] + eps);
     }
-    window_max(log_score.data(), n, sel.nms_radius, sel.nms_radius, local_max.data());
+    window_max(log_score.data(), n, sel.nms_radius, sel.nms_radius, local_max.data(), tmp);
     for (int64_t i = 0; i < n; ++i) {
         z[i] = log_score[i] - sel.a_soft*std::max(0.0f, local_max[i] - log_score[i]);
     }
@@ -158,6 +191,14 @@ void cross_head(const ggml_support_selector & sel, float * z, int64_t ld, int64_
     }
 }
 
+// scratch of a thread
+int64_t select_floats(const ggml_tensor * dst) {
+    ggml_support_selector sel;
+    memcpy(&sel, dst->op_params, sizeof(sel));
+    const bool paper = sel.kind == GGML_SUPPORT_SELECTOR_PAPER;
+    return window_floats(dst->src[0]->ne[0], paper ? sel.nms_radius : sel.pool_after, paper ? sel.nms_radius : sel.pool_before);
+}
+
 } // namespace
 
 void sfi::support_select(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -170,13 +211,14 @@ void sfi::support_select(const ggml_compute_params * params, ggml_tensor * dst) 
     const int64_t n_head_kv = dst->ne[1], ld = c.n_list;
     const bool    paper = sel.kind == GGML_SUPPORT_SELECTOR_PAPER;
     float * score = (float *) params->wdata; // [n_head_kv, n_list]
+    float * tmp   = score + n_head_kv*ld + ith*select_floats(dst);
 
     for (int64_t h = ith; h < n_head_kv; h += nth) {
         const float * e = (const float *) ((const char *) evidence->data + h*evidence->nb[1]) + c.j0;
         if (paper) {
-            paper_score(c, sel, k, h, e, score + h*ld);
+            paper_score(c, sel, k, h, e, score + h*ld, tmp);
         } else {
-            window_max(e, c.n(), sel.pool_after, sel.pool_before, score + h*ld);
+            window_max(e, c.n(), sel.pool_after, sel.pool_before, score + h*ld, tmp);
         }
     }
     if (paper && n_head_kv > 2) {
@@ -187,12 +229,12 @@ void sfi::support_select(const ggml_compute_params * params, ggml_tensor * dst) 
         ggml_barrier(params->threadpool);
     }
     for (int64_t h = ith; h < n_head_kv; h += nth) {
-        take_top(c, score + h*ld, (int32_t *) ((char *) dst->data + h*dst->nb[1]), dst->ne[0]);
+        take_top(c, score + h*ld, (uint32_t *) tmp, (int32_t *) ((char *) dst->data + h*dst->nb[1]), dst->ne[0]);
     }
 }
 
-size_t sfi::support_select_work_size(const ggml_tensor * dst, int) {
-    return ggml_nelements(dst->src[0])*sizeof(float);
+size_t sfi::support_select_work_size(const ggml_tensor * dst, int n_threads) {
+    return (ggml_nelements(dst->src[0]) + n_threads*select_floats(dst))*sizeof(float);
 }
 
 bool sfi::support_select_supported(const ggml_tensor * dst) {
@@ -204,57 +246,84 @@ bool sfi::support_select_supported(const ggml_tensor * dst) {
 
 namespace {
 
-// evidence by cell: which candidate a cell is, or -1
+// the number of a candidate by its cell, or -1
 struct ranks {
+    int64_t first = 0, j0 = 0, n = 0;   // cells in one piece need no table: they are first .. first + n - 1
     std::vector<int32_t> of_cell;
 
-    explicit ranks(const candidates & c) {
+    explicit ranks(const candidates & c) : j0(c.j0), n(c.n()) {
+        const int32_t * cells = c.cells + c.j0;
+        first = n > 0 ? cells[0] : 0;
         int32_t max_cell = -1;
-        for (int64_t j = c.j0; j < c.j1; ++j) {
-            max_cell = std::max(max_cell, c.cells[j]);
+        int64_t n_elsewhere = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            max_cell = std::max(max_cell, cells[i]);
+            n_elsewhere += cells[i] != first + i || cells[i] < 0;
         }
-        of_cell.assign(max_cell + 1, -1);
-        for (int64_t j = c.j0; j < c.j1; ++j) {
-            if (c.cells[j] >= 0) {
-                of_cell[c.cells[j]] = (int32_t) j;
+        if (n_elsewhere > 0) {
+            of_cell.assign(max_cell + 1, -1);
+            for (int64_t i = 0; i < n; ++i) {
+                if (cells[i] >= 0) {
+                    of_cell[cells[i]] = (int32_t) (j0 + i);
+                }
             }
+            n = 0;
         }
     }
-    int32_t operator()(int32_t cell) const {
-        return cell >= 0 && cell < (int32_t) of_cell.size() ? of_cell[cell] : -1;
+    int64_t operator()(int32_t cell) const {
+        if (of_cell.empty()) {
+            return cell >= first && cell - first < n ? j0 + cell - first : -1;
+        }
+        return cell >= 0 && cell < (int64_t) of_cell.size() ? of_cell[cell] : -1;
     }
 };
+
+double sum_of(const float * x, int64_t n) {
+    double sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int j = 0; j < 8; ++j) {
+            sums[j] += x[i + j];
+        }
+    }
+    for (; i < n; ++i) {
+        sums[0] += x[i];
+    }
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
 
 double evidence_on(const int32_t * set, int64_t n, const ranks & rank, const float * evidence) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i) {
-        const int32_t j = rank(set[i]);
+        const int64_t j = rank(set[i]);
         sum += j >= 0 ? evidence[j] : 0.0f;
     }
     return sum;
 }
 
-std::vector<int32_t> sorted_cells(const int32_t * set, int64_t n) {
-    std::vector<int32_t> cells;
-    cells.reserve(n);
-    std::copy_if(set, set + n, std::back_inserter(cells), [](int32_t cell) { return cell >= 0; });
-    if (!std::is_sorted(cells.begin(), cells.end())) {
-        std::sort(cells.begin(), cells.end());
+// in: room for a mark per cell, all 0 and so again afterwards
+float jaccard(const int32_t * a, int64_t n_a, const int32_t * b, int64_t n_b, std::vector<uint8_t> & in) {
+    int32_t max_cell = -1;
+    for (int64_t i = 0; i < n_a; ++i) { max_cell = std::max(max_cell, a[i]); }
+    for (int64_t i = 0; i < n_b; ++i) { max_cell = std::max(max_cell, b[i]); }
+    if (in.size() < (size_t) max_cell + 2) {
+        in.resize((size_t) max_cell + 2);
     }
-    return cells;
-}
-
-float jaccard(const int32_t * a, int64_t n_a, const int32_t * b, int64_t n_b) {
-    const auto x = sorted_cells(a, n_a), y = sorted_cells(b, n_b);
-    size_t common = 0;
-    for (auto i = x.begin(), j = y.begin(); i != x.end() && j != y.end(); ) {
-        common += *i == *j;
-        const bool step_i = *i <= *j, step_j = *j <= *i;
-        i += step_i;
-        j += step_j;
+    uint8_t * mark = in.data() + 1; // pads mark the byte before the first cell
+    int64_t n = 0, common = 0;
+    for (int64_t i = 0; i < n_a; ++i) {
+        mark[std::max(a[i], -1)] = 1;
+        n += a[i] >= 0;
     }
-    const size_t all = x.size() + y.size() - common;
-    return all ? (float) common/all : 1.0f;
+    mark[-1] = 0;
+    for (int64_t i = 0; i < n_b; ++i) {
+        common += mark[std::max(b[i], -1)];
+        n += b[i] >= 0;
+    }
+    for (int64_t i = 0; i < n_a; ++i) {
+        mark[std::max(a[i], -1)] = 0;
+    }
+    return n > common ? (float) common/(n - common) : 1.0f;
 }
 
 } // namespace
@@ -266,6 +335,7 @@ void sfi::support_stability(const ggml_compute_params * params, ggml_tensor * ds
     }
     const candidates c(dst->src[1], dst->src[2]);
     const ranks rank(c);
+    std::vector<uint8_t> in;
 
     for (int64_t h = params->ith; h < dst->ne[1]; h += params->nth) {
         const float   * e = (const float   *) ((const char *) evidence->data + h*evidence->nb[1]);
@@ -273,13 +343,9 @@ void sfi::support_stability(const ggml_compute_params * params, ggml_tensor * ds
         const int32_t * p = (const int32_t *) ((const char *) previous->data + h*previous->nb[1]);
         float * out = (float *) ((char *) dst->data + h*dst->nb[1]);
 
-        double all = 0.0;
-        for (int64_t j = c.j0; j < c.j1; ++j) {
-            all += e[j];
-        }
-        out[0] = (float) all;
+        out[0] = (float) sum_of(e + c.j0, c.n());
         out[1] = (float) evidence_on(s, selected->ne[0], rank, e);
         out[2] = (float) evidence_on(p, previous->ne[0], rank, e);
-        out[3] = jaccard(s, selected->ne[0], p, previous->ne[0]);
+        out[3] = jaccard(s, selected->ne[0], p, previous->ne[0], in);
     }
 }
