@@ -19,16 +19,19 @@ def draw(data: dict[str, Any], collector: Collector, path: Path) -> None:
     from matplotlib.figure import Figure
 
     n, n_positions = len(data["kind"]), len(data["pieces"])
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 7.5))
+    figure.subplots_adjust(left=.07, right=.98, top=.95, bottom=.13, hspace=.42)
     above, below = figure.subplots(2, 1, height_ratios=(2.4, 1))
     above.imshow(colours(data, collector), aspect="auto", interpolation="nearest", extent=(0, n_positions, n + .5, .5))
     slow = [i + 1 for i, kind in enumerate(data["kind"]) if kind == "slow"]
-    above.plot([0] * len(slow), slow, linestyle="", marker=">", color=SLOW, clip_on=False, label="slow step: everything was read")
+    if slow:
+        above.plot([0] * len(slow), slow, linestyle="", marker=">", color=SLOW, clip_on=False, label="slow step: everything was read")
     above.axvline(data["n_prompt"], color="black", linewidth=.8, label="the answer begins")
     for colour, label in ((CHOSEN, "chosen places; darker: by more heads"), (ALWAYS, "always read: beginning and latest text")):
         above.plot([], [], linestyle="", marker="s", markersize=9, color=colour, label=label)
     above.set(xlabel="position in the text, in tokens", ylabel="token of the answer", title=_title(data))
-    above.legend(loc="upper center", bbox_to_anchor=(.5, -.13), ncols=4, frameon=False, fontsize=9)
+    above.legend(loc="upper center", bbox_to_anchor=(.5, -.11), ncols=4, frameon=False, fontsize=9, columnspacing=1.4,
+                 handletextpad=.6)
     _stability(below, collector)
     figure.savefig(path, format="png", dpi=150)
 
@@ -56,7 +59,7 @@ def _stability(axes: Any, collector: Collector) -> None:
             axes.plot(*zip(*points), color=colour, linestyle=dash, marker="o" if len(points) <= 60 else "", markersize=4, label=label)
     axes.set(xlim=(.5, len(collector.steps) + .5), ylim=(0, 1.05), xlabel="token of the answer", ylabel="share")
     if axes.lines:
-        axes.legend(loc="upper center", bbox_to_anchor=(.5, -.24), ncols=2, frameon=False, fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(.5, -.26), ncols=2, frameon=False, fontsize=9)
 
 
 def stability(measures: list[np.ndarray]) -> dict[str, list[float]]:
