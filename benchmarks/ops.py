@@ -51,7 +51,7 @@ class Layers:
                                     self.scale)
 
     def select(self, logits):
-        return self.g.sketch_select(logits, self.n_head_kv, self.n_selected)
+        return self.g.sketch_select(logits, None, self.n_head_kv, self.n_selected)
 
     def tail(self, i, logits, selected):
         return self.g.sketch_tail(logits, self.t_codes[i], self.basis, selected, self.n_embd, self.form)

@@ -159,9 +159,10 @@ struct sfi_params sfi_policy_params(enum sfi_policy policy) {
     p.policy      = policy;
     p.selector    = SFI_SELECTOR_TOPK;
     p.n_sink      = 4;
-    p.n_recent    = follows ? 64 : 256;
+    p.n_recent    = follows ? 32 : 256;
     p.pinned      = true;
-    p.n_selected  = follows ? 256 : 2048;
+    p.n_selected  = policy == SFI_POLICY_SKETCH ? 1024 : follows ? 256 : 2048;
+    p.tolerance   = 5e-4f;
     p.max_span    = follows ? 0 : 64;
     p.min_span    = 16;
     p.boundary    = !follows;
@@ -230,7 +231,7 @@ static int check_params(const sfi_params & p) {
     }
     const struct { const char * name; float value; } constants[] = {
         { "alpha", p.alpha }, { "gamma", p.gamma }, { "beta", p.beta }, { "p", p.p }, { "eta", p.eta },
-        { "lambda_clip", p.lambda_clip }, { "a_soft", p.a_soft }, { "a_cross", p.a_cross }, { "temperature", p.temperature },
+        { "lambda_clip", p.lambda_clip }, { "a_soft", p.a_soft }, { "a_cross", p.a_cross }, { "temperature", p.temperature }, { "tolerance", p.tolerance },
     };
     for (const auto & c : constants) {
         if (!std::isfinite(c.value)) {
@@ -240,10 +241,13 @@ static int check_params(const sfi_params & p) {
     if (!(p.alpha > 0.0f) || !(p.temperature > 0.0f) || !(p.lambda_clip >= 0.0f && p.lambda_clip <= 1.0f)) {
         return fail(SFI_ERR_ARGUMENT, "alpha and temperature must be above 0, lambda_clip from 0 to 1.");
     }
+    if (p.tolerance < 0.0f) {
+        return fail(SFI_ERR_ARGUMENT, "tolerance must be 0 or more.");
+    }
     return SFI_OK;
 }
 
-static constexpr int32_t sketch_batch   = 64; // cells that leave the window, and get their codes, at once
+static constexpr int32_t sketch_batch   = 32; // cells that leave the window, and get their codes, at once
 static constexpr int32_t sketch_queries = 64; // the basis is fitted to the last ones
 
 static llama_support_policy support_policy(sfi_policy policy) {
@@ -266,6 +270,7 @@ static llama_support_params support_params(const sfi_params & p) {
     sp.n_grow     = sketch ? sketch_batch : p.max_span;
     sp.pinned     = p.pinned || sketch;
     sp.n_queries  = sketch ? sketch_queries : p.n_queries;
+    sp.tolerance  = p.tolerance;
     sp.format     = { p.sketch_k4, p.sketch_k2, p.sketch_k1, p.sketch_v4, p.sketch_v2 };
     sp.n_slow_evidence = paper ? 1 : std::min(p.n_slow_queries, p.n_queries);
     sp.n_evidence = paper ? 1 : p.n_queries; // the paper: the slow step's query alone
@@ -338,7 +343,7 @@ static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const llam
     ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
 
     ggml_tensor * logits   = ggml_sketch_logits(c, q, codes, basis, cells, plan, n, 1.0f, 0.0f, f);
-    ggml_tensor * selected = ggml_sketch_select(c, logits, n_head_kv, 16);
+    ggml_tensor * selected = ggml_sketch_select(c, logits, nullptr, n_head_kv, 16);
     std::vector<ggml_tensor *> ops = { ggml_sketch_encode(c, codes, basis, k, v, cells, f), logits, selected };
     if (f->n_v4 + f->n_v2 > 0) {
         ops.push_back(ggml_sketch_tail(c, logits, codes, basis, selected, v->ne[0], f));
@@ -651,14 +656,47 @@ static int64_t other_bytes(const sfi * s, const llama_support & support, const l
     return size;
 }
 
-static void count(sfi * s, const llama_support & support, llama_seq_id seq, const sfi_step_info & info) {
+// What the sketch had the last fast step attend to, beside `always`: over all layers and KV heads.
+struct attended { int64_t n_heads = 0, n_cells = 0, bytes = 0; };
+
+static attended attended_by_sketch(const sfi * s, const llama_support & support, llama_seq_id seq) {
+    const auto & hparams = s->lctx->get_model().hparams;
+    const llama_kv_cache * kv = support.get_kv();
+    attended sum;
+    for (int32_t il = 0; il < (int32_t) support.get_layers().size() && support.scanned(seq); ++il) {
+        const ggml_tensor * selected = support.layer(il).codes ? support.layer(il).selected : nullptr;
+        if (!selected) {
+            continue;
+        }
+        const int64_t n_list = selected->ne[0]*selected->ne[1];
+        std::vector<int32_t> copy;
+        const int32_t * list = (const int32_t *) ((const char *) selected->data + seq*selected->nb[2]);
+        if (!ggml_backend_buffer_is_host(selected->buffer)) {
+            copy.resize(n_list);
+            ggml_backend_tensor_get(selected, copy.data(), seq*selected->nb[2], n_list*sizeof(int32_t));
+            list = copy.data();
+        }
+        const int64_t n = n_list - std::count(list, list + n_list, -1);
+        sum.n_heads += selected->ne[1];
+        sum.n_cells += n;
+        sum.bytes   += n*(int64_t) (ggml_row_size(kv->type_k(), hparams.n_embd_head_k(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_head_v(il)));
+    }
+    return sum;
+}
+
+// per head, rounded
+static int64_t mean_cells(const attended & a) {
+    return a.n_heads ? (a.n_cells + a.n_heads/2)/a.n_heads : 0;
+}
+
+static void count(sfi * s, const llama_support & support, llama_seq_id seq, const sfi_step_info & info, const attended & sketched) {
     auto & stats = s->stats;
     const auto & hparams = s->lctx->get_model().hparams;
     const int64_t cell  = sparse_cell_bytes(support, hparams, false);
     const int64_t other = other_bytes(s, support, hparams, info.depth);
 
     stats.kv_dense += cell*info.depth + other;
-    stats.kv_read  += cell*info.n_cells + other;
+    stats.kv_read  += cell*(info.n_cells - mean_cells(sketched)) + sketched.bytes + other;
     if (info.kind == SFI_STEP_FAST) {
         stats.kv_read += support.sketch_bytes(seq);
         stats.kv_read += s->params.policy == SFI_POLICY_ORACLE ? sparse_cell_bytes(support, hparams, true)*info.depth : 0;
@@ -719,10 +757,12 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
         done.reason  = d.reason;
         done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
         done.depth   = support.depth(seq);
-        done.n_cells = d.kind == SFI_STEP_FAST ? support.n_fast_cells(seq) : done.depth;
+        const bool scanned = d.kind == SFI_STEP_FAST && support.scanned(seq);
+        const attended sketched = scanned ? attended_by_sketch(s, support, seq) : attended();
+        done.n_cells = d.kind != SFI_STEP_FAST ? done.depth : support.n_fast_cells(seq) + (int32_t) mean_cells(sketched);
         done.t_us    = ggml_time_us() - start;
-        done.tail_mass = d.kind == SFI_STEP_FAST && support.scanned(seq) ? mean_tail_mass(support, seq) : 0.0f;
-        count(s, support, seq, done);
+        done.tail_mass = scanned ? mean_tail_mass(support, seq) : 0.0f;
+        count(s, support, seq, done, sketched);
         if (info) {
             *info = done;
         }
@@ -917,7 +957,7 @@ int sfi_get_tail(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t hea
         }
         const int32_t n_head_kv = hparams.n_head_kv(il), group = hparams.n_head(il)/n_head_kv;
         tail->mass        = masses(layer, seq)[2*head + 1];
-        tail->logit_error = layer.logit_error[seq*n_head_kv + head/group]*(hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) layer.n_embd_k));
+        tail->logit_error = layer.logit_error[seq*n_head_kv + head/group];
         return (int) SFI_OK;
     });
 }

@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-import shlex
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sfi_local.errors import InputError, UsageError
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import sfi_options, take_params
+from sfi_local.options import depth_list, name_list, sfi_options, take_params
 from sfi_local.params import SfiParams
+from sfi_local.rows_report import FORMATS
 
 if TYPE_CHECKING:
     from sfi_local.bench_session import BenchSession, Decoded
 
-MODES = ("stock", "dense", "sfi", "auto")  # in the order in which they take turns
-FORMATS = ("table", "md", "json", "csv")
-
-
-def _items(allowed: tuple[str, ...], what: str) -> Any:
-    """A callback that parses a list of names."""
-    def parse(ctx: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        for name in names:
-            if name not in allowed:
-                near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.3)
-                meant = f" did you mean {near[0]}?" if near else ""
-                raise UsageError(f"There is no {what} {name!r}:{meant} There are {', '.join(allowed)}.")
-        if not names:
-            raise UsageError(f"{option.opts[0]} is empty: give one or more of {', '.join(allowed)}.")
-        return tuple(name for name in allowed if name in names)
-    return parse
-
-
-def _depths(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    """Depths in ascending order; 32k is 32768."""
-    depths = set()
-    for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(k?)\s*", item, re.I)
-        if not match:
-            raise UsageError(f"{item.strip()!r} is not a depth: write e.g. --depth 0,2000,8000 or --depth 32k (32768).")
-        depths.add(int(match[1]) * (1024 if match[2] else 1))
-    return tuple(sorted(depths))
+MODES = ("stock", "dense", "frozen", "sfi", "auto")  # in the order in which they take turns
 
 
 @click.command("bench", short_help="Measure modes side by side at several depths.")
 @click.argument("model")
-@click.option("--depth", "depths", default="0,2000", show_default=True, callback=_depths, metavar="A,B",
+@click.option("--depth", "depths", default="0,2000", show_default=True, callback=depth_list, metavar="A,B",
               help="Tokens in the KV cache before the first step; 32k is 32768.")
-@click.option("--modes", default="stock,dense,sfi", show_default=True, callback=_items(MODES, "mode"), metavar="A,B",
+@click.option("--modes", default="stock,dense,sfi", show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
               help=f"Of {', '.join(MODES)}.")
-@click.option("--kv-type", "kv_types", default="f16", show_default=True, callback=_items(tuple(KV_TYPES), "KV type"),
+@click.option("--kv-type", "kv_types", default="f16", show_default=True, callback=name_list(tuple(KV_TYPES), "KV type"),
               metavar="A,B", help=f"Types of K and V, of {', '.join(KV_TYPES)}.")
 @click.option("-n", "--n", "n", type=click.IntRange(1), default=128, show_default=True, metavar="N",
               help="Steps per repetition.")
@@ -70,7 +39,7 @@ def _depths(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int
 @click.option("--slow-every", type=click.IntRange(1), metavar="N",
               help="Every Nth step is slow, the first included, instead of the schedule.")
 @sfi_options
-@click.option("-o", "--output", "output", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
 @click.option("--plot", metavar="FILE", help="Draw tokens/s against depth into FILE.png, .svg or .pdf.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
 def command(**options: Any) -> None:
@@ -94,11 +63,12 @@ def command(**options: Any) -> None:
     output, plot = options.pop("output"), options.pop("plot")
     request = Request(**options, params=params, fit_budget=fit_budget)
     from sfi_local import bench_report
+    from sfi_local.rows_report import check_plot
 
     if plot:
-        bench_report.check_plot(plot)
+        check_plot(plot)
     rows = measure(request)
-    click.echo(bench_report.FORMATS[output](rows))
+    click.echo(bench_report.show(output, rows))
     if plot:
         bench_report.plot(rows, plot)
 
@@ -133,33 +103,37 @@ class Request:
         extra = [(0, ("stock",))] if "stock" in self.modes and 0 not in self.depths else []
         return extra + [(depth, self.modes) for depth in self.depths]
 
+    @property
+    def n_runs(self) -> int:
+        return sum(len(modes) for _, modes in self.cases) * len(self.kv_types) * self.reps
+
 
 def measure(request: Request) -> list[dict[str, Any]]:
     """All rows, see row(). Raises InputError, CheckError, and what loading a model raises."""
+    from sfi_local.bar import Bar
+    from sfi_local.measured import check_depth, fetch
     from sfi_local.model import load
-    from sfi_local.progress import Progress
-    from sfi_local.run import resolve_noted
 
-    with Progress("fetching", "bytes") as fetching:
-        path = resolve_noted(request.model, fetching)
-    check_depth(path, request)
+    path = fetch(request.model)
+    check_depth(path, request.depths[-1], request.n)
     widest = max(request.kv_types, key=KV_TYPES.get)
-    with _Bar(request) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
+    with Bar(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)
         rows = []
         for kv_type in request.kv_types:
             fitted = replace(request, params=fit_params(request, model, kv_type))
-            rows += measure_kv_type(fitted, model, kv_type, tokens, {**facts, **params_facts(fitted.params)}, bar)
+            rows += measure_kv_type(fitted, model, kv_type, tokens, facts, bar)
         return rows
 
 
 def measure_kv_type(request: Request, model: Any, kv_type: str, tokens: list[int], facts: dict, bar: Any) -> list[dict]:
     """The rows of one KV type, all in one context."""
     from sfi_local.bench_session import BenchSession
+    from sfi_local.measured import params_facts
 
     measured = []
-    with BenchSession(model, request.need, request.params, kv_type, tokens, request.fill) as session:
+    with BenchSession(model, request.need + 1, request.params, kv_type, tokens, request.fill) as session:
         for depth, modes in request.cases:
             session.go_to(depth, bar.filling)
             bar.say(f"{kv_type} @ {depth}: checking")
@@ -168,26 +142,15 @@ def measure_kv_type(request: Request, model: Any, kv_type: str, tokens: list[int
             for rep in range(request.reps):
                 for mode in modes:
                     bar.say(f"{kv_type} @ {depth}: {mode}, {rep + 1} of {request.reps}")
-                    turns[mode].append(session.decode(mode, request.n, request.slow_every))
+                    turns[mode].append(session.decode(mode, request.n, request.slow_every, params_of(mode, request)))
                     check_kinds(turns[mode][-1], mode, depth, request)
                     bar.advance()
             measured.append((depth, turns, checks))
-    return [row(mode, depth, turns, measured, checks, facts, kv_type, session)
+    return [row(mode, depth, turns, measured, checks, {**facts, **params_facts(params_of(mode, request))}, kv_type, session)
             for depth, turns, checks in measured for mode in turns]
 
 
 # ---- what is decoded -------------------------------------------------------------------------------------------------
-
-def check_depth(path: Any, request: Request) -> None:
-    """Refuse a depth that the model was not made for, before its weights are read."""
-    from sfi_local.gguf_file import read_gguf
-
-    trained = read_gguf(path).n_ctx_train
-    if 0 < trained < request.need:
-        raise InputError(f"--depth {request.depths[-1]} and -n {request.n} need a context of {request.need} tokens, and this "
-                         f"model was trained on {trained}: lower --depth, or measure a model with random weights of the "
-                         f"same shape (`sfi-local make-model`).")
-
 
 def fit_params(request: Request, model: Any, kv_type: str) -> SfiParams:
     """The parameters of the run: a budget that fits the context, spans as long as --slow-every, the depth of auto."""
@@ -196,7 +159,7 @@ def fit_params(request: Request, model: Any, kv_type: str) -> SfiParams:
         params = params.fit_context(request.need)
     elif "sfi" in request.modes:
         params.check_context(request.need)
-    if request.slow_every:
+    if request.slow_every and not params.follows:
         params = params.replace(max_span=max(params.max_span, request.slow_every))
     if "auto" in request.modes:
         from sfi_local.calibrate import auto_depth_of
@@ -208,19 +171,14 @@ def fit_params(request: Request, model: Any, kv_type: str) -> SfiParams:
 def take_tokens(request: Request, model: Any) -> list[int]:
     """The tokens of the text, enough for the deepest case; random ones if asked. Raises InputError."""
     from sfi_local.bench_session import PIECE
+    from sfi_local.measured import text_tokens
+    from sfi_local.text_input import measured_text
 
     need = request.need if request.fill == "prefill" else min(request.depths[-1], PIECE) + request.n
     if request.random_tokens:
         return _random_tokens(model._weights.n_vocab(), need)
-    text, source = default_text() if request.text is None else read_text(request.text)
-    bos = model.tokenize("", add_bos=model.vocabulary.add_bos)
-    tokens = bos + model.tokenize(text[:16 * need])
-    if len(tokens) < need:
-        tokens = bos + model.tokenize(text)
-    if len(tokens) < need:
-        raise InputError(f"The text ({source}) has {len(tokens)} tokens, and --depth {request.depths[-1]} with -n {request.n} "
-                         f"takes {need}: give a longer one with --text, lower --depth, or use --fill state.")
-    return tokens[:need]
+    return text_tokens(model, *measured_text(request.text), need, f"--depth {request.depths[-1]} with -n {request.n} takes",
+                       "lower --depth, or use --fill state")
 
 
 def _random_tokens(n_vocab: int, n: int) -> list[int]:
@@ -228,19 +186,6 @@ def _random_tokens(n_vocab: int, n: int) -> list[int]:
 
     rng = random.Random(0)
     return [rng.randrange(n_vocab) for _ in range(n)]
-
-
-def default_text() -> tuple[str, str]:
-    """(text, name): English prose that every Python carries."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values()), "Python's help topics"
-
-
-def read_text(path: str) -> tuple[str, str]:
-    from sfi_local import text_input
-
-    return text_input.from_file(path), path
 
 
 # ---- outputs before times --------------------------------------------------------------------------------------------
@@ -268,14 +213,23 @@ def check_outputs(session: "BenchSession", modes: tuple[str, ...], request: Requ
     return found
 
 
+def params_of(mode: str, request: Request) -> SfiParams:
+    """Mode frozen is mode sfi with another policy, beside the one asked for."""
+    if mode != "frozen":
+        return request.params
+    params = SfiParams.of("frozen").fit_context(request.need)
+    return params.replace(max_span=max(params.max_span, request.slow_every or 0))
+
+
 def check_kinds(decoded: "Decoded", mode: str, depth: int, request: Request) -> None:
     """Raise CheckError where a mode did not do the steps it stands for."""
     from sfi_local import bench_check
 
-    budget, auto = request.params.budget, request.params.auto_depth
+    params = params_of(mode, request)
+    budget, auto = params.budget, params.auto_depth
     if mode in ("stock", "dense") or mode == "auto" and depth + request.n <= auto:
         bench_check.only(decoded, mode if mode != "auto" else "dense")
-    elif mode == "sfi" or depth > auto:
+    elif mode in ("frozen", "sfi") or depth > auto:
         bench_check.slow_and_fast(decoded, budget, depth, request.slow_every)
 
 
@@ -309,25 +263,16 @@ def row(mode: str, depth: int, turns: dict[str, list], measured: list, checks: d
 
 def run_facts(request: Request, model: Any) -> dict[str, Any]:
     """What is the same in all rows; read_bandwidth in 1e9 bytes per second, weight_bytes read per step."""
-    from datetime import datetime, timezone
-
     from sfi_local.bandwidth import read_bandwidth
-    from sfi_local.library import source_id
-    from sfi_local.machine import cpu_name, physical_cores
+    from sfi_local.measured import facts
+    from sfi_local.text_input import DEFAULT_TEXT
 
     return {
-        "model": request.model, "weight_bytes": weight_bytes(model), "fill": request.fill,
-        "text": "random tokens" if request.random_tokens else request.text or "pydoc_data.topics",
-        "threads": model.n_threads, "n": request.n, "reps": request.reps, "slow_every": request.slow_every,
-        "read_bandwidth": read_bandwidth(model.n_threads) / 1e9, "source_id": source_id(),
-        "machine": f"{cpu_name()}, {physical_cores()} cores", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["sfi-local", *sys.argv[1:]]),
+        **facts(request.model, model), "weight_bytes": weight_bytes(model), "fill": request.fill,
+        "text": "random tokens" if request.random_tokens else request.text or DEFAULT_TEXT,
+        "n": request.n, "reps": request.reps, "slow_every": request.slow_every,
+        "read_bandwidth": read_bandwidth(model.n_threads) / 1e9,
     }
-
-
-def params_facts(p: SfiParams) -> dict[str, Any]:
-    """The budget in its three parts, and everything else that was set."""
-    return {"budget": {"n_sink": p.n_sink, "n_recent": p.n_recent, "n_selected": p.n_selected}, "params": asdict(p)}
 
 
 def weight_bytes(model: Any) -> int:
@@ -351,44 +296,3 @@ def _steps(runs: list) -> dict[str, int]:
 
 def _ratio(mine: list, other: list | None) -> float | None:
     return median(a.tps / b.tps for a, b in zip(mine, other)) if other else None
-
-
-# ---- progress --------------------------------------------------------------------------------------------------------
-
-class _Bar:
-    """A progress bar on stderr that leaves nothing behind; plain lines where stderr is no terminal."""
-
-    def __init__(self, request: Request):
-        total = sum(len(modes) for _, modes in request.cases) * len(request.kv_types) * request.reps
-        self._total, self._live, self._said = total, sys.stderr.isatty(), ""
-
-    def __enter__(self) -> "_Bar":
-        self._bar = None
-        if self._live:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("loading", total=self._total)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """What is going on; in plain lines only where the depth changes."""
-        if self._bar:
-            self._bar.update(self._task, description=text)
-        elif text.partition(":")[0] != self._said:
-            self._said = text.partition(":")[0]
-            click.echo(f"sfi-local: measuring {self._said}", err=True)
-
-    def advance(self) -> None:
-        if self._bar:
-            self._bar.advance(self._task)
-
-    def filling(self, n_done: int, n_total: int) -> None:
-        if self._bar:
-            self._bar.update(self._task, description=f"prefill {n_done} of {n_total}")

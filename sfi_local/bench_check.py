@@ -1,4 +1,4 @@
-"""The comparisons that stand between a measurement and its numbers."""
+"""The comparisons that stand between a measurement, of bench or eval, and its numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 TIE = 10  # times the KL allowed: tokens whose log-probabilities are closer than that, in nats, may change places
 
+MAX_KL_AGAIN = 1e-4  # of one step; threads may add in another order
+
 
 class CheckError(SfiError):
-    """A mode did not compute what it stands for, so its time means nothing."""
+    """A mode did not compute what it stands for, so its numbers mean nothing."""
 
 
 def compare(name: str, logits: Any, other_name: str, other: Any, max_kl: float) -> float:
@@ -24,13 +26,13 @@ def compare(name: str, logits: Any, other_name: str, other: Any, max_kl: float) 
     import numpy as np
 
     if not (np.isfinite(logits).all() and np.isfinite(other).all()):
-        raise CheckError(f"No times are shown: the logits of {name} or {other_name} are not finite.")
+        raise CheckError(f"No numbers are shown: the logits of {name} or {other_name} are not finite.")
     p, q = _log_softmax(logits), _log_softmax(other)
     kl = float((np.exp(q) * (q - p)).sum(axis=-1).mean())
     best = p.argmax(axis=-1)[:, None]
     gap = float((q.max(axis=-1) - np.take_along_axis(q, best, axis=-1)[:, 0]).max())
     if kl > max_kl or gap > TIE * max_kl:
-        raise CheckError(f"No times are shown: {name} does not equal {other_name} (KL {kl:.4f}, allowed {max_kl}; the most "
+        raise CheckError(f"No numbers are shown: {name} does not equal {other_name} (KL {kl:.4f}, allowed {max_kl}; the most "
                          f"likely tokens are {gap:.3f} nats apart, allowed {TIE * max_kl:g}). Please report this.")
     return kl
 
@@ -38,7 +40,7 @@ def compare(name: str, logits: Any, other_name: str, other: Any, max_kl: float) 
 def only(decoded: "Decoded", kind: str) -> None:
     """Every step was of one kind."""
     if set(decoded.kinds) != {kind}:
-        raise CheckError(f"No times are shown: the steps of mode {kind} were {', '.join(sorted(set(decoded.kinds)))}.")
+        raise CheckError(f"No numbers are shown: the steps of mode {kind} were {', '.join(sorted(set(decoded.kinds)))}.")
 
 
 def slow_and_fast(decoded: "Decoded", budget: int, depth: int, slow_every: int | None) -> None:
@@ -47,13 +49,26 @@ def slow_and_fast(decoded: "Decoded", budget: int, depth: int, slow_every: int |
     if slow_every:
         expected = ["fast" if i % slow_every else "slow" for i in range(len(kinds))]
         if kinds != expected:
-            raise CheckError(f"No times are shown: every {slow_every}th step was to be slow, and "
+            raise CheckError(f"No numbers are shown: every {slow_every}th step was to be slow, and "
                              f"{kinds.count('slow')} of {len(kinds)} were.")
-    elif set(kinds) - {"slow", "fast"} or len(kinds) > 1 and "fast" not in kinds:
-        raise CheckError(f"No times are shown: the steps of mode sfi were {', '.join(sorted(set(kinds)))}.")
+    else:
+        sparse("mode sfi", kinds)
     if "fast" in kinds and depth > budget and not decoded.kv_read_share < 1:
-        raise CheckError(f"No times are shown: fast steps read {100 * decoded.kv_read_share:.0f} % of K and V at depth "
+        raise CheckError(f"No numbers are shown: fast steps read {100 * decoded.kv_read_share:.0f} % of K and V at depth "
                          f"{depth}, with a budget of {budget} cells.")
+
+
+def sparse(name: str, kinds: list[str]) -> None:
+    """The steps of a row or mode were slow and fast ones, and there were fast ones unless a single step was taken."""
+    if set(kinds) - {"slow", "fast"} or len(kinds) > 1 and "fast" not in kinds:
+        raise CheckError(f"No numbers are shown: the steps of {name} were {', '.join(sorted(set(kinds)))}.")
+
+
+def same_again(name: str, kl: float) -> None:
+    """A mode that is measured twice from one state gives the same logits; kl: the largest divergence of a step, in nats."""
+    if not kl <= MAX_KL_AGAIN:
+        raise CheckError(f"No numbers are shown: {name} does not equal itself when it is decoded again (KL {kl:.2g} in one "
+                         f"step, allowed {MAX_KL_AGAIN}). Please report this.")
 
 
 def _log_softmax(logits: Any) -> Any:

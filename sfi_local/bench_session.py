@@ -9,9 +9,9 @@ from typing import Any
 
 from sfi_local import kv_layout, state_fill
 from sfi_local.engine import StepInfo
-from sfi_local.errors import ModelError
 from sfi_local.params import SfiParams
-from sfi_local.session import Progress, Schedule, Session
+from sfi_local.session import Progress, Schedule
+from sfi_local.switch_session import SwitchSession
 
 PIECE = 512  # tokens that --fill state prefills and repeats
 
@@ -34,52 +34,41 @@ class Decoded:
         return 1000 * len(self.ms) / sum(self.ms)
 
 
-class BenchSession(Session):
-    """A session whose mode can be changed; what is in the cache stays.
+class BenchSession(SwitchSession):
+    """A session whose cache is brought to a depth and decoded from, again and again.
 
     tokens: the text; after a prefill a step at a depth is given the token that stands there, after a state fill those
     that follow the piece. fill: ``prefill`` or ``state``
     """
 
     def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str, tokens: list[int], fill: str):
-        super().__init__(model._weights, n_ctx, "stock", params, model.n_threads, kv_type, kv_type)
-        self._text, self._fill, self._depth = tokens, fill, 0
-        self._kv_type, self._layers = kv_type, kv_layout.layers(model.file)
+        super().__init__(model, n_ctx, params, kv_type)
+        self._text, self._fill = tokens, fill
+        self._layers = kv_layout.layers(model.file)
 
-    def __enter__(self) -> "BenchSession":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    @property
+    def n_tail(self) -> int:
+        """None after a state fill: computing it would take minutes where the depth is large, so sfi begins with a slow step."""
+        return super().n_tail if self._fill == "prefill" else 0
 
     def go_to(self, depth: int, progress: Progress | None = None) -> None:
         """Bring the cache to a depth not smaller than the last."""
-        self.use("stock")
-        self._rewind(self._depth)
         if self._fill == "state" and depth > PIECE:
             self._fill_state(depth)
-        elif depth > self._depth:
-            self.prefill(self._text[self._depth:depth], progress)
-        self._depth = depth
+        else:
+            self.set_trunk(self._text[:depth], progress)
 
-    def use(self, mode: str) -> None:
-        """Attach or detach sfi. Raises ModelError where the model cannot be sparse, in every mode but stock."""
-        if self.engine:
-            self.engine.close()
-        self.mode, self.engine = mode, None
-        self.engine = self._attach()
-        if self.engine is None and mode != "stock":
-            raise ModelError(self.why_stock)
-
-    def decode(self, mode: str, n: int, slow_every: int | None = None) -> Decoded:
+    def decode(self, mode: str, n: int, slow_every: int | None = None, params: SfiParams | None = None) -> Decoded:
         """n steps in a mode, from the depth; the cache is first brought back to where it was."""
-        self._start(mode)
-        schedule = every(slow_every) if slow_every and mode == "sfi" else None
+        self.begin("sfi" if mode == "frozen" else mode, params)
+        schedule = every(slow_every) if slow_every and mode in ("frozen", "sfi") else None
+        if self._fill == "state" and self.engine and self.params.support == "sketch" and self.mode == "sfi":
+            self._settle_sketch()
         if self.engine:
             self.engine.reset_stats()
         infos, ms = self._timed(self._next(n), schedule)
         stats = self.engine.stats() if self.engine else None
-        dense_bytes = sum(kv_layout.kv_bytes(self._layers, i.depth, self._kv_type, self._kv_type) for i in infos) / n
+        dense_bytes = sum(kv_layout.kv_bytes(self._layers, i.depth, self.kv_type, self.kv_type) for i in infos) / n
         return Decoded([i.kind for i in infos], ms, stats.reasons if stats else {},
                        stats.kv_read_share if stats else 1.0, stats.kv_read / n if stats else dense_bytes)
 
@@ -87,32 +76,15 @@ class BenchSession(Session):
         """The logits after each of n steps, float32 [n, n_vocab]."""
         import numpy as np
 
-        self._start(mode)
+        self.begin(mode)
         rows = []
         for token in self._next(n):
             self.step(token, schedule)
-            pointer = self.context.get_logits_ith(-1)
-            rows.append(np.ctypeslib.as_array(pointer, shape=(self.context.model.n_vocab(),)).copy())
+            rows.append(self.last_logits().copy())
         return np.array(rows)
 
-    def _start(self, mode: str) -> None:
-        """The state that every repetition of every mode begins with.
-
-        The last tokens of a real prefill are computed again, as that is what gives sfi its first support. After a
-        state fill that would take minutes where the depth is large, so sfi begins with a slow step.
-        """
-        self.use(mode)
-        tail = min(64, self._depth) if self._fill == "prefill" else 0
-        self._rewind(self._depth - tail)
-        if tail:
-            self.prefill(self._text[self._depth - tail:self._depth])
-
-    def _rewind(self, depth: int) -> None:
-        del self.tokens[depth:]
-        self._settle()
-
     def _next(self, n: int) -> list[int]:
-        at = min(self._depth, PIECE) if self._fill == "state" else self._depth
+        at = min(len(self.trunk), PIECE) if self._fill == "state" else len(self.trunk)
         return self._text[at:at + n]
 
     def _timed(self, tokens: list[int], schedule: Schedule | None) -> tuple[list[StepInfo], list[float]]:
@@ -127,12 +99,15 @@ class BenchSession(Session):
             gc.enable()
         return infos, ms
 
+    def _settle_sketch(self) -> None:
+        """What a prefill would have left: a basis and codes. A slow step makes them here, which is not part of the measurement."""
+        self.step(self._next(1)[0], lambda *_: "slow")
+
     def _fill_state(self, depth: int) -> None:
-        self._rewind(PIECE)
-        if len(self.tokens) < PIECE:
-            self.prefill(self._text[len(self.tokens):PIECE])
+        self.set_trunk(self._text[:PIECE])
         state_fill.fill(self._llama, self.context.ctx, depth)
-        self.tokens[:] = (self.tokens * (-(-depth // PIECE)))[:depth]
+        self.trunk = (self.trunk * (-(-depth // PIECE)))[:depth]
+        self.tokens[:] = self.trunk
 
 
 def every(n: int) -> Schedule:

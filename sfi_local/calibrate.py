@@ -30,6 +30,7 @@ ROUND = ("slow", "dense", "fast", "dense", "fast")
 ROUNDS = 6             # at each depth, if there is time
 MAX_BYTES = 256 << 20  # of K and V that are filled for a measurement
 LEAST_DEPTH = 512      # below this the time of a step says little about attention
+LEAST_AUTO_DEPTH = 128 # of a policy without slow steps: the cells of its window
 PIECE = 16             # cells that are computed and repeated
 MAX_ENTRIES = 200      # of the file
 MAX_DEPTH = 1 << 24
@@ -83,6 +84,8 @@ def _measure_and_remember(key: str, model: "Model", params: SfiParams, type_k: s
 
 def break_even(timings: list[Timing], params: SfiParams) -> int:
     """The smallest depth at which the mean step of slow-fast is faster than a dense one; at least the budget."""
+    if params.follows:
+        return _break_even_without_slow_steps(timings)
     span = min(MEAN_SPAN, params.max_span)
     dense, dense_slope = _line([(t.depth, t.dense) for t in timings])
     slow, slow_slope = _line([(t.depth, t.slow) for t in timings])
@@ -93,6 +96,16 @@ def break_even(timings: list[Timing], params: SfiParams) -> int:
         raise _CannotMeasure("the times of steps do not grow with the depth here")
     depth = (slow + span * fast - per_span * dense) / gain
     return int(min(MAX_DEPTH, max(params.budget, depth)))
+
+
+def _break_even_without_slow_steps(timings: list[Timing]) -> int:
+    """... where every step is fast, and its time grows with the depth too."""
+    dense, dense_slope = _line([(t.depth, t.dense) for t in timings])
+    fast, fast_slope = _line([(t.depth, t.fast) for t in timings])
+    gain = (1 - GAIN) * dense_slope - fast_slope
+    if dense_slope <= 0 or gain <= 0:
+        raise _CannotMeasure("the times of steps do not grow with the depth here")
+    return int(min(MAX_DEPTH, max(LEAST_AUTO_DEPTH, (fast - (1 - GAIN) * dense) / gain)))
 
 
 def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
@@ -110,7 +123,8 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
 
     deadline = time.perf_counter() + LIMIT_S
     depths = _depths(model, params, type_k, type_v)
-    params = params.replace(auto_depth=0, max_span=max(params.max_span, ROUND.count("fast")))
+    longest = 0 if params.follows else max(params.max_span, ROUND.count("fast"))
+    params = params.replace(auto_depth=0, max_span=longest)
     session = Session(model._weights, depths[-1] + len(ROUND) * ROUNDS, "sfi", params, model.n_threads, type_k, type_v)
     try:
         token = (model.tokenize("the") or [0])[-1]

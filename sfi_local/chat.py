@@ -12,27 +12,29 @@ HELP = "Chat: /new starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 def chat(request: Any) -> None:
     """Read, answer, repeat. Ctrl-C at the prompt leaves with KeyboardInterrupt."""
-    from sfi_local.run import say
+    from sfi_local.terminal import say
 
     _enable_line_editing()
     with request.load() as model:
         say(HELP)
+        marked = request.marks()
         conversation = _opening(request)
         while (text := _read()) is not None:
             if text == "/new":
                 conversation = _opening(request)
             elif text:
-                _turn(model, request, conversation, text)
+                _turn(model, request, conversation, text, marked)
 
 
-def _turn(model: Any, request: Any, conversation: list, text: str) -> None:
+def _turn(model: Any, request: Any, conversation: list, text: str, marked: bool) -> None:
     """One question and its answer; a failed one leaves the conversation as it was."""
     from sfi_local.prompt import Message
-    from sfi_local.run import say, statistics
+    from sfi_local.run import statistics
+    from sfi_local.terminal import say
 
     conversation.append(Message("user", [text]))
     try:
-        tally = _answer(model, request, conversation)
+        tally = _answer(model, request, conversation, marked)
     except SfiError as error:
         conversation.pop()
         say(f"{error} /new starts a new conversation.")
@@ -44,14 +46,13 @@ def _turn(model: Any, request: Any, conversation: list, text: str) -> None:
     say(statistics(model, tally))
 
 
-def _answer(model: Any, request: Any, conversation: list) -> Any:
-    """Stream an answer; Ctrl-C ends it early."""
-    from sfi_local.run import progress, show, tell_notes
+def _answer(model: Any, request: Any, conversation: list, marked: bool) -> Any:
+    """Stream an answer, its tokens marked by the kind of their step if so wished; Ctrl-C ends it early."""
+    from sfi_local.terminal import progress, show, tell_notes
     from sfi_local.step import Tally
 
     tokens = model.template.tokens(conversation)
     tally = Tally(n_prompt=len(tokens))
-    color = request.color and sys.stdout.isatty()
     try:
         with progress("prefill", "tokens") as prefill:
             for step in model.generate(tokens, n=request.n_limit, sampling=request.sampling(), stop=request.stop,
@@ -59,7 +60,7 @@ def _answer(model: Any, request: Any, conversation: list) -> Any:
                 prefill.close()
                 tell_notes(model)
                 tally.add(step)
-                show(step, color)
+                show(step, marked)
     except KeyboardInterrupt:
         pass
     tally.n_prefilled = model.session.n_prefilled if model.session else 0
@@ -76,7 +77,7 @@ def _opening(request: Any) -> list:
 
 def _read() -> str | None:
     """A line typed by the user; "" if it is no text, None at the end."""
-    from sfi_local.run import say
+    from sfi_local.terminal import say
     from sfi_local.text_input import from_argument
 
     try:

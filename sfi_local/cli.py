@@ -13,9 +13,11 @@ from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
 # name: (module, function, short help); the short help is here so that --help imports nothing
 COMMANDS = {
     "run": ("run", "command", "Answer a prompt, about a file if one is given; chat on a terminal."),
+    "view": ("view", "command", "Show where each generated token looked, as an HTML page."),
     "models": ("models", "models_command", "List the known models and where they are."),
     "pull": ("models", "pull_command", "Fetch a model into the cache."),
     "bench": ("bench", "command", "Measure modes side by side at several depths."),
+    "eval": ("eval", "command", "Measure fidelity: how close modes and policies are to dense decoding."),
     "make-model": ("make_model", "command", "Write a model with random weights, to measure speed."),
     "inspect": ("inspect", "command", "Show a model's layers and the cost of its KV cache."),
     "doctor": ("doctor", "command", "Report on the installation and this machine."),

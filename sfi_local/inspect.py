@@ -26,7 +26,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     sfi-local inspect ./model.gguf --n-selected 1024 --json
     """
     from sfi_local.gguf_file import read_gguf
-    from sfi_local.run import progress, resolve_noted
+    from sfi_local.terminal import progress, resolve_noted
 
     params, _ = take_params(options)
     with progress("fetching", "bytes") as fetching:

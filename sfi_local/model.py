@@ -223,6 +223,10 @@ class Vocabulary:
                 return buffer.raw[:n]
             size = -n
 
+    def name(self, token: int) -> str:
+        """How the vocabulary spells a token, e.g. ``<|im_end|>`` for a special one."""
+        return self._text(token)
+
     def is_end(self, token: int) -> bool:
         """Whether a token ends the answer."""
         return bool(self._llama.llama_vocab_is_eog(self._weights.vocab, token))

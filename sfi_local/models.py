@@ -44,7 +44,7 @@ def pull_command(name: str) -> None:
     The file's sha256 is checked before it gets its name; an interrupted pull resumes. The cache is the user's cache
     directory, or SFI_LOCAL_CACHE.
     """
-    from sfi_local.run import progress, resolve_noted
+    from sfi_local.terminal import progress, resolve_noted
 
     if not name.startswith(catalogue.HF_PREFIX):
         catalogue.find(name)  # a path is not a name here

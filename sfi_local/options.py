@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any, Callable
 
@@ -13,6 +14,34 @@ from sfi_local.params import POLICIES, SELECTORS, SfiParams
 
 _BUDGET = ("n_sink", "n_recent", "n_selected")
 _DEFAULT = SfiParams()
+
+
+def answer_options(n: int, mode: str) -> Callable:
+    """Options of a prompt and of how it is answered, with the defaults of -n and --mode."""
+    def add(command: Callable) -> Callable:
+        for option in reversed((
+            click.option("-f", "--file", "file", metavar="FILE", help="Text the question is about; - reads stdin."),
+            click.option("-p", "--prompt", metavar="TEXT", help="The question or instruction."),
+            click.option("-n", "--n", "n", type=click.IntRange(-1), default=n, show_default=True, metavar="N",
+                         help="Tokens to generate at most; -1: until the answer ends or the context is full."),
+            click.option("--mode", type=click.Choice(["auto", "sfi", "dense", "stock"]), default=mode, show_default=True,
+                         help="sfi: slow-fast; dense: every step dense; stock: llama.cpp's own path; auto: sfi where it pays."),
+            click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Seed of the sampler [default: random]."),
+            click.option("--temp", type=click.FloatRange(0), default=0.8, show_default=True, metavar="X",
+                         help="Temperature; 0 takes the most likely token."),
+            click.option("--top-k", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="0: all tokens."),
+            click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, metavar="X"),
+            click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, metavar="X"),
+            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."),
+            click.option("--system", metavar="TEXT", help="System prompt."),
+            click.option("--raw", is_flag=True, help="Give the text to the model as it is, without its chat template."),
+            click.option("--max-prompt-tokens", type=click.IntRange(1), metavar="N",
+                         help="Take only the head of the file, so that the whole prompt has N tokens at most."),
+            click.option("--truncate", is_flag=True, help="Take only the head of the file, as much as the context holds."),
+        )):
+            command = option(command)
+        return command
+    return add
 
 
 def model_options(command: Callable) -> Callable:
@@ -48,9 +77,12 @@ def sfi_options(command: Callable) -> Callable:
         _count("--n-slow-queries", 1, "... of which a slow step takes the last N: its own costs nothing, more do."),
         _count("--pool-after", 0, "An important cell brings N cells after it ..."),
         _count("--pool-before", 0, "... and N cells before it."),
+        click.option("--tolerance", type=click.FloatRange(0), metavar="X",
+                     help=f"Policy sketch: cells are attended to exactly if their share of the attention times the error of their "
+                          f"logit is larger, --n-selected at most; 0: always so many [default: {_DEFAULT.tolerance:g}]."),
         click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2",
                      help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
-                          "[default: 4,16,16:16,0 per 64 values of a head]."),
+                          "[default: 4,12,24:0,16 per 64 values of a head]."),
     )):
         command = option(command)
     return command
@@ -69,7 +101,7 @@ def _sketch_bits(ctx: click.Context, option: click.Parameter, text: str | None) 
         return None
     match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}):(\d{1,3}),(\d{1,3})", text.strip())
     if not match:
-        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,16,16:16,0 (components of K with 4, 2 and 1 "
+        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 (components of K with 4, 2 and 1 "
                          f"bits, then of V with 4 and 2).")
     return dict(zip(("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2"), map(int, match.groups())))
 
@@ -80,7 +112,37 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
     A budget that was typed is kept or refused; the default one adapts to a small context. Raises ArgumentError.
     """
     names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "n_queries", "n_slow_queries", "pool_after",
-             "pool_before")
+             "pool_before", "tolerance")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
     return SfiParams.of(given.pop("support", _DEFAULT.support), **given).validate(), not any(name in given for name in _BUDGET)
+
+
+def name_list(allowed: tuple[str, ...], what: str) -> Callable:
+    """A callback that parses a list of names, in the order of ``allowed``. Raises UsageError."""
+    def parse(ctx: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+        given = [name.strip() for name in text.split(",") if name.strip()]
+        for name in given:
+            if name not in allowed:
+                raise UsageError(f"There is no {what} {name!r}:{meant(name, allowed)} There are {', '.join(allowed)}.")
+        if not given:
+            raise UsageError(f"{option.opts[0]} is empty: give one or more of {', '.join(allowed)}.")
+        return tuple(name for name in allowed if name in given)
+    return parse
+
+
+def meant(name: str, allowed: Any) -> str:
+    """`` did you mean NAME?`` where one is near, else nothing."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.3)
+    return f" did you mean {near[0]}?" if near else ""
+
+
+def depth_list(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    """A callback that parses depths, in ascending order; 32k is 32768. Raises UsageError."""
+    found = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(k?)\s*", item, re.I)
+        if not match:
+            raise UsageError(f"{item.strip()!r} is not a depth: write e.g. --depth 0,2000,8000 or --depth 32k (32768).")
+        found.add(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(sorted(found))

@@ -11,6 +11,7 @@ from sfi_local.errors import ArgumentError
 POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
 MAX_QUERIES = 64
+SKETCH_DEPTH = 1024  # cells from which policy sketch is faster than dense, where nothing was measured
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,19 @@ class SfiParams:
     n_queries:  evidence of the last n queries; tokens, 1 .. 64
     n_slow_queries: ... of which a slow step takes the last n: its own costs nothing, more do; tokens, 1 .. 64
     pool_after, pool_before: an important cell also brings this many cells after and before it; cells
-    sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 1/16 of the bytes of F16
-    sketch_v4, sketch_v2: ... of its V; all 0 with components of K given: the tail is dropped
+    tolerance:  sketch: cells are attended to exactly if their share of the scanned attention times the expected error of their
+                logit (in nats) is larger, n_selected at most; 0: n_selected cells
+    sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 4, 12, 24 per 64 values of a head
+    sketch_v4, sketch_v2: ... of its V; all 0 with components of K given: the tail is dropped; else 0, 16
     alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
     """
 
     support: str = "sketch"
     selector: str = "topk"
     n_sink: int = 4
-    n_recent: int = 64
+    n_recent: int = 32
     pinned: bool = True
-    n_selected: int = 256
+    n_selected: int = 1024
     max_span: int = 0
     min_span: int = 16
     boundary: bool = False
@@ -51,6 +54,7 @@ class SfiParams:
     n_slow_queries: int = 1
     pool_after: int = 16
     pool_before: int = 2
+    tolerance: float = 5e-4
     sketch_k4: int = 0
     sketch_k2: int = 0
     sketch_k1: int = 0
@@ -70,12 +74,17 @@ class SfiParams:
     @classmethod
     def of(cls, support: str, **changes: Any) -> "SfiParams":
         """The defaults of a policy, some of them changed."""
-        refreshed = _REFRESHED if support in ("frozen", "window") else {}
-        return cls(**{"support": support, **refreshed, **changes})
+        defaults = _REFRESHED if support in ("frozen", "window") else {"n_selected": 256} if support == "oracle" else {}
+        return cls(**{"support": support, **defaults, **changes})
+
+    @property
+    def follows(self) -> bool:
+        """Is `selected` chosen anew at every step, so that no slow step is needed to renew it?"""
+        return self.support in ("sketch", "oracle")
 
     @property
     def budget(self) -> int:
-        """Cells of a support at a refresh, all three parts together."""
+        """Cells of a support at a refresh, all three parts together; of policy sketch the most that they can be."""
         return self.n_sink + self.n_recent + self.n_selected
 
     def replace(self, **changes) -> "SfiParams":
@@ -149,6 +158,7 @@ def auto_depth(params: SfiParams) -> int:
     """The depth, in cells, below which mode ``auto`` is dense.
 
     A fast step reads the budget, a dense one reads the depth. At twice the budget the step reads half of the cache,
-    enough to pay for the slow steps; a measurement on the machine at hand would be better than this rule.
+    enough to pay for the slow steps; a measurement on the machine at hand would be better than this rule. A sketch of 1024
+    cells is read about as fast as a tenth of them.
     """
-    return 2 * params.budget
+    return SKETCH_DEPTH if params.support == "sketch" else 2 * params.budget

@@ -7,6 +7,8 @@ import sys
 
 from sfi_local.errors import InputError
 
+DEFAULT_TEXT = "pydoc_data.topics"  # English prose that every Python carries
+
 
 def from_file(path: str) -> str:
     """The text of a file; ``-`` is stdin."""
@@ -43,3 +45,12 @@ def decode(data: bytes, source: str) -> str:
     if "\0" in text:
         raise InputError(f"{source} has a NUL byte at offset {data.index(0)}: give a text file, not a binary one.")
     return text
+
+
+def measured_text(path: str | None) -> tuple[str, str]:
+    """(text, its name) that bench and eval decode: a file, or Python's help topics."""
+    if path is not None:
+        return from_file(path), path
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values()), "Python's help topics"

@@ -81,7 +81,7 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sketch_basis_size": (c_int64, [POINTER(SketchFormat), c_int64, c_int64]),
     "ggml_sketch_encode": (T, [c_void_p, T, T, T, T, T, POINTER(SketchFormat)]),
     "ggml_sketch_logits": (T, [c_void_p, T, T, T, T, T, c_int64, F, F, POINTER(SketchFormat)]),
-    "ggml_sketch_select": (T, [c_void_p, T, c_int64, c_int64]),
+    "ggml_sketch_select": (T, [c_void_p, T, T, c_int64, c_int64]),
     "ggml_sketch_tail": (T, [c_void_p, T, T, T, T, c_int64, POINTER(SketchFormat)]),
 }
 
@@ -235,8 +235,8 @@ class Graph:
         return self.lib.ggml_sketch_logits(self.ctx, q, codes, basis, skip, plan, n_list, scale, logit_softcap,
                                            SketchFormat(*form))
 
-    def sketch_select(self, logits, n_head_kv, n_selected):
-        return self.lib.ggml_sketch_select(self.ctx, logits, n_head_kv, n_selected)
+    def sketch_select(self, logits, least, n_head_kv, n_selected):
+        return self.lib.ggml_sketch_select(self.ctx, logits, least, n_head_kv, n_selected)
 
     def sketch_tail(self, logits, codes, basis, selected, n_embd_v, form):
         return self.lib.ggml_sketch_tail(self.ctx, logits, codes, basis, selected, n_embd_v, SketchFormat(*form))

@@ -447,11 +447,21 @@ def sketch_score(x):
     return np.array([log_sum_exp(column) for column in p.T]) - np.log(len(p))
 
 
-def sketch_select(x, n_selected, seed=0):
-    """Logits [n_head_kv, group, n_list] -> [n_head_kv, n_selected]: the cells of the best scores, padded, in no order."""
+def sketch_share(x):
+    """Logits [group, n_list] -> the largest softmax of each cell among the heads of the group, [n_list]"""
+    return np.max([np.exp(row - log_sum_exp(row)) if row.max() > -np.inf else 0 * row for row in np.asarray(x, np.float64)], axis=0)
+
+
+def sketch_select(x, n_selected, least=None, seed=0):
+    """Logits [n_head_kv, group, n_list] -> [n_head_kv, n_selected]: the cells of the best scores, padded, in no order.
+
+    least [n_head_kv]: cells whose share is smaller in every head of the group are not selected
+    """
     out = np.full((len(x), n_selected), PAD, np.int32)
     for h, of_head in enumerate(x):
         score = sketch_score(of_head)
+        if least is not None:
+            score[sketch_share(of_head) < least[h]] = -np.inf
         best = np.argsort(-score, kind="stable")[:min(n_selected, np.isfinite(score).sum())]
         out[h, :len(best)] = best
         out[h] = scramble(out[h], seed + h)

@@ -16,6 +16,7 @@ from command_line import cli_command, cli_env, sentence
 from sfi_local import SfiParams, bench, bench_report, state_fill
 from sfi_local.bench_check import CheckError, compare, slow_and_fast
 from sfi_local.bench_session import PIECE, BenchSession, Decoded
+from sfi_local.text_input import measured_text
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--support", "frozen", "--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1,
@@ -45,7 +46,7 @@ def session(model):
     made = []
 
     def make(fill="prefill", kv="f16", params=SMALL, n_ctx=2048):
-        tokens = model.tokenize(bench.default_text()[0][:n_ctx])
+        tokens = model.tokenize(measured_text(None)[0][:n_ctx])
         made.append(BenchSession(model, n_ctx, params, kv, tokens, fill))
         return made[-1]
 
@@ -70,6 +71,15 @@ def test_rows_have_what_scripts_rely_on(cli, tiny):
     assert "bench" in sfi["command"] and sfi["text"] == "pydoc_data.topics" and "boundary" in sfi["reasons"]
 
 
+@pytest.mark.parametrize("fill", ["prefill", "state"])
+def test_the_sketch_is_measured_beside_the_frozen_support(tiny, fill):
+    """After a state fill the step that makes the sketch is not counted."""
+    rows = bench.measure(request(tiny, depths=(900,), modes=("dense", "frozen", "sfi"), fill=fill, params=SfiParams(), n=20))
+    dense, frozen, sketch = rows
+    assert sketch["steps"]["fast"] == 20 and sketch["params"]["support"] == "sketch" and sketch["kv_read_share"] < 0.7
+    assert frozen["params"]["support"] == "frozen" and dense["steps"]["dense"] == 20
+
+
 def test_every_kv_type_and_depth_has_its_rows_and_a_state_fill_is_labelled(tiny):
     rows = bench.measure(request(tiny, depths=(600, 900), kv_types=("f16", "q8_0"), fill="state", slow_every=5, n=10))
     assert len(rows) == 2 * (1 + 2 * 3)
@@ -91,8 +101,8 @@ def test_formats_agree(tiny):
 def test_modes_take_turns_on_the_same_tokens(tiny, monkeypatch):
     order, real = [], BenchSession.decode
 
-    def decode(self, mode, n, slow_every=None):
-        done = real(self, mode, n, slow_every)
+    def decode(self, mode, n, slow_every=None, params=None):
+        done = real(self, mode, n, slow_every, params)
         order.append((mode, tuple(self.tokens)))
         return done
 
@@ -114,7 +124,8 @@ def test_auto_is_dense_below_its_depth_and_slow_fast_above(tiny):
 
 def test_no_time_is_shown_of_a_mode_that_did_other_steps(tiny, monkeypatch):
     real = BenchSession.use
-    monkeypatch.setattr(BenchSession, "use", lambda self, mode: real(self, "dense" if mode == "sfi" else mode))
+    monkeypatch.setattr(BenchSession, "use", lambda self, mode, params=None: real(
+        self, "dense" if mode == "sfi" else mode, params))
     with pytest.raises(CheckError, match="sfi were dense"):
         bench.measure(request(tiny, reps=1))
 

@@ -55,6 +55,16 @@ def test_break_even_is_the_budget_at_least():
     assert break_even(cheap, SMALL) == SMALL.budget
 
 
+def test_without_slow_steps_it_is_where_fast_crosses_dense():
+    def dense(d): return 5 + d / 500
+    def fast(d): return 6 + d / 2500
+
+    timings = [Timing(d, dense(d), 99.0, fast(d)) for d in (500, 1000, 2000)]
+    depth = break_even(timings, SfiParams.of("sketch"))
+    assert fast(depth + 2) < 0.97 * dense(depth + 2) and fast(depth - 2) > 0.97 * dense(depth - 2)
+    assert break_even([Timing(d, dense(d), 99.0, 1.0) for d in (500, 1000)], SfiParams.of("sketch")) == 128
+
+
 @pytest.mark.parametrize("timings", [
     [Timing(500, 7.0, 7.0, 5.0), Timing(1000, 6.0, 8.0, 5.0)],     # dense steps that get faster
     [Timing(500, 6.0, 7.0, 5.0), Timing(1000, 6.1, 90.0, 5.0)],    # slow steps that eat the gain

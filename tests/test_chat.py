@@ -18,10 +18,10 @@ OPTIONS = ("--mode", "sfi", "-t", "1", "--temp", "0", "--n-recent", "32", "--n-s
 class Terminal:
     """A chat in a pseudo-terminal; what it shows is collected in ``shown``."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, **env: str):
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(cli_command("run", *arguments), stdin=slave, stdout=slave, stderr=slave,
-                                        env=cli_env(TERM="dumb"), start_new_session=True,
+                                        env=cli_env(**{"TERM": "dumb", **env}), start_new_session=True,
                                         preexec_fn=lambda: _make_terminal(slave))
         os.close(slave)
         self.shown = ""
@@ -69,8 +69,8 @@ def _make_terminal(slave: int) -> None:
 def terminal():
     made = []
 
-    def start(*arguments):
-        made.append(Terminal(*map(str, arguments)))
+    def start(*arguments, **env):
+        made.append(Terminal(*map(str, arguments), **env))
         return made[-1]
 
     yield start
@@ -123,10 +123,45 @@ def test_a_turn_that_does_not_fit_leaves_the_conversation_usable(terminal, tiny)
     chat.wait_for(r"KV read.*\n(.|\n)*> ")
 
 
-def test_steps_are_coloured_on_a_terminal_only(terminal, tiny):
-    coloured = terminal(tiny, *OPTIONS, "-n", 30, "-p", "Hello. " * 30, "--color")
-    coloured.wait_for("KV read")
-    assert "\x1b[32m" in coloured.shown
-    piped = subprocess.run(cli_command("run", tiny, *OPTIONS, "-n", 30, "-p", "Hello. " * 30, "--color"),
-                           capture_output=True, env=cli_env(), stdin=subprocess.DEVNULL)
-    assert b"\x1b" not in piped.stdout
+# ---- marks on the tokens ---------------------------------------------------------------------------------------------
+
+SLOW, LEGEND = "\x1b[1;33m", "each token shows the step it came from"
+MARKED = (*OPTIONS, "--max-span", "6", "-n", 30, "-p", "Hello. " * 30)
+
+
+def piped(*arguments, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(cli_command("run", *arguments), capture_output=True, env=cli_env(**env), stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("arguments", [("--color", "{tiny}"), ("{tiny}", "--color"), ("{tiny}", "--color", "auto")])
+def test_color_marks_slow_tokens_on_a_terminal(terminal, tiny, arguments):
+    shown = terminal(*(a.format(tiny=tiny) for a in arguments), *MARKED, TERM="xterm", NO_COLOR="")
+    shown.wait_for("KV read")
+    answer = shown.shown[shown.shown.index(LEGEND):].split("\n", 1)[1]
+    n_slow = int(re.search(r"(\d+) slow", answer)[1])
+    assert 1 <= answer.count(SLOW) <= n_slow  # a step may release no text
+    assert shown.shown.count(LEGEND) == 1 and answer.count("\x1b[36m") == 1  # the first token is of the prefill
+
+
+@pytest.mark.parametrize("env", [{"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb", "NO_COLOR": ""}])
+def test_color_keeps_to_what_the_terminal_and_its_user_want(terminal, tiny, env):
+    plain = terminal(tiny, *MARKED, "--color", **env)
+    plain.wait_for("KV read")
+    assert SLOW not in plain.shown and LEGEND not in plain.shown
+
+
+def test_color_is_for_terminals_unless_it_is_always(tiny):
+    auto, never = piped(tiny, *map(str, MARKED), "--color"), piped(tiny, *map(str, MARKED))
+    always = piped(tiny, *map(str, MARKED), "--color", "always", NO_COLOR="1")
+    assert auto.stdout == never.stdout and b"\x1b" not in auto.stdout + auto.stderr
+    assert SLOW.encode() in always.stdout and b"slow bold yellow" in always.stderr
+    assert re.sub(rb"\x1b\[[0-9;]*m", b"", always.stdout) == never.stdout
+    assert b"\x1b" not in piped(tiny, *map(str, MARKED), "--color=always", "--json").stdout
+    assert piped(tiny, "-p", "x", "--color=blue").returncode == 2
+
+
+def test_marks_end_where_their_text_ends():
+    from sfi_local.terminal import MARKS, mark
+
+    assert mark("x", "fast") == "x" and mark("", "slow") == "" and mark("x", "a new kind") == "x"
+    assert mark("x", "slow") == SLOW + "x\x1b[0m" and set(MARKS) == {"prefill", "slow", "fast", "dense", "stock"}

@@ -13,7 +13,7 @@ import pytest
 from command_line import cli_command, cli_env, sentence
 from tiny_model import write_tiny
 
-SMALL = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1)
+SMALL = ("--support", "frozen", "--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
 
@@ -59,7 +59,7 @@ def test_every_mode_gives_the_same_prompt_and_dense_equals_a_budget_of_everythin
         done = cli("run", tiny, "-f", document, "-n", 20, "--temp", 0, "--json", "-t", 1, *options)
         return json.loads(done.stdout)["tokens"]
 
-    assert tokens("--mode", "dense") == tokens("--mode", "sfi", "--n-selected", 1500, "--max-span", 8)
+    assert tokens("--mode", "dense") == tokens("--mode", "sfi", "--n-selected", 1500, "--tolerance", 0)
 
 
 def test_text_may_come_from_stdin(cli, tiny, document):
@@ -193,7 +193,7 @@ def test_budgets_that_cannot_be(cli, tiny):
     assert "larger than the context" in sentence(cli("run", tiny, "-p", "x", "--mode", "sfi", "--ctx", 1024,
                                                      "--n-selected", 1024))
     assert "n-selected" in sentence(cli("run", tiny, "-p", "x", "--n-selected", 0), code=2)
-    assert "n_recent" in sentence(cli("run", tiny, "-p", "x", "--n-recent", 8))
+    assert "n_recent" in sentence(cli("run", tiny, "-p", "x", "--support", "frozen", "--n-recent", 8))
 
 
 @pytest.mark.parametrize("options", [("--mode", "fast"), ("-n", "0"), ("--temp", "-1"), ("--kv-type", "q5_0"),

@@ -30,7 +30,8 @@ def test_the_basis_of_a_sketch():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("op", ["SPARSE_ATTN", "SUPPORT_EVIDENCE", "SUPPORT_SELECT", "SUPPORT_STABILITY"])
+@pytest.mark.parametrize("op", ["SPARSE_ATTN", "SUPPORT_EVIDENCE", "SUPPORT_SELECT", "SUPPORT_STABILITY",
+                                "SKETCH_ENCODE", "SKETCH_LOGITS", "SKETCH_SELECT", "SKETCH_TAIL"])
 def test_backend_ops(op):
     done = run(program("test-backend-ops"), "test", "-b", "CPU", "-o", op)
     assert done.returncode == 0, done.stdout[-2000:]

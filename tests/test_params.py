@@ -56,5 +56,6 @@ def test_a_fitted_budget_fits(policy, n_ctx):
 
 
 def test_auto_starts_where_half_of_the_cache_is_read():
-    params = SfiParams(n_sink=0, n_recent=100, n_selected=400)
+    params = SfiParams.of("frozen", n_sink=0, n_recent=100, n_selected=400)
     assert auto_depth(params) == 2 * params.budget
+    assert auto_depth(SfiParams()) < SfiParams().budget  # a sketch is read in a fraction of the time

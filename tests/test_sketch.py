@@ -13,7 +13,7 @@ from tiny_model import SEED
 
 N = 400  # tokens of the prompt
 HEADS, GROUP = range(2), 2
-BATCH = 64  # cells that leave the window at once
+BATCH = 32  # cells that leave the window at once
 NEAR = 0.6  # of logits, by a fine sketch; measured: up to 0.44
 FAR = 1.0   # without the tail; measured: up to 2.1
 
@@ -22,7 +22,7 @@ FAR = 1.0   # without the tail; measured: up to 2.1
 def fine():
     from sfi_local import SfiParams
 
-    return SfiParams.of("sketch", n_sink=4, n_recent=16, n_selected=64, sketch_k4=32, sketch_v4=32)
+    return SfiParams.of("sketch", n_sink=4, n_recent=16, n_selected=64, tolerance=0, sketch_k4=32, sketch_v4=32)
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +97,15 @@ def test_a_selection_of_everything_equals_dense(opened, text, fine):
     assert np.abs(context.steps(text[N:N + 5]) - dense_logits(opened, text[:N + 5], 5)).max() < 1e-4
 
 
-@pytest.mark.parametrize("n", [1, 5, 20, 83, 84, 85])
+@pytest.mark.parametrize("n", [1, 5, 20, 51, 52, 53])
 def test_until_the_window_is_full_steps_are_exact(opened, text, n):
-    """4 + 16 + 64 cells fit into always."""
+    """4 + 16 + 32 cells fit into always."""
     context = opened()
     context.prefill(text[:n])
-    infos = [context.step(token) for token in text[n:84]]
+    infos = [context.step(token) for token in text[n:52]]
     assert {i.kind for i in infos} <= {"fast"} and all(i.n_cells == i.depth and i.tail_mass == 0 for i in infos)
     if infos:
-        assert np.abs(context.logits() - dense_logits(opened, text[:84], 84 - n)[-1]).max() < 1e-2
+        assert np.abs(context.logits() - dense_logits(opened, text[:52], 52 - n)[-1]).max() < 1e-2
 
 
 def test_cells_leave_the_window_in_batches_and_stay_attended_to(opened, text):

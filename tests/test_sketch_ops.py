@@ -221,6 +221,7 @@ class SelectCase(Case):
     spread: float = 3.0  # standard deviation of the logits
     levels: int = 0  # > 0: logits take so many values, the same for all heads, so that there are ties
     hidden: float = 0.2  # share of the cells whose logit is -inf
+    least: float = 0.0  # > 0: cells of a smaller share are not selected, in the n-th KV head an n-th of it
     shape: str = "normal"  # "sorted", "reversed": logits rise or fall with the cell; "peak": one cell takes all
     n_threads: int = 2
 
@@ -242,15 +243,23 @@ class Select:
     def run(self, n_threads=None):
         c = self.case
         with Graph() as g:
-            out = g.sketch_select(g.strided(self.logits), c.n_head_kv, c.n_selected)
+            least = g.tensor(self.least()) if c.least else None
+            out = g.sketch_select(g.strided(self.logits), least, c.n_head_kv, c.n_selected)
             assert g.supported(out)
             return g.compute(out, n_threads or c.n_threads)[0, 0]
+
+    def least(self):
+        return (self.case.least / np.arange(1, self.case.n_head_kv + 1)).astype(np.float32)
 
     def by_kv_head(self):
         return self.logits.reshape(self.case.n_head_kv, -1, self.case.n_list)
 
     def check(self):
         got = self.run()
+        if self.case.least:
+            for row, x, least in zip(got, self.by_kv_head(), self.least()):
+                check_least(row, x, least)
+            return
         if self.case.levels:  # one value for all heads: scores are in the order of the logits, ties included
             expected = ref.sketch_select(self.by_kv_head(), self.case.n_selected)
             np.testing.assert_array_equal(np.sort(got, axis=1), np.sort(expected, axis=1))
@@ -273,6 +282,17 @@ def check_best(selected, score):
         assert np.all(score[~is_selected] <= worst + 1e-4)
 
 
+def check_least(selected, x, least):
+    """The best cells of a share of `least` or more, up to rounding of the shares."""
+    share, score, cells = ref.sketch_share(x), ref.sketch_score(x), selected[selected >= 0]
+    surely, perhaps = share >= least * 1.001, share >= least * 0.999
+    assert len(set(cells)) == len(cells) and perhaps[cells].all()
+    assert min(surely.sum(), len(selected)) <= len(cells) <= perhaps.sum()
+    left = surely.copy()
+    left[cells] = False
+    assert not left.any() or len(cells) == len(selected) and score[left].max() <= score[cells].min() + 1e-4
+
+
 def select_cases():
     def case(**settings):
         return SelectCase(seed=SEED, **settings)
@@ -291,6 +311,11 @@ def select_cases():
             yield case(shape=shape, spread=spread, n_selected=200, n_list=2064)
     for spread in (0.0, 1e-3, 30.0, 1000.0):
         yield case(spread=spread, hidden=0.0)
+        yield case(spread=spread, least=0.01)
+    for least in (1e-6, 1e-3, 0.01, 0.3, 2.0):
+        for n_selected in (1, 20, 2000):
+            yield case(least=least, n_selected=n_selected, n_list=2064)
+        yield case(least=least, n_head=9, n_head_kv=3, n_threads=3)
     for hidden in (0.0, 0.97, 0.999, 1.0):
         yield case(hidden=hidden)
         yield case(hidden=hidden, n_head=9, n_head_kv=3)

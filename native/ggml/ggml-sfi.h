@@ -239,14 +239,16 @@ GGML_API struct ggml_tensor * ggml_sketch_logits(
 // The n_selected cells of each KV head that its group pays most attention to, by their logits.
 //
 //   logits  F32 [n_list, n_head]
+//   least   F32 [n_head_kv]                            // NULL: none
 //   result  I32 [n_selected, n_head_kv]                // order not promised, padded with -1
 //
 // score(c) = mean over the heads h of the group of softmax(logits of h)(c). Cells of logit -INFINITY are never
-// selected. Equal logits in all heads: the lower cell wins. A score may be off by 1e-4 of itself, and the order of such
-// neighbours with it.
+// selected, nor are those whose softmax is below least(h_kv) in every head of the group. Equal logits in all heads: the
+// lower cell wins. A score may be off by 1e-4 of itself, and the order of such neighbours with it.
 GGML_API struct ggml_tensor * ggml_sketch_select(
         struct ggml_context * ctx,
         struct ggml_tensor  * logits,
+        struct ggml_tensor  * least,
         int64_t               n_head_kv,
         int64_t               n_selected);
 

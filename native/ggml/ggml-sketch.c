@@ -109,17 +109,23 @@ struct ggml_tensor * ggml_sketch_logits(
 struct ggml_tensor * ggml_sketch_select(
         struct ggml_context * ctx,
         struct ggml_tensor  * logits,
+        struct ggml_tensor  * least,
         int64_t               n_head_kv,
         int64_t               n_selected) {
     assert_rows_of(logits, GGML_TYPE_F32);
     GGML_ASSERT(n_head_kv >= 1 && logits->ne[1] % n_head_kv == 0);
     GGML_ASSERT(logits->ne[0] % 16 == 0 && logits->ne[2] == 1 && logits->ne[3] == 1);
     GGML_ASSERT(n_selected >= 1);
+    if (least) {
+        assert_rows_of(least, GGML_TYPE_F32);
+        GGML_ASSERT(least->ne[0] == n_head_kv);
+    }
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_head_kv);
 
     result->op     = GGML_OP_SKETCH_SELECT;
     result->src[0] = logits;
+    result->src[1] = least;
 
     return result;
 }

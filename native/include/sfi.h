@@ -88,8 +88,12 @@ struct sfi_params {
     int32_t pool_after;  /* an important cell also brings the cells after it ... */
     int32_t pool_before; /* ... and before it */
 
+    /* SFI_POLICY_SKETCH: cells are attended to exactly if their share of the scanned attention times the expected error of
+     * their logit is larger, n_selected of them at most; 0: n_selected cells */
+    float   tolerance;
+
     /* SFI_POLICY_SKETCH: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format.
-     * No components of K: as many bits as a head has values, 1/16 of F16. No components of V: the tail is dropped. */
+     * No components of K: 4, 12, 24, 0, 16 for every 64 values of a head, 1/21 of F16. No components of V: the tail is dropped. */
     int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2;
 
     /* SFI_SELECTOR_PAPER, see method in arXiv 2603.12038 */
@@ -143,7 +147,7 @@ struct sfi_step_info {
     enum sfi_reason    reason;
     int32_t pos;               /* position of the token */
     int32_t depth;             /* cells the sequence has after the step */
-    int32_t n_cells;           /* cells each KV head of a sparse layer attended to */
+    int32_t n_cells;           /* cells each KV head of a sparse layer attended to, in the mean */
     float   tail_mass;         /* policy sketch, fast: attention mass that the sketch stood in for, mean over all heads; else 0 */
     int64_t t_us;              /* time of the step in microseconds, logits included */
 };

@@ -109,7 +109,9 @@ void llama_support::fit_layer(uint32_t s, int32_t il, const std::vector<int32_t>
     for (int64_t h = 0; h < n_head_kv; ++h) {
         const float error = llama_sketch_fit(head_of(rows_k, d_k*n_head_kv, d_k, h, 1), head_of(rows_v, d_v*n_head_kv, d_v, h, 1),
                 head_of(rows_q, n_embd_q, d_k, h*group, group), d_k, d_v, layer.format, basis.data());
-        layer.logit_error[s*n_head_kv + h] = error;
+        layer.logit_error[s*n_head_kv + h] = error*layer.kq_scale;
+        const float least = params.tolerance/std::max(layer.logit_error[s*n_head_kv + h], 1e-6f);
+        ggml_backend_tensor_set(layer.least, &least, s*layer.least->nb[1] + h*sizeof(float), sizeof(float));
         ggml_backend_tensor_set(layer.basis, basis.data(), (s*n_head_kv + h)*layer.basis->nb[1], layer.basis->nb[1]);
     }
 }

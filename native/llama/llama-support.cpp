@@ -6,6 +6,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <new>
@@ -79,7 +80,7 @@ void llama_support::allocate(const llama_model & model) {
     const auto context_of = [&](ggml_backend_buffer_type_t buft) {
         auto & ctx = contexts[buft];
         if (!ctx) {
-            ctx = ggml_init({ 6*layers.size()*ggml_tensor_overhead(), nullptr, true });
+            ctx = ggml_init({ 7*layers.size()*ggml_tensor_overhead(), nullptr, true });
             if (!ctx) {
                 throw std::bad_alloc();
             }
@@ -116,10 +117,11 @@ void llama_support::allocate(const llama_model & model) {
     }
 }
 
-// as many bits as the head has values, for K and for V: 1/16 of F16
+// K: as many bits as the head has values, V: half as many; 1/21 of F16. Chosen by the divergence from dense decoding at equal
+// bytes: of the bits of K many go to weak components, those of V hardly matter, and exact cells are worth more than either.
 static ggml_sketch_format format_for(int64_t n_embd_k, int64_t n_embd_v) {
     const int32_t k = std::max<int32_t>(1, n_embd_k/64), v = std::max<int32_t>(1, n_embd_v/64);
-    return { 4*k, 16*k, 16*k, 16*v, 0 };
+    return { 4*k, 12*k, 24*k, 0, 16*v };
 }
 
 void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il) {
@@ -130,6 +132,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     auto & layer = layers[il];
     layer.n_embd_k = d_k;
     layer.n_embd_v = d_v;
+    layer.kq_scale = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) d_k);
     ggml_context_ptr scratch(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
     if (!scratch) {
         throw std::bad_alloc();
@@ -142,6 +145,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     layer.format = f.n_k4 + f.n_k2 + f.n_k1 > 0 ? f : format_for(d_k, d_v);
     layer.codes  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  16*ggml_sketch_cell_bytes(&layer.format), n_blocks, n_head_kv*n_stream);
     layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
+    layer.least  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_head_kv, n_stream);
     layer.mass   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 2, hparams.n_head(il), n_stream);
     layer.logit_error.assign(n_head_kv*n_stream, 0.0f);
 }
@@ -294,7 +298,8 @@ std::pair<int32_t, int32_t> llama_support::window(const stream_state & st) const
 int32_t llama_support::n_fast_cells(uint32_t s) const {
     const auto & st = streams[s];
     const auto [first, second] = window(st);
-    return first + ((int32_t) st.cells.size() - second) + (params.selects() ? std::min(params.n_selected, second - first) : 0);
+    const bool listed = params.policy == LLAMA_SUPPORT_FROZEN || params.policy == LLAMA_SUPPORT_ORACLE;
+    return first + ((int32_t) st.cells.size() - second) + (listed ? std::min(params.n_selected, second - first) : 0);
 }
 
 int32_t llama_support::span(uint32_t s) const {
@@ -572,7 +577,9 @@ static scanned scan_sketch(const llm_graph_context & g, const llama_support_inpu
 
     ggml_tensor * logits = ggml_sketch_logits(ctx, q, codes, basis, inp->skip, inp->scan, key.n_scan, kq_scale, softcap, &f);
     g.cb(logits, "sketch_logits", il);
-    ggml_tensor * selected = ggml_sketch_select(ctx, logits, n_head_kv, inp->support->get_params().n_selected);
+    const auto & params = inp->support->get_params();
+    ggml_tensor * least = params.tolerance > 0.0f ? ggml_view_1d(ctx, layer.least, n_head_kv, key.stream*layer.least->nb[1]) : nullptr;
+    ggml_tensor * selected = ggml_sketch_select(ctx, logits, least, n_head_kv, params.n_selected);
     g.cb(selected, "sketch_selected", il);
     ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, stream_of(ctx, layer.selected, key.stream)));
     if (f.n_v4 + f.n_v2 == 0) {

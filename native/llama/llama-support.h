@@ -48,6 +48,8 @@ struct llama_support_params {
     int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) at the end of a prefill
     int32_t n_slow_evidence = 1; // the same on a slow step, whose own query is the first of them
     ggml_support_selector selector = {};
+    float                 tolerance = 0.0f; // sketch: attend exactly to cells whose share of the attention times the
+                                            // error of their logit is larger; 0: to n_selected cells
     ggml_sketch_format    format   = {}; // all 0: by the head size of each layer
 
     bool selects()   const { return policy != LLAMA_SUPPORT_WINDOW && n_selected > 0; }
@@ -63,9 +65,11 @@ struct llama_support_layer {
     // policy sketch
     ggml_sketch_format format = {};
     int64_t       n_embd_k = 0, n_embd_v = 0; // of a head
+    float         kq_scale = 0.0f;
     ggml_tensor * v         = nullptr; // the cache's V
     ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
     ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
+    ggml_tensor * least     = nullptr; // F32 [n_head_kv, n_stream], see ggml_sketch_select()
     ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
     std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
 };
@@ -93,7 +97,7 @@ public:
     bool    was_edited  (uint32_t stream) const; // there was a support, and an edit made it invalid
     bool    window_full (uint32_t stream) const; // the pinned window cannot grow by another cell, and a slow step must
                                                  // move it (policy sketch moves it by itself)
-    int32_t n_fast_cells(uint32_t stream) const; // always + selected, with one more cell in the window
+    int32_t n_fast_cells(uint32_t stream) const; // always + selected, the latter not for sketch, whose selections differ in size
     int32_t span        (uint32_t stream) const; // fast steps since the refresh
     int32_t depth       (uint32_t stream) const; // cells of the sequence
 

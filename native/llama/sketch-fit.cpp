@@ -275,9 +275,6 @@ float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v,
             error += std::max(values[j], 0.0);
             continue;
         }
-        if (j >= n) {
-            break;
-        }
         const double step = step_of(values[j], values[0], bits_of_k(format, j));
         error += quantiser_of(bits_of_k(format, j)).error*std::max(values[j], 0.0);
         const double * uj = &u[j*n];

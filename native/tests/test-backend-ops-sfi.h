@@ -846,7 +846,7 @@ struct test_sketch_select : public test_sketch {
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, nh_kv*nr);
-        return result(ggml_sketch_select(ctx, logits, nh_kv, n_selected));
+        return result(ggml_sketch_select(ctx, logits, nullptr, nh_kv, n_selected));
     }
 
     void init_list(ggml_tensor *) override {}

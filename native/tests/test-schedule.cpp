@@ -63,7 +63,7 @@ static void test_boundaries() {
 }
 
 static void expect(const char * what, const slowfast::schedule_input & in, sfi_step_kind asked, sfi_step_kind kind, sfi_reason reason,
-                   const sfi_params & params = sfi_default_params()) {
+                   const sfi_params & params = sfi_policy_params(SFI_POLICY_FROZEN)) {
     const auto d = slowfast::decide(params, in, asked);
     check(d.kind == kind && d.reason == reason, std::string(what) + ": " + sfi_kind_name(d.kind) + ", " + sfi_reason_name(d.reason));
 }
@@ -91,10 +91,10 @@ static void test_schedule() {
     expect("forced dense", in, SFI_STEP_DENSE, SFI_STEP_DENSE, SFI_REASON_FORCED);
     expect("forced slow", in, SFI_STEP_SLOW, SFI_STEP_SLOW, SFI_REASON_FORCED);
 
-    sfi_params params = sfi_default_params();
+    sfi_params params = sfi_policy_params(SFI_POLICY_FROZEN);
     params.auto_depth = 5001;
     expect("short", in, SFI_STEP_AUTO, SFI_STEP_DENSE, SFI_REASON_SHORT, params);
-    params = sfi_default_params();
+    params = sfi_policy_params(SFI_POLICY_FROZEN);
     params.boundary = false;
     in.window_full = false;
     in.span = 20;

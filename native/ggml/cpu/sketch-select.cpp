@@ -43,6 +43,7 @@ struct kernels {
 
 struct task {
     const ggml_tensor * logits;
+    const float * least;         // [n_head_kv] or null
     int64_t n_list, n_head_kv, group, n_runs, ld_runs, ith;
     float * run_max, * run_sum;  // [n_head, ld_runs], padded with -INFINITY and 0
     float * largest;             // [n_head, n_runs, parts]
@@ -54,6 +55,7 @@ struct task {
     uint32_t * key;              // [n_list]
 
     task(const ggml_compute_params * params, const ggml_tensor * dst) : logits(dst->src[0]), ith(params->ith) {
+        least     = dst->src[1] ? (const float *) dst->src[1]->data : nullptr;
         n_list    = logits->ne[0];
         n_head_kv = dst->ne[1];
         group     = logits->ne[1]/n_head_kv;
@@ -249,7 +251,7 @@ void select_of_head(const task & a, const kernels & f, int64_t h_kv, int32_t * o
     const float   slack = std::log((float) a.group) + margin;
 
     // pass 3; a cell of -INFINITY is no candidate
-    float t = std::max(lower_bound(a, k_max) - slack, -FLT_MAX);
+    float t = std::max({ lower_bound(a, k_max) - slack, a.least ? std::log(a.least[h_kv]) : -FLT_MAX, -FLT_MAX });
     int64_t n = f.scan(a, h_kv, lse, a.reach, t, a.cell, a.z);
     const int64_t k = std::min(k_max, n);
     int64_t n_out = 0;

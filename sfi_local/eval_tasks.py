@@ -1,0 +1,126 @@
+"""Prompts whose answer is known, answered greedily by every row: one prefill per prompt, then each from the same state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Sequence
+
+from sfi_local import kv_layout
+from sfi_local.errors import InputError
+from sfi_local.eval_kl import Quiet, bytes_read
+from sfi_local.eval_prompts import Prompt
+from sfi_local.eval_rows import Plan, Row, Spent, plan
+from sfi_local.generate import generate
+from sfi_local.params import SfiParams
+from sfi_local.sampling import Sampling
+from sfi_local.step import Tally
+from sfi_local.switch_session import Sessions, SwitchSession
+
+
+@dataclass
+class Score:
+    """The answers of a row; the lists have an entry per prompt.
+
+    scores: 1.0 where the answer is right; of a copy the share before the first wrong token
+    n_skipped: prompts that are longer than the context
+    kv_read_share: as in Fidelity
+    """
+
+    row: Row
+    n_skipped: int
+    params: SfiParams = field(default_factory=SfiParams)
+    scores: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    reasons: Counter = field(default_factory=Counter)
+    shares: list[float] = field(default_factory=list)
+    bytes_per_step: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+
+    @property
+    def passed(self) -> list[bool]:
+        return [score == 1 for score in self.scores]
+
+    @property
+    def depth(self) -> int:
+        """The mean length of the prompts."""
+        return round(sum(self.depths) / len(self.depths))
+
+    @property
+    def kv_read_share(self) -> float:
+        return sum(self.shares) / len(self.shares)
+
+
+def answer_all(model: Any, prompts: Sequence[Prompt], rows: Sequence[Row], params: SfiParams, kv_type: str = "f16",
+               bar: Any = None, label: str = "prompts") -> list[Score]:
+    """A Score per row; contexts of its own are made on the weights of ``model`` and freed.
+
+    rows: the first is dense; label: of the prompts, for the bar. Raises InputError where every prompt is too long, CheckError where a row did other steps
+    than it stands for.
+    """
+    fitting = fit(model, prompts)
+    n_ctx, bar = max(len(p.tokens) + p.n for p in fitting), bar or Quiet()
+    scores = [Score(row, len(prompts) - len(fitting)) for row in rows]
+    layers = kv_layout.layers(model.file)
+    with Sessions(model, n_ctx, params, kv_type) as sessions:
+        for i, prompt in enumerate(fitting, 1):
+            spent: dict[str, Spent] = {}
+            for score in scores:
+                bar.say(f"{label}: {i} of {len(fitting)}, {score.row.name}")
+                session = sessions.at(score.row.kv_type, prompt.tokens, bar.filling)
+                planned = plan(score.row, params, prompt.n, n_ctx, spent)
+                tally = answer(model, session, prompt, score.row, planned)
+                spent[score.row.name] = add(score, tally, session, prompt, planned.params, layers, kv_type)
+            bar.advance()
+    for score in scores:
+        check(score)
+    return scores
+
+
+def fit(model: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that, with their answer, fit the context the model was made for. Raises InputError if none does."""
+    limit = model.file.n_ctx_train
+    fitting = [p for p in prompts if not limit or len(p.tokens) + p.n <= limit]
+    if not fitting:
+        shortest = min(len(p.tokens) + p.n for p in prompts)
+        raise InputError(f"All {len(prompts)} prompts are longer than the {limit} tokens that the model was trained on (the "
+                         f"shortest takes {shortest}): give shorter ones, or a model with a longer context.")
+    return fitting
+
+
+def answer(model: Any, session: SwitchSession, prompt: Prompt, row: Row, planned: Plan) -> Tally:
+    """One answer, by the loop that `run` and `load` generate with."""
+    tally = Tally(n_prompt=len(prompt.tokens))
+    session.cut_back(row.mode, planned.params)
+    for step in generate(session, model.vocabulary, prompt.tokens, Sampling(temp=0).chain(), prompt.n,
+                         schedule=planned.schedule()):
+        tally.add(step)
+    return tally
+
+
+def add(score: Score, tally: Tally, session: SwitchSession, prompt: Prompt, params: SfiParams, layers: list,
+        kv_type: str) -> Spent:
+    """Put an answer into the row's score; returns what it took."""
+    depth, kinds = len(prompt.tokens), list(tally.steps.elements())
+    at = [depth + i for i in range(1, len(kinds) + 1)]
+    n_bytes, share = bytes_read(session, layers, at, kv_type) if kinds else (0.0, 1.0)
+    score.params = params
+    score.scores.append(prompt.score(tally.tokens, tally.text))
+    score.texts.append(tally.text)
+    score.kinds += kinds
+    score.reasons.update(tally.reasons)
+    score.shares.append(share)
+    score.bytes_per_step.append(n_bytes)
+    score.depths.append(depth)
+    return Spent(max(1, len(kinds)), kinds.count("slow"), depth + len(kinds) / 2, share)
+
+
+def check(score: Score) -> None:
+    """Raise CheckError where a row did not do what it stands for."""
+    from sfi_local import bench_check
+
+    if score.row.mode in ("dense", "stock") and score.kinds:
+        bench_check.only(score, score.row.mode)
+    elif score.row.mode == "sfi":
+        bench_check.sparse(score.row.name, score.kinds)

@@ -1,0 +1,65 @@
+"""What bench and eval have in common: the model, the tokens of a text, and the facts that belong to every number."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from sfi_local.errors import InputError
+from sfi_local.params import SfiParams
+
+
+def fetch(name: str) -> Any:
+    """The file of a model, fetched on first use, with progress on stderr."""
+    from sfi_local.progress import Progress
+    from sfi_local.terminal import resolve_noted
+
+    with Progress("fetching", "bytes") as fetching:
+        return resolve_noted(name, fetching)
+
+
+def check_depth(path: Any, depth: int, n: int) -> None:
+    """Refuse n steps from a depth that the model was not made for, before its weights are read. Raises InputError."""
+    from sfi_local.gguf_file import read_gguf
+
+    trained = read_gguf(path).n_ctx_train
+    if 0 < trained < depth + n:
+        raise InputError(f"--depth {depth} and -n {n} need a context of {depth + n} tokens, and this "
+                         f"model was trained on {trained}: lower --depth, or measure a model with random weights of the "
+                         f"same shape (`sfi-local make-model`).")
+
+
+def text_tokens(model: Any, text: str, source: str, need: int, taker: str, remedy: str) -> list[int]:
+    """The first ``need`` tokens of a text, after the token that begins one. Raises InputError where it is shorter.
+
+    taker, remedy: clauses of the refusal, e.g. "--depth 100 takes" and "lower --depth"
+    """
+    bos = model.tokenize("", add_bos=model.vocabulary.add_bos)
+    tokens = bos + model.tokenize(text[:16 * need])
+    if len(tokens) < need:
+        tokens = bos + model.tokenize(text)
+    if len(tokens) < need:
+        raise InputError(f"The text ({source}) has {len(tokens)} tokens, and {taker} {need}: give a longer one with --text, "
+                         f"{remedy}.")
+    return tokens[:need]
+
+
+def facts(name: str, model: Any) -> dict[str, Any]:
+    """Model, machine, source, date and command of a measurement."""
+    from datetime import datetime, timezone
+
+    from sfi_local.library import source_id
+    from sfi_local.machine import cpu_name, physical_cores
+
+    return {
+        "model": name, "threads": model.n_threads, "machine": f"{cpu_name()}, {physical_cores()} cores",
+        "source_id": source_id(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["sfi-local", *sys.argv[1:]]),
+    }
+
+
+def params_facts(p: SfiParams) -> dict[str, Any]:
+    """The budget in its three parts, and everything else that was set."""
+    return {"budget": {"n_sink": p.n_sink, "n_recent": p.n_recent, "n_selected": p.n_selected}, "params": asdict(p)}
