@@ -330,7 +330,8 @@ class Slow(Evidence):
         with Graph() as g:
             out = g.sparse_attn_evidence(
                 g.permuted(self.q_now), g.cache(self.k_rows[None], c.type_k), g.cache(self.v_rows[None], c.type_v),
-                g.tensor(self.cells), g.tensor(self.sinks), g.tensor(self.q) if c.plain else g.strided(self.q),
+                g.tensor(self.cells), g.tensor(self.sinks),
+                None if c.n_queries == 0 else g.tensor(self.q) if c.plain else g.strided(self.q),
                 g.tensor(self.plan), self.scale, c.logit_softcap)
             assert g.supported(out)
             both = g.compute(out, n_threads or c.n_threads)[0, 0, 0]
@@ -370,10 +371,11 @@ def slow_cases():
 
     for n_list in LENGTHS:
         yield case(n_list=n_list, n_queries=4)
-    for n_queries in (1, 2, 3, 8, 9, 63, 64):
+    for n_queries in (0, 1, 2, 3, 8, 9, 63, 64):
         yield case(n_queries=n_queries, visible="mixed")
     for n_head, n_head_kv in GROUPS.values():
         yield case(n_head=n_head, n_head_kv=n_head_kv, n_queries=5, n_threads=3)
+        yield case(n_head=n_head, n_head_kv=n_head_kv, n_queries=0, n_list=1025, pads=True)
     for n_embd in (16, 64, 80, 96, 128, 256, 512):
         for type_k in TYPES if n_embd % 32 == 0 else TYPES[:3]:
             yield case(n_embd=n_embd, type_k=type_k, type_v=type_k if n_embd % 32 == 0 else "f16", n_embd_v=64, n_list=130,

@@ -152,11 +152,13 @@ struct ggml_tensor * ggml_sparse_attn_evidence(
         float                 scale,
         float                 logit_softcap) {
     GGML_ASSERT(q->ne[1] == 1 && q->ne[3] == 1);
-    GGML_ASSERT(queries->type == GGML_TYPE_F32 && has_rows(queries));
-    GGML_ASSERT(queries->ne[0] == k->ne[0] && queries->ne[1] == q->ne[2]);
-    GGML_ASSERT(queries->ne[2] >= 1 && queries->ne[2] <= 64 && queries->ne[3] == 1);
+    if (queries) {
+        GGML_ASSERT(queries->type == GGML_TYPE_F32 && has_rows(queries));
+        GGML_ASSERT(queries->ne[0] == k->ne[0] && queries->ne[1] == q->ne[2]);
+        GGML_ASSERT(queries->ne[2] >= 1 && queries->ne[2] <= 64 && queries->ne[3] == 1);
+    }
     assert_cells(plan);
-    GGML_ASSERT(plan->ne[0] == 2 + queries->ne[2]);
+    GGML_ASSERT(plan->ne[0] == 2 + (queries ? queries->ne[2] : 0));
 
     struct ggml_tensor * result = ggml_sparse_attn(ctx, q, k, v, cells, NULL, NULL, sinks, scale, logit_softcap);
 
@@ -172,7 +174,7 @@ struct ggml_tensor * ggml_sparse_attn_evidence(
 }
 
 bool ggml_sparse_attn_has_evidence(const struct ggml_tensor * node) {
-    return node->op == GGML_OP_SPARSE_ATTN && node->src[8] != NULL;
+    return node->op == GGML_OP_SPARSE_ATTN && node->src[9] != NULL;
 }
 
 static void assert_evidence(

@@ -95,7 +95,7 @@ GGML_API struct ggml_tensor * ggml_support_evidence(
 // Attention over all cells of a sequence and the evidence of it in one pass: a slow step, in which K is read once.
 //
 //   q, k, v, sinks as above, n_tokens = n_stream = 1; cells, queries, plan as cells, q, plan of ggml_support_evidence():
-//   the queries beside q that give evidence, which may be none
+//   the queries beside q that give evidence; NULL: there are none, and plan is I32 [2]
 //   result  F32 [n_embd_v*n_head + n_list*n_head_kv]
 //
 // The first part of the result is ggml_sparse_attn() with always = cells: [n_embd_v, n_head]. The second, [n_list,

@@ -427,6 +427,7 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
             const bool used = pos >= 0 && age >= youngest && age < oldest;
             values.push_back(used ? std::max(0, n - age) : 0);
         }
+        values.resize(dst->ne[0]); // a slow step may need no query but its own
         ggml_backend_tensor_set(dst, values.data(), 0, ggml_nbytes(dst));
     };
     if (is_used(plan)) {
@@ -487,7 +488,7 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
     }
     if (key.refresh) {
         inp->plan   = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
-        inp->others = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_others");
+        inp->others = new_input(g, GGML_TYPE_I32, 2 + (params.n_slow_evidence > 1 ? params.n_queries : 0), "support_others");
     } else if (key.kind == LLAMA_SUPPORT_FAST && key.n_list > 0) {
         inp->plan = new_input(g, GGML_TYPE_I32, 3, "support_plan");
     }
@@ -568,8 +569,8 @@ static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_su
         return nullptr;
     }
     const int64_t n_head = q->ne[2], n_embd_v = v->ne[0];
-    ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, kept_queries(g, inp, layer, k->ne[0], n_head),
-            inp->others, kq_scale, softcap);
+    ggml_tensor * queries = inp->support->get_params().n_slow_evidence > 1 ? kept_queries(g, inp, layer, k->ne[0], n_head) : nullptr;
+    ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, queries, inp->others, kq_scale, softcap);
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.queries->buffer));
     if (!dev && ggml_backend_buffer_is_host(layer.queries->buffer)) {
         dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // whose own buffers do not name it

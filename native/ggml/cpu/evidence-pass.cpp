@@ -7,7 +7,8 @@
 namespace sfi {
 
 static int64_t max_rows(const ggml_tensor * dst) {
-    return GGML_PAD(dst->src[0]->ne[2]/dst->src[1]->ne[2]*dst->src[8]->ne[2], max_vector);
+    const ggml_tensor * queries = dst->src[8];
+    return queries ? GGML_PAD(queries->ne[1]/dst->src[1]->ne[2]*queries->ne[2], max_vector) : 0;
 }
 
 static int64_t tiles_of(int64_t n_list) {
@@ -32,10 +33,10 @@ evidence_pass::evidence_pass(const ggml_compute_params * params, const ggml_tens
     n_list    = dst->src[3]->ne[0];
     n_tiles   = tiles_of(n_list);
     n_head_kv = k->ne[2];
-    n_head    = queries->ne[1];
+    n_head    = dst->src[0]->ne[2];
     tiles_padded = GGML_PAD(n_tiles, max_vector);
     n_embd    = (int) k->ne[0];
-    group     = queries->ne[1]/n_head_kv;
+    group     = n_head/n_head_kv;
     scale     = ggml_get_op_params_f32(dst, 0);
     softcap   = ggml_get_op_params_f32(dst, 1);
     result    = (float *) dst->data + n_output;
@@ -43,7 +44,7 @@ evidence_pass::evidence_pass(const ggml_compute_params * params, const ggml_tens
     j0 = std::clamp<int64_t>(plan[0], 0, n_list);
     j1 = std::clamp<int64_t>(plan[1], j0, n_list);
     all_see = n_list;
-    for (int i = 0; i < queries->ne[2]; ++i) {
+    for (int i = 0; queries && i < queries->ne[2]; ++i) {
         if (plan[2 + i] > 0) {
             query[n_used++] = i;
             all_see = std::min<int64_t>(all_see, plan[2 + i]);
@@ -58,17 +59,18 @@ evidence_pass::evidence_pass(const ggml_compute_params * params, const ggml_tens
     work   = (char *) GGML_PAD((uintptr_t) work, (uintptr_t) padding);
     own     = take<float>(work, n_tiles*n_head*tile_cells);
     own_max = take<float>(work, n_head*tiles_padded);
-    powers = take<float>(work, n_tiles*n_head_kv*tile_cells*rows_padded);
-    max    = take<float>(work, n_tiles*n_head_kv*rows_padded);
-    sum    = take<float>(work, n_tiles*n_head_kv*rows_padded);
-    packed = take<char>(work, n_head_kv*query_bytes);
-    keys   = work + params->ith*GGML_PAD(std::max<size_t>(tile_cells, max_rows(dst))*n_embd*sizeof(float), padding);
+    powers  = take<float>(work, n_tiles*n_head_kv*tile_cells*rows_padded);
+    max     = take<float>(work, n_tiles*n_head_kv*rows_padded);
+    sum     = take<float>(work, n_tiles*n_head_kv*rows_padded);
+    packed  = take<char>(work, n_head_kv*query_bytes);
+    keys    = work + params->ith*GGML_PAD(std::max<size_t>(tile_cells, max_rows(dst))*n_embd*sizeof(float), padding);
 }
 
 size_t evidence_pass::work_size(const ggml_tensor * dst, int n_threads) {
     const int64_t rows = max_rows(dst), n_head_kv = dst->src[1]->ne[2], n_embd = dst->src[1]->ne[0];
     const int64_t n_tiles = tiles_of(dst->src[3]->ne[0]), n = n_tiles*n_head_kv*rows, n_head = dst->src[0]->ne[2];
-    const int64_t n_floats = n_head*(n_tiles*tile_cells + n_tiles + max_vector) + n*(tile_cells + 2) + n_head_kv*rows*n_embd + n_threads*std::max<int64_t>(tile_cells, rows)*n_embd;
+    const int64_t n_floats = n_head*(n_tiles*tile_cells + n_tiles + max_vector) + n*(tile_cells + 2) + n_head_kv*rows*n_embd
+        + n_threads*std::max<int64_t>(tile_cells, rows)*n_embd;
     return n_floats*sizeof(float) + (8 + n_threads + n_head_kv)*padding;
 }
 

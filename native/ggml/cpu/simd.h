@@ -5,6 +5,7 @@
 //   NG                       query rows a kernel handles at once (limited by the registers)
 //   zero set1 load store add mul max min fma(a, b, c) = a*b + c
 //   f16 bf16 i8 lo4 hi4      W values of a row converted to float
+//   half(x)                  one of them, in every lane
 //   sum4(a, b, c, d, out)    out[i] = sum of the lanes of the i-th vector
 //   transpose(in, ld, out, ld)  a W x W block
 //   exp(x)                   for x <= 0, relative error below 3e-7, 0 below -87
@@ -114,6 +115,7 @@ struct scalar {
         memcpy(&x, &bits, sizeof(x));
         return x;
     }
+    static V    half(uint16_t x)        { return GGML_CPU_FP16_TO_FP32(x); }
     static V    i8 (const int8_t  * p)  { return *p; }
     static V    lo4(const uint8_t * p)  { return (int) (*p & 15) - 8; }
     static V    hi4(const uint8_t * p)  { return (int) (*p >> 4) - 8; }
@@ -142,6 +144,7 @@ struct avx2 {
     static V    min(V a, V b)           { return _mm256_min_ps(a, b); }
     static V    fma(V a, V b, V c)      { return _mm256_fmadd_ps(a, b, c); }
     static V    f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+    static V    half(uint16_t x)        { return _mm256_cvtph_ps(_mm_set1_epi16((short) x)); }
     static V    bf16(const uint16_t * p) {
         const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
@@ -223,6 +226,7 @@ struct avx512 {
     static V    min(V a, V b)           { return _mm512_min_ps(a, b); }
     static V    fma(V a, V b, V c)      { return _mm512_fmadd_ps(a, b, c); }
     static V    f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+    static V    half(uint16_t x)        { return _mm512_cvtph_ps(_mm256_set1_epi16((short) x)); }
     static V    bf16(const uint16_t * p) {
         const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
@@ -310,6 +314,7 @@ struct neon {
     static V    min(V a, V b)           { return vminq_f32(a, b); }
     static V    fma(V a, V b, V c)      { return vfmaq_f32(c, a, b); }
     static V    f16(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static V    half(uint16_t x)        { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x))); }
     static V    bf16(const uint16_t * p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
     static V    i8(const int8_t * p) {
         int32_t four;
@@ -380,22 +385,22 @@ template <class S> struct row<S, GGML_TYPE_BF16> {
 };
 
 // blocks of 32: a scale (half), then 32 bytes / 16 bytes with element j in the low and j + 16 in the high nibble
-static inline float block_scale(const char * block) {
+template <class S> static inline typename S::V block_scale(const char * block) {
     uint16_t d;
     memcpy(&d, block, sizeof(d));
-    return GGML_CPU_FP16_TO_FP32(d);
+    return S::half(d);
 }
 template <class S> struct row<S, GGML_TYPE_Q8_0> {
     static typename S::V load(const char * p, int i) {
         const char * block = p + (i/32)*34;
-        return S::mul(S::set1(block_scale(block)), S::i8((const int8_t *) block + 2 + i%32));
+        return S::mul(block_scale<S>(block), S::i8((const int8_t *) block + 2 + i%32));
     }
 };
 template <class S> struct row<S, GGML_TYPE_Q4_0> {
     static typename S::V load(const char * p, int i) {
         const char    * block = p + (i/32)*18;
         const uint8_t * bytes = (const uint8_t *) block + 2 + i%16;
-        return S::mul(S::set1(block_scale(block)), i%32 < 16 ? S::lo4(bytes) : S::hi4(bytes));
+        return S::mul(block_scale<S>(block), i%32 < 16 ? S::lo4(bytes) : S::hi4(bytes));
     }
 };
 
