@@ -93,7 +93,8 @@ def collect(model: Any, tokens: list[int], sampling: Any, request: ViewRequest) 
 
     tally = Tally(n_prompt=len(tokens))
     with progress("prefill", "tokens") as prefill:
-        steps = model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, progress=prefill)
+        steps = model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
+                               progress=prefill)
         first = next(steps)
     tell_notes(model)
     collector, n = Collector.of(model.session, len(tokens)), request.n_limit or model.session.n_ctx - len(tokens)
