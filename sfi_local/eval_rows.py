@@ -128,7 +128,8 @@ def settings(row: Row, base: SfiParams) -> SfiParams:
     """The parameters of a row that is like no other."""
     if "support" not in row.changes:
         return base.replace(**row.changes)
-    return SfiParams.of(**{"auto_depth": base.auto_depth, **row.changes})
+    unused = {"n_selected": 1} if row.changes["support"] == "window" else {}  # so that the budget is what is read
+    return SfiParams.of(**{"auto_depth": base.auto_depth, **unused, **row.changes})
 
 
 def window_of(params: SfiParams, n: int, spent: Spent) -> SfiParams:

@@ -86,4 +86,5 @@ def test_a_typed_budget_is_refused_where_it_does_not_fit_and_the_default_adapts(
 
 def test_a_row_with_a_policy_begins_with_its_defaults():
     assert plan(parse_row("x:support=frozen,n_selected=9"), BASE, 10, 4096, {}).params == SfiParams.of("frozen", n_selected=9)
+    assert plan(parse_row("x:support=window,n_recent=900"), BASE, 10, 1000, {}).params.budget == 905
     assert plan(parse_row("x:n_selected=9"), SfiParams.of("frozen"), 10, 4096, {}).params == SfiParams.of("frozen", n_selected=9)
