@@ -12,7 +12,7 @@ from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
 
-@click.command("calibrate", short_help="Measure once which tolerance keeps a model how close to dense, for --fidelity.")
+@click.command("calibrate", short_help="Measure once how close to dense a model stays, for --fidelity.")
 @click.argument("model")
 @click.option("--text", metavar="FILE", help="The text that is decoded; - reads stdin [default: Python's own help topics].")
 @click.option("--depth", type=click.IntRange(1), default=2000, show_default=True, metavar="N",

@@ -87,7 +87,8 @@ def settle(params: SfiParams, path: Path, type_k: str, type_v: str, fidelity: fl
                          f"fidelity: run `{command_for(path, type_k, params)}` once, or give --tolerance instead.")
     bound = found.floor if isinstance(fidelity, str) else float(fidelity)
     chosen, reached = choose(found.settings, bound)
-    return params.replace(tolerance=chosen.tolerance), "" if fidelity == DEFAULT else _note(chosen, reached, bound, params, found)
+    note = "" if fidelity == DEFAULT else _note(chosen, reached, bound, params, found)
+    return params.replace(tolerance=chosen.tolerance), note
 
 
 def _note(chosen: Setting, reached: bool, bound: float, params: SfiParams, found: Calibration) -> str:
@@ -96,8 +97,8 @@ def _note(chosen: Setting, reached: bool, bound: float, params: SfiParams, found
         return (f"No calibrated tolerance keeps the divergence from dense within {bound:.2g} nats: the smallest, "
                 f"{chosen.tolerance:g}, is taken, which had {chosen.kld_mean:.2g}; mode dense has 0.")
     if _budget(params) != found.budget:
-        return ("The calibration was measured with a budget of {} + {} + {} cells, not with the one given: measure what it does to "
-                "the fidelity with `sfi-local eval`.".format(*found.budget))
+        return ("The calibration was measured with a budget of {} + {} + {} cells, not with the one given: measure what it does "
+                "to the fidelity with `sfi-local eval`.".format(*found.budget))
     return ""
 
 

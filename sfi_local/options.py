@@ -156,7 +156,8 @@ def _settled_by(fidelity: float | str | None, params: SfiParams, has_tolerance: 
     if has_tolerance:
         raise UsageError("--fidelity chooses the tolerance: leave out --tolerance, or --fidelity.")
     if params.support != "sketch":
-        raise UsageError(f"--fidelity chooses the tolerance of policy sketch: leave out --support {params.support}, or --fidelity.")
+        raise UsageError(f"--fidelity chooses the tolerance of policy sketch: leave out --support {params.support}, or "
+                         f"--fidelity.")
     return fidelity
 
 
