@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import depth_list, name_list, sfi_options, take_params
+from sfi_local.options import depth_list, fidelity_option, name_list, sfi_options, take_params
 from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
@@ -39,6 +39,7 @@ MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in 
 @click.option("--slow-every", type=click.IntRange(1), metavar="N",
               help="Every Nth step is slow, the first included, instead of the schedule.")
 @sfi_options
+@fidelity_option
 @click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
 @click.option("--plot", metavar="FILE", help="Draw tokens/s against depth into FILE.png, .svg or .pdf.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
@@ -92,6 +93,7 @@ class Request:
     verbose: bool
     params: SfiParams
     fit_budget: bool
+    fidelity: float | str | None = None
 
     @property
     def need(self) -> int:
@@ -117,15 +119,23 @@ def measure(request: Request) -> list[dict[str, Any]]:
 
     path = fetch(request.model)
     check_depth(path, request.depths[-1], request.n)
+    settled = {kv_type: settle(request, path, kv_type) for kv_type in request.kv_types}
     widest = max(request.kv_types, key=KV_TYPES.get)
     with Bar(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)
         rows = []
         for kv_type in request.kv_types:
-            fitted = replace(request, params=fit_params(request, model, kv_type))
+            fitted = replace(request, params=fit_params(settled[kv_type], model, kv_type))
             rows += measure_kv_type(fitted, model, kv_type, tokens, facts, bar)
         return rows
+
+
+def settle(request: Request, path: Any, kv_type: str) -> Request:
+    """With the tolerance for the fidelity. Raises InputError where the model is not calibrated."""
+    from sfi_local.measured import settled_params
+
+    return replace(request, params=settled_params(request.params, path, kv_type, request.fidelity))
 
 
 def measure_kv_type(request: Request, model: Any, kv_type: str, tokens: list[int], facts: dict, bar: Any) -> list[dict]:

@@ -6,7 +6,6 @@ slow steps cost a line in the depth, fast steps do not depend on it; where the l
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from sfi_local import remembered
+from sfi_local.errors import SfiError
 from sfi_local.machine import available_memory, cache_dir
 from sfi_local.params import SfiParams
 from sfi_local.params import auto_depth as depth_by_rule
@@ -32,7 +33,6 @@ MAX_BYTES = 256 << 20  # of K and V that are filled for a measurement
 LEAST_DEPTH = 512      # below this the time of a step says little about attention
 LEAST_AUTO_DEPTH = 128 # of a policy without slow steps: the cells of its window
 PIECE = 16             # cells that are computed and repeated
-MAX_ENTRIES = 200      # of the file
 MAX_DEPTH = 1 << 24
 
 
@@ -57,7 +57,7 @@ def auto_depth_of(model: "Model", params: SfiParams, type_k: str, type_v: str) -
         if given.isdigit():
             return int(given) or depth_by_rule(params), f"{ENV} is {given}"
         key = _key(model, params, type_k, type_v)
-        entry = _entries(calibration_file()).get(key)
+        entry = remembered.entries(calibration_file(), _is_entry).get(remembered.spelled(key))
         if entry and entry["timings"]:
             return entry["auto_depth"], "measured before"
         if entry and entry["date"] == _today():
@@ -67,7 +67,8 @@ def auto_depth_of(model: "Model", params: SfiParams, type_k: str, type_v: str) -
         return depth_by_rule(params), f"not measured: {error}"
 
 
-def _measure_and_remember(key: str, model: "Model", params: SfiParams, type_k: str, type_v: str) -> tuple[int, str]:
+def _measure_and_remember(key: dict[str, Any], model: "Model", params: SfiParams, type_k: str,
+                          type_v: str) -> tuple[int, str]:
     """A measurement that fails is not tried again before tomorrow."""
     try:
         timings = measure(model, params, type_k, type_v)
@@ -77,7 +78,7 @@ def _measure_and_remember(key: str, model: "Model", params: SfiParams, type_k: s
         raise
     try:
         remember(key, depth, timings)
-    except OSError:
+    except SfiError:
         pass  # a cache that cannot be written: measured again next time
     return depth, "measured"
 
@@ -178,59 +179,33 @@ def _time_at(session: "Session", depth: int, token: int, deadline: float) -> Tim
 # ---- remembering -----------------------------------------------------------------------------------------------------
 
 def calibration_file() -> Path:
-    """JSON: a list of entries, see remember(); a file that cannot be read counts as empty."""
+    """JSON, see remembered; of an entry see remember()."""
     return cache_dir() / "auto.json"
 
 
 def known() -> list[dict[str, Any]]:
     """All entries, the oldest first."""
-    return list(_entries(calibration_file()).values())
+    return list(remembered.entries(calibration_file(), _is_entry).values())
 
 
-def remember(key: str, depth: int, timings: list[Timing], why: str = "") -> None:
-    """Add an entry; without timings ``why`` says why there are none. The file is replaced as a whole. Raises OSError."""
-    path = calibration_file()
-    entries = {k: e for k, e in _entries(path).items() if k != key}
-    entries[key] = {"key": json.loads(key), "auto_depth": depth, "date": _today(), "why": why,
-                    "timings": [asdict(t) for t in timings]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(list(entries.values())[-MAX_ENTRIES:], indent=1), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _entries(path: Path) -> dict[str, dict[str, Any]]:
-    """key -> entry; what is not an entry is left out."""
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-        return {_spelled(e["key"]): e for e in items if _is_entry(e)}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+def remember(key: dict[str, Any], depth: int, timings: list[Timing], why: str = "") -> None:
+    """Add an entry; without timings ``why`` says why there are none. Raises SfiError where it cannot be written."""
+    remembered.store(calibration_file(), {"key": key, "auto_depth": depth, "date": _today(), "why": why,
+                                          "timings": [asdict(t) for t in timings]}, _is_entry)
 
 
 def _is_entry(e: dict[str, Any]) -> bool:
     return (0 < e["auto_depth"] <= MAX_DEPTH and isinstance(e["timings"], list) and isinstance(e["why"], str)
-            and isinstance(e["date"], str) and isinstance(e["key"], dict))
+            and isinstance(e["date"], str))
 
 
 def _today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def _key(model: "Model", params: SfiParams, type_k: str, type_v: str) -> str:
+def _key(model: "Model", params: SfiParams, type_k: str, type_v: str) -> dict[str, Any]:
     """What a measurement depends on."""
-    from sfi_local.library import source_id
     from sfi_local.machine import cpu_name
 
-    stat = model.path.stat()
-    return _spelled({
-        "model": str(model.path.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns, "source_id": source_id(),
-        "cpu": cpu_name(), "threads": model.n_threads, "type_k": type_k, "type_v": type_v, "budget": params.budget,
-        "params": {**asdict(params), "auto_depth": 0}})
-
-
-def _spelled(key: dict[str, Any]) -> str:
-    return json.dumps(key, sort_keys=True)
+    return {**remembered.model_key(model.path), "cpu": cpu_name(), "threads": model.n_threads, "type_k": type_k,
+            "type_v": type_v, "budget": params.budget, "params": {**asdict(params), "auto_depth": 0}}

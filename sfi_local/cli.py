@@ -18,6 +18,7 @@ COMMANDS = {
     "pull": ("models", "pull_command", "Fetch a model into the cache."),
     "bench": ("bench", "command", "Measure modes side by side at several depths."),
     "eval": ("eval", "command", "Measure fidelity: how close modes and policies are to dense decoding."),
+    "calibrate": ("calibrate_fidelity", "command", "Measure once how close to dense a model stays, for --fidelity."),
     "make-model": ("make_model", "command", "Write a model with random weights, to measure speed."),
     "inspect": ("inspect", "command", "Show a model's layers and the cost of its KV cache."),
     "doctor": ("doctor", "command", "Report on the installation and this machine."),

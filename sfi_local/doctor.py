@@ -131,5 +131,14 @@ def _auto() -> dict[str, Any]:
                          f"{e['key']['budget']}: from {e['auto_depth']}" for e in calibrate.known() if e["timings"]]}
 
 
+def _fidelity() -> dict[str, Any]:
+    """The calibrations that --fidelity chooses from."""
+    from sfi_local import fidelity
+
+    return {"file": str(fidelity.fidelity_file()),
+            "calibrated": [f"{Path(e['key']['model']).name}, {e['key']['type_k']}: floor {e['floor']:.2g} nats"
+                           for e in fidelity.known()]}
+
+
 SECTIONS = {"library": _library, "devices": _devices, "machine": _machine, "models": _models, "auto": _auto,
-            "versions": _versions}
+            "fidelity": _fidelity, "versions": _versions}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sfi_local.errors import UsageError
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import depth_list, name_list, sfi_options, take_params
+from sfi_local.options import depth_list, fidelity_option, name_list, sfi_options, take_params
 from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
@@ -45,6 +45,7 @@ MODES = ("dense", "stock", "sfi", "auto")  # in the order in which they are show
               help="Type of K and V, of dense too.")
 @click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core].")
 @sfi_options
+@fidelity_option
 @click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
 @click.option("--save", metavar="FILE", help="Also write the rows into FILE, as JSON.")
 @click.option("--plot", metavar="FILE", help="Draw KL against the bytes read into FILE.png, .svg or .pdf.")
@@ -106,6 +107,7 @@ class Request:
     verbose: bool = False
     params: SfiParams = SfiParams()
     fit_budget: bool = True
+    fidelity: float | str | None = None
 
     @property
     def is_tasks(self) -> bool:
@@ -132,9 +134,10 @@ class Request:
 
 def measure(request: Request) -> list[dict[str, Any]]:
     """All rows, see eval_report. Raises InputError, CheckError, and what loading a model raises."""
-    from sfi_local.measured import check_depth, fetch
+    from sfi_local.measured import check_depth, fetch, settled_params
 
     path = fetch(request.model)
+    request = replace(request, params=settled_params(request.params, path, request.kv_type, request.fidelity))
     if not request.tasks or request.passkey or request.copy_length:
         check_depth(path, request.depths[-1], 0 if request.is_tasks else max(request.n, request.n_greedy or 0))
     return measure_tasks(request, path) if request.is_tasks else measure_text(request, path)

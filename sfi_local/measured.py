@@ -20,6 +20,17 @@ def fetch(name: str) -> Any:
         return resolve_noted(name, fetching)
 
 
+def settled_params(params: SfiParams, path: Any, kv_type: str, fidelity: float | str | None) -> SfiParams:
+    """The parameters with the tolerance for a fidelity, see fidelity.settle; a note goes to stderr."""
+    from sfi_local.fidelity import settle
+    from sfi_local.terminal import say
+
+    params, note = settle(params, path, kv_type, kv_type, fidelity)
+    if note:
+        say(note)
+    return params
+
+
 def check_depth(path: Any, depth: int, n: int) -> None:
     """Refuse n steps from a depth that the model was not made for, before its weights are read. Raises InputError."""
     from sfi_local.gguf_file import read_gguf

@@ -32,7 +32,8 @@ MEMORY_SHARE = 0.9   # of the available memory, what weights and KV cache may ta
 
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
          type_k: str = "f16", type_v: str = "f16", params: SfiParams | None = None, fit_budget: bool = False,
-         verbose: bool = False, progress: Callable[[float, float], None] | None = None) -> "Model":
+         fidelity: float | str | None = None, verbose: bool = False,
+         progress: Callable[[float, float], None] | None = None) -> "Model":
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
     mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see session.py
@@ -41,18 +42,24 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     type_k, type_v: f16, bf16, q8_0, q4_0 or f32
     params:    budget, schedule and selector; None: the defaults, with fit_budget
     fit_budget: make the budget smaller where the context is, instead of refusing it
+    fidelity:  nats from dense, or ``floor``: takes the place of the params' tolerance in modes ``auto`` and ``sfi``, see
+               fidelity.py; None without params: ``floor``, if the model is calibrated
     progress:  called with (done, total) while the weights are read
-    Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError.
+    Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
     _check_options(mode, n_ctx, n_threads, type_k, type_v, params)
     file = read_gguf(resolve(os.fspath(model)))
     room = _check_memory(file, kv_layout.layers(file), n_ctx or MIN_CTX, type_k, type_v)
     _check_generates(file)
+    settled, note = _settle(file, mode, type_k, type_v, params, fidelity)
     native = open_library()
     log.verbose = verbose
     weights = _load_weights(native.llama_cpp, file.path, progress)
-    return Model(file, weights, room, mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
-                 type_v=type_v, params=params or SfiParams(), fit_budget=fit_budget or params is None)
+    model = Model(file, weights, room, mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
+                  type_v=type_v, params=settled, fit_budget=fit_budget or params is None)
+    if note:
+        model._note(note)
+    return model
 
 
 class Model:
@@ -260,6 +267,16 @@ def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: 
             raise ArgumentError(f"The KV type is {kv_type!r}: choose one of {', '.join(kv_layout.KV_TYPES)}.")
     if params:
         params.validate()
+
+
+def _settle(file: GgufFile, mode: str, type_k: str, type_v: str, params: SfiParams | None,
+            fidelity: float | str | None) -> tuple[SfiParams, str]:
+    """(parameters, note), see fidelity.settle; without fast steps there is nothing to settle."""
+    from sfi_local.fidelity import DEFAULT, settle
+
+    if mode not in ("auto", "sfi"):
+        return params or SfiParams(), ""
+    return settle(params or SfiParams(), file.path, type_k, type_v, DEFAULT if fidelity is None and params is None else fidelity)
 
 
 def _check_generates(file: GgufFile) -> None:

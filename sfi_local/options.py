@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 import click
 
-from sfi_local.errors import UsageError
+from sfi_local.errors import ArgumentError, UsageError
 from sfi_local.kv_layout import KV_TYPES
 from sfi_local.params import POLICIES, SELECTORS, SfiParams
 
@@ -89,12 +89,25 @@ def sfi_options(command: Callable) -> Callable:
         click.option("--max-tail-mass", type=click.FloatRange(0, 1), metavar="X",
                      help="Policy sketch: slow step and a new fit after a step that left more of the attention to the sketch; 0: never "
                           "[default: 0]."),
-        click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2",
-                     help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
-                          "[default: 4,12,24:0,16 per 64 values of a head]."),
+        sketch_option,
     )):
         command = option(command)
     return command
+
+
+def sketch_option(command: Callable) -> Callable:
+    """--sketch-bits: the fields of SfiParams that differ, None where not given."""
+    return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2",
+                        help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
+                             "[default: 4,12,24:0,16 per 64 values of a head].")(command)
+
+
+def fidelity_option(command: Callable) -> Callable:
+    """--fidelity, beside sfi_options; see take_params."""
+    return click.option("--fidelity", callback=_fidelity, metavar="X",
+                        help="Take the largest tolerance with which the model stays within X nats of dense, or within the noise "
+                             "of two dense implementations (floor), as `sfi-local calibrate` measured "
+                             "[default: floor, where the model is calibrated].")(command)
 
 
 def _count(name: str, least: int, text: str) -> Callable:
@@ -115,16 +128,46 @@ def _sketch_bits(ctx: click.Context, option: click.Parameter, text: str | None) 
     return dict(zip(("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2"), map(int, match.groups())))
 
 
+def _fidelity(ctx: click.Context, option: click.Parameter, text: str | None) -> float | str | None:
+    """Nats or ``floor``. Raises UsageError."""
+    if text is None:
+        return None
+    from sfi_local.fidelity import parse
+
+    try:
+        return parse(text.strip())
+    except ArgumentError as error:
+        raise UsageError(str(error)) from None
+
+
 def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
     """Remove the options of sfi_options from a dict; returns the parameters and whether the budget may be made smaller.
 
-    A budget that was typed is kept or refused; the default one adapts to a small context. Raises ArgumentError.
+    A budget that was typed is kept or refused; the default one adapts to a small context. Of fidelity_option,
+    where the command has it, stays ``fidelity``: what fidelity.settle takes. Raises ArgumentError, UsageError.
     """
     names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "n_slow_queries", "pool_after",
              "pool_before", "tolerance", "max_tail_mass")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
-    return SfiParams.of(given.pop("support", _DEFAULT.support), **given).validate(), not any(name in given for name in _BUDGET)
+    params = SfiParams.of(given.pop("support", _DEFAULT.support), **given).validate()
+    if "fidelity" in options:
+        options["fidelity"] = _settled_by(options["fidelity"], params, "tolerance" in given)
+    return params, not any(name in given for name in _BUDGET)
+
+
+def _settled_by(fidelity: float | str | None, params: SfiParams, has_tolerance: bool) -> float | str | None:
+    """The fidelity that decides the tolerance; None: it stays. Raises UsageError where two things decide it."""
+    from sfi_local.fidelity import DEFAULT
+
+    if fidelity is None:
+        return None if has_tolerance or params.support != "sketch" else DEFAULT
+    if has_tolerance:
+        raise UsageError("--fidelity chooses the tolerance: leave out --tolerance, or --fidelity.")
+    if params.support != "sketch":
+        raise UsageError(f"--fidelity chooses the tolerance of policy sketch: leave out --support {params.support}, or "
+                         f"--fidelity.")
+    return fidelity
 
 
 def name_list(allowed: tuple[str, ...], what: str) -> Callable:

@@ -15,7 +15,7 @@ from sfi_local.terminal import progress, resolve_noted, say
 
 @dataclass
 class Request:
-    """The options of options.answer_options, sfi_options and model_options by their names, in their units."""
+    """The options of options.answer_options, sfi_options, fidelity_option and model_options by their names, in their units."""
 
     model: str
     file: str | None
@@ -39,6 +39,7 @@ class Request:
     verbose: bool
     params: Any
     fit_budget: bool
+    fidelity: float | str | None
 
     def check(self) -> None:
         """Refuse combinations that cannot be meant, and texts that are none."""
@@ -52,6 +53,8 @@ class Request:
             raise UsageError("--max-prompt-tokens and --truncate take the head of a file: give one with -f.")
         if self.raw and self.system is not None:
             raise UsageError("--raw leaves out the chat template, so there is no place for --system: put it into -p.")
+        if self.mode in ("dense", "stock") and self.fidelity not in (None, "default"):
+            raise UsageError(f"--fidelity is about fast steps, and mode {self.mode} has none: leave it out, or take --mode sfi.")
         for name, text in (("--system", self.system or ""), *(("--stop", text) for text in self.stop)):
             from_argument(text, name)
 
@@ -82,8 +85,8 @@ class Request:
             path = resolve_noted(self.model, fetching)
         with progress("loading", "%") as loading:
             return load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
-                        type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, verbose=self.verbose,
-                        progress=loading)
+                        type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, fidelity=self.fidelity,
+                        verbose=self.verbose, progress=loading)
 
     def sampling(self) -> Any:
         from sfi_local.sampling import Sampling

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from sfi_local.errors import UsageError
-from sfi_local.options import answer_options, model_options, sfi_options, take_params
+from sfi_local.options import answer_options, fidelity_option, model_options, sfi_options, take_params
 from sfi_local.request import Request
 from sfi_local.terminal import marks_wanted, progress, say, show, tell_marks, tell_notes
 
@@ -30,6 +30,7 @@ class RunCommand(click.Command):
 @click.argument("model")
 @answer_options(n=512, mode="auto")
 @sfi_options
+@fidelity_option
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
 @click.option("--color", type=click.Choice(WHEN), default="never", show_default=True,
@@ -139,6 +140,7 @@ def report(model: Any, tally: Any, request: Request, sampling: Any) -> dict[str,
         "model": request.model,
         "source_id": source_id(),
         "budget": model.session.params.budget,
+        "tolerance": model.session.params.tolerance,
         "n_ctx": model.session.n_ctx,
         "n_threads": model.n_threads,
         "kv_type": request.kv_type,

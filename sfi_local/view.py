@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sfi_local.errors import InputError, UsageError
-from sfi_local.options import answer_options, model_options, sfi_options, take_params
+from sfi_local.options import answer_options, fidelity_option, model_options, sfi_options, take_params
 from sfi_local.request import Request
 from sfi_local.terminal import progress, say, tell_notes
 
@@ -18,6 +18,7 @@ from sfi_local.terminal import progress, say, tell_notes
 @click.argument("model")
 @answer_options(n=100, mode="sfi")
 @sfi_options
+@fidelity_option
 @model_options
 @click.option("--html", metavar="FILE", default="view.html", show_default=True, help="Where the page is written.")
 @click.option("--png", metavar="FILE", help="Also write a picture of it: the mean over all layers and heads.")
