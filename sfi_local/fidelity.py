@@ -46,6 +46,7 @@ class Calibration:
 
 def choose(settings: Sequence[Setting], bound: float) -> tuple[Setting, bool]:
     """(the setting of the largest tolerance within a bound in nats, True), else (that of the smallest, False)."""
+    settings = [s for s in settings if s.kv_read_share < 1] or settings  # what reads more than dense never pays
     within = [s for s in settings if s.kld_mean <= bound]
     if within:
         return max(within, key=lambda s: s.tolerance), True
