@@ -162,7 +162,7 @@ def test_calibrate_then_run_and_load_take_what_it_chose(cli, tiny):
     assert [json.loads(cli(*run, *more).stdout)["tolerance"] for more in ((), ("--fidelity", 99), ("--tolerance", 0.5))] == [
         chosen, max(TOLERANCES), 0.5]
     with load(tiny, mode="sfi", n_threads=1, fidelity=1e-30) as model:
-        assert model._params.tolerance == min(TOLERANCES) and (found.settings[-1].kld_mean <= 1e-30 or "dense has 0" in model.notes[0])
+        assert model._params.tolerance == choose(found.settings, 1e-30)[0].tolerance and model.notes
 
 
 @pytest.mark.parametrize("command, code, words", [
@@ -174,3 +174,8 @@ def test_calibrate_then_run_and_load_take_what_it_chose(cli, tiny):
 def test_bad_input_is_a_sentence_and_leaves_no_file(cli, tiny, command, code, words):
     assert words in sentence(cli(command[0], tiny, *command[1:]), code)
     assert not fidelity_file().exists()
+
+
+def test_a_tolerance_that_reads_more_than_dense_is_not_chosen():
+    settings = (Setting(1e-3, 0.02, 0.4), Setting(1e-4, 0.01, 0.9), Setting(1e-5, 0.001, 1.1))
+    assert choose(settings, 0.005) == (settings[1], False) and choose(settings[2:], 0.005) == (settings[2], True)
