@@ -51,7 +51,7 @@ def describe(file: Any, params: Any) -> dict[str, Any]:
         "layers": [vars(layer) for layer in all_layers],
         "budget": params.budget,
         "kv_bytes": {t: {str(d): kv_bytes(all_layers, d, t, t) for d in DEPTHS} for t in KV_TYPES},
-        "sfi_bytes": sfi_bytes(all_layers, params),
+        "sfi_bytes": sfi_bytes(all_layers, params, file.n_ctx_train or 4096),
     }
 
 
@@ -63,7 +63,7 @@ def as_text(facts: dict[str, Any]) -> str:
         *_layer_lines(facts["layers"]),
         f"sparse        {facts['n_sparse']} of {facts['n_layer']} layers"
         + (f" ({facts['why_dense']})" if facts["why_dense"] else f", budget {facts['budget']} cells per KV head"),
-        f"sfi adds      {human_bytes(facts['sfi_bytes'])} per sequence",
+        f"sfi adds      {human_bytes(facts['sfi_bytes'])} per sequence of the whole context",
         "",
         "KV cache  " + "".join(f"{d // 1024:>9}k" for d in DEPTHS),
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sfi_local.gguf_file import GgufFile
-from sfi_local.params import SfiParams
+from sfi_local.params import MAX_QUERIES, SfiParams
 
 # bytes per 32 elements of K or V
 KV_TYPES = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q4_0": 18}
@@ -85,11 +85,27 @@ def kv_bytes(all_layers: list[Layer], depth: int, type_k: str = "f16", type_v: s
     return sum(layer.kv_bytes(depth, type_k, type_v) for layer in all_layers)
 
 
-def sfi_bytes(all_layers: list[Layer], params: SfiParams) -> int:
-    """Bytes that sfi adds per sequence: the ring of queries (F32), selected cells (I32), stability (4 F32 per KV head)."""
+def sfi_bytes(all_layers: list[Layer], params: SfiParams, n_ctx: int) -> int:
+    """Bytes that sfi adds per sequence of n_ctx cells: the ring of queries (F32), selected cells (I32), stability (4 F32 per
+    KV head), and of policy sketch the codes of all cells and their bases."""
+    is_sketch = params.support == "sketch"
+    n_queries, n_selected = MAX_QUERIES if is_sketch else params.n_queries, min(params.n_selected, n_ctx)
     return sum(
-        4 * (params.n_queries * layer.n_head * layer.k_size + (params.n_selected + 4) * layer.n_head_kv)
+        4 * (n_queries * layer.n_head * layer.k_size + (n_selected + 4) * layer.n_head_kv)
+        + (_sketch_bytes(layer, params, n_ctx) if is_sketch else 0)
         for layer in all_layers if layer.sparse)
+
+
+def _sketch_bytes(layer: Layer, params: SfiParams, n_ctx: int) -> int:
+    """Codes in blocks of 16 cells, mean, encoder and decoder of K and of V (F32), what is kept of each step."""
+    bits_k, n_k = 4 * params.sketch_k4 + 2 * params.sketch_k2 + params.sketch_k1, params.sketch_k4 + params.sketch_k2 + params.sketch_k1
+    bits_v, n_v = 4 * params.sketch_v4 + 2 * params.sketch_v2, params.sketch_v4 + params.sketch_v2
+    if not n_k:  # the default of llama-support.cpp, for every 64 values of a head
+        k, v = max(1, layer.k_size // 64), max(1, layer.v_size // 64)
+        bits_k, n_k, bits_v, n_v = 64 * k, 40 * k, 32 * v, 16 * v
+    codes = -(-n_ctx // 16) * 2 * (bits_k + bits_v)
+    basis = 4 * (layer.k_size * (1 + 2 * n_k) + layer.v_size * (1 + 2 * n_v))
+    return layer.n_head_kv * (codes + basis + 4) + 8 * layer.n_head
 
 
 def _layer(file: GgufFile, il: int, whole: str) -> Layer:

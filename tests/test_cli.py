@@ -246,7 +246,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tiny, tmp_path, phase):
 
 @posix
 def test_ctrl_c_from_outside_ends_a_long_run(smollm2):
-    process = subprocess.Popen(cli_command("run", smollm2, "-p", "Count.", "-n", -1, "--mode", "sfi"), env=cli_env(),
+    process = subprocess.Popen(cli_command("run", smollm2, "--raw", "-p", "one, two, three, four, five,", "--temp", 0, "-n", -1, "--mode", "sfi"), env=cli_env(),
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)  # the answer has begun
     time.sleep(0.2)

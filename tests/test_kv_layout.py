@@ -73,9 +73,10 @@ def test_the_prediction_agrees_with_the_library(tiny):
     from sfi_local import load
 
     with load(tiny, mode="sfi", n_threads=1) as loaded:
-        engine = loaded.open_session(1, 1).engine
+        session = loaded.open_session(1, 1)
+        engine = session.engine
         ours, theirs = layers(read_gguf(tiny)), engine.layers()
         assert [(a.sparse, a.n_head, a.n_head_kv, a.k_size, a.v_size) for a in ours] == [
             (b.sparse, b.n_head, b.n_head_kv, b.n_embd_head_k, b.n_embd_head_v) for b in theirs]
         assert kv_bytes(ours, 1) == sum(layer.kv_cell_bytes for layer in theirs)
-        assert sfi_bytes(ours, engine.params) == pytest.approx(engine.memory(), rel=0.01)
+        assert sfi_bytes(ours, engine.params, session.n_ctx) == pytest.approx(engine.memory(), rel=0.01)

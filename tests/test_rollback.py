@@ -160,7 +160,7 @@ def test_on_a_real_model_a_batch_equals_dense_steps_bit_for_bit(native, open_con
 
 
 def test_a_batch_that_refreshes_selects_what_dense_steps_and_a_slow_one_select(opened):
-    dense, batch = opened(), opened()
+    dense, batch = opened({"n_slow_queries": 16}), opened()
     dense.steps(range(6), "dense"), dense.step(6, "slow")
     batch.steps(range(6), "fast")
     assert batch.engine.verify(list(range(7)), 6).kind == "slow"
