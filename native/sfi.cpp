@@ -150,13 +150,18 @@ static int guarded(const sfi * s, F && f) {
 
 // ---- parameters ----------------------------------------------------------------------------------------------------------
 
+// Do slow steps choose what fast steps attend to? Else each fast step does: few cells are enough then, and a slow step
+// renews nothing.
+static bool refreshes(sfi_policy policy) {
+    return policy == SFI_POLICY_FROZEN || policy == SFI_POLICY_WINDOW;
+}
+
 struct sfi_params sfi_default_params(void) {
     return sfi_policy_params(SFI_POLICY_SKETCH);
 }
 
 struct sfi_params sfi_policy_params(enum sfi_policy policy) {
-    // does `selected` follow every query? Then few cells are enough, and a slow step renews nothing
-    const bool follows = policy == SFI_POLICY_SKETCH || policy == SFI_POLICY_ORACLE;
+    const bool follows = !refreshes(policy);
     sfi_params p = {};
     p.struct_size = sizeof(p);
     p.policy      = policy;
@@ -210,7 +215,7 @@ static int check_params(const sfi_params & p) {
         { "n_slow_queries", p.n_slow_queries, 1, 64 },
         { "n_recent",    p.n_recent,    p.policy == SFI_POLICY_FROZEN ? p.n_queries : 1, many },
         { "n_selected",  p.n_selected,  1, many },
-        { "max_span",    p.max_span,    p.policy == SFI_POLICY_FROZEN || p.policy == SFI_POLICY_WINDOW, many },
+        { "max_span",    p.max_span,    refreshes(p.policy), many },
         { "min_span",    p.min_span,    0, many },
         { "auto_depth",  p.auto_depth,  0, INT32_MAX },
         { "pool_after",  p.pool_after,  0, 4096 },
@@ -557,8 +562,6 @@ static slowfast::decision decide(const sfi * s, const llama_support & support, l
     return slowfast::decide(s->params, in, asked);
 }
 
-static float mean_tail_mass(const llama_support & support, llama_seq_id seq);
-
 static int sketch_failed() {
     return fail(SFI_ERR_DECODE, "The codes of the sketch could not be computed; llama.cpp's log says why.");
 }
@@ -661,6 +664,27 @@ static int64_t other_bytes(const sfi * s, const llama_support & support, const l
         add(s->kv_swa, true);
     }
     return size;
+}
+
+// {log-sum-exp, share of the tail} of every head of a layer in the last fast step
+static std::vector<float> masses(const llama_support_layer & layer, llama_seq_id seq) {
+    std::vector<float> values(2*layer.mass->ne[1]);
+    ggml_backend_tensor_get(layer.mass, values.data(), seq*layer.mass->nb[2], values.size()*sizeof(float));
+    return values;
+}
+
+static float mean_tail_mass(const llama_support & support, llama_seq_id seq) {
+    double sum = 0.0;
+    int64_t n = 0;
+    for (const auto & layer : support.get_layers()) {
+        if (layer.mass) {
+            const auto values = masses(layer, seq);
+            for (size_t i = 1; i < values.size(); i += 2, ++n) {
+                sum += values[i];
+            }
+        }
+    }
+    return n ? (float) (sum/n) : 0.0f;
 }
 
 // What the sketch had the last fast step attend to, beside `always`: over all layers and KV heads.
@@ -786,7 +810,7 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
             support.outgrow(seq);
         }
         const bool repair = d.kind == SFI_STEP_SLOW && s->params.repair && support.valid(seq) && support.span(seq) > 0
-            && (s->params.policy == SFI_POLICY_FROZEN || s->params.policy == SFI_POLICY_WINDOW);
+            && refreshes(s->params.policy);
         if (d.kind == SFI_STEP_FAST && !support.update_sketch(*s->lctx, seq)) {
             return sketch_failed();
         }
@@ -1049,27 +1073,6 @@ int sfi_get_stability(const struct sfi * s, llama_seq_id seq, int32_t il, int32_
         out->jaccard    = first ? NAN : x[3];
         return (int) SFI_OK;
     });
-}
-
-// {log-sum-exp, share of the tail} of every head of a layer in the last fast step
-static std::vector<float> masses(const llama_support_layer & layer, llama_seq_id seq) {
-    std::vector<float> values(2*layer.mass->ne[1]);
-    ggml_backend_tensor_get(layer.mass, values.data(), seq*layer.mass->nb[2], values.size()*sizeof(float));
-    return values;
-}
-
-static float mean_tail_mass(const llama_support & support, llama_seq_id seq) {
-    double sum = 0.0;
-    int64_t n = 0;
-    for (const auto & layer : support.get_layers()) {
-        if (layer.mass) {
-            const auto values = masses(layer, seq);
-            for (size_t i = 1; i < values.size(); i += 2, ++n) {
-                sum += values[i];
-            }
-        }
-    }
-    return n ? (float) (sum/n) : 0.0f;
 }
 
 int sfi_get_tail(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t head, struct sfi_tail * tail) {

@@ -171,7 +171,7 @@ def fit_params(request: Request, model: Any, kv_type: str) -> SfiParams:
         params = params.fit_context(request.need)
     elif "sfi" in request.modes:
         params.check_context(request.need)
-    if request.slow_every and not params.follows:
+    if request.slow_every and params.refreshes:
         params = params.replace(max_span=max(params.max_span, request.slow_every))
     if "auto" in request.modes:
         from sfi_local.calibrate import auto_depth_of

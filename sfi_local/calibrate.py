@@ -85,7 +85,7 @@ def _measure_and_remember(key: dict[str, Any], model: "Model", params: SfiParams
 
 def break_even(timings: list[Timing], params: SfiParams) -> int:
     """The smallest depth at which the mean step of slow-fast is faster than a dense one; at least the budget."""
-    if params.follows:
+    if not params.refreshes:
         return _break_even_without_slow_steps(timings)
     span = min(MEAN_SPAN, params.max_span)
     dense, dense_slope = _line([(t.depth, t.dense) for t in timings])
@@ -124,7 +124,7 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
 
     deadline = time.perf_counter() + LIMIT_S
     depths = _depths(model, params, type_k, type_v)
-    longest = 0 if params.follows else max(params.max_span, ROUND.count("fast"))
+    longest = max(params.max_span, ROUND.count("fast")) if params.refreshes else 0
     params = params.replace(auto_depth=0, max_span=longest)
     session = Session(model._weights, depths[-1] + len(ROUND) * ROUNDS, "sfi", params, model.n_threads, type_k, type_v)
     try:

@@ -15,15 +15,13 @@ from typing import Any, Sequence
 from sfi_local import remembered
 from sfi_local.errors import ArgumentError, InputError
 from sfi_local.machine import cache_dir
-from sfi_local.params import SfiParams
+from sfi_local.params import BUDGET, SKETCH_BITS, SfiParams
 
 TOLERANCES = (4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4)  # that are measured
 
 FLOOR = "floor"      # as close as two dense implementations are to each other
 DEFAULT = "default"  # the floor where the model is calibrated, else the tolerance of the parameters
 
-_BITS = ("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2")
-_BUDGET = ("n_sink", "n_recent", "n_selected")
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def command_for(path: Path, kv_type: str, params: SfiParams) -> str:
     command = ["sfi-local", "calibrate", str(path)]
     if kv_type != "f16":
         command += ["--kv-type", kv_type]
-    bits = [str(getattr(params, name)) for name in _BITS]
+    bits = [str(getattr(params, name)) for name in SKETCH_BITS]
     if set(bits) != {"0"}:
         command += ["--sketch-bits", f"{','.join(bits[:3])}:{','.join(bits[3:])}"]
     return shlex.join(command)
@@ -145,11 +143,11 @@ def remember(path: Path, kv_type: str, params: SfiParams, floor: float, settings
 def _key(path: Path, type_k: str, type_v: str, params: SfiParams) -> dict[str, Any]:
     """What a calibration depends on; not the machine, whose rounding is within the noise floor."""
     return {**remembered.model_key(path), "type_k": type_k, "type_v": type_v,
-            "sketch": {name: getattr(params, name) for name in _BITS}}
+            "sketch": {name: getattr(params, name) for name in SKETCH_BITS}}
 
 
 def _budget(params: SfiParams) -> tuple[int, int, int]:
-    return tuple(getattr(params, name) for name in _BUDGET)
+    return tuple(getattr(params, name) for name in BUDGET)
 
 
 def _is_entry(e: dict[str, Any]) -> bool:

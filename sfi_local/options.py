@@ -10,9 +10,8 @@ import click
 
 from sfi_local.errors import ArgumentError, UsageError
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.params import POLICIES, SELECTORS, SfiParams
+from sfi_local.params import BUDGET, POLICIES, SELECTORS, SKETCH_BITS, SfiParams
 
-_BUDGET = ("n_sink", "n_recent", "n_selected")
 _DEFAULT = SfiParams()
 
 
@@ -125,7 +124,7 @@ def _sketch_bits(ctx: click.Context, option: click.Parameter, text: str | None) 
     if not match:
         raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 (components of K with 4, 2 and 1 "
                          f"bits, then of V with 4 and 2).")
-    return dict(zip(("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2"), map(int, match.groups())))
+    return dict(zip(SKETCH_BITS, map(int, match.groups())))
 
 
 def _fidelity(ctx: click.Context, option: click.Parameter, text: str | None) -> float | str | None:
@@ -146,14 +145,14 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
     A budget that was typed is kept or refused; the default one adapts to a small context. Of fidelity_option,
     where the command has it, stays ``fidelity``: what fidelity.settle takes. Raises ArgumentError, UsageError.
     """
-    names = ("support", "selector", *_BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "n_slow_queries", "pool_after",
+    names = ("support", "selector", *BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "n_slow_queries", "pool_after",
              "pool_before", "tolerance", "max_tail_mass")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
     params = SfiParams.of(given.pop("support", _DEFAULT.support), **given).validate()
     if "fidelity" in options:
         options["fidelity"] = _settled_by(options["fidelity"], params, "tolerance" in given)
-    return params, not any(name in given for name in _BUDGET)
+    return params, not any(name in given for name in BUDGET)
 
 
 def _settled_by(fidelity: float | str | None, params: SfiParams, has_tolerance: bool) -> float | str | None:

@@ -10,6 +10,8 @@ from sfi_local.errors import ArgumentError
 
 POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
+BUDGET = ("n_sink", "n_recent", "n_selected")  # the fields of a budget ...
+SKETCH_BITS = ("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2")  # ... and of a sketch's format
 MAX_QUERIES = 64
 SKETCH_DEPTH = 1024  # cells from which policy sketch is faster than dense, where nothing was measured
 
@@ -79,18 +81,13 @@ class SfiParams:
     @classmethod
     def of(cls, support: str, **changes: Any) -> "SfiParams":
         """The defaults of a policy, some of them changed."""
-        defaults = _REFRESHED if support in ("frozen", "window") else {"n_selected": 256} if support == "oracle" else {}
+        defaults = _REFRESHED if support in _REFRESHING else {"n_selected": 256} if support == "oracle" else {}
         return cls(**{"support": support, **defaults, **changes})
-
-    @property
-    def follows(self) -> bool:
-        """Is `selected` chosen anew at every step, so that no slow step is needed to renew it?"""
-        return self.support in ("sketch", "oracle")
 
     @property
     def refreshes(self) -> bool:
         """Whether slow steps choose what fast steps attend to; else each fast step does."""
-        return self.support in ("frozen", "window")
+        return self.support in _REFRESHING
 
     @property
     def budget(self) -> int:
@@ -110,7 +107,7 @@ class SfiParams:
         for name in ("n_queries", "n_slow_queries"):
             if getattr(self, name) > MAX_QUERIES:
                 raise ArgumentError(f"{name} is {getattr(self, name)}, but at most {MAX_QUERIES} queries are kept: lower it.")
-        if self.max_span == 0 and self.support in ("frozen", "window"):
+        if self.max_span == 0 and self.refreshes:
             raise ArgumentError(f"max_span is 0, which means no slow steps, but policy {self.support} needs them: give at least 1.")
         if self.support == "frozen" and self.n_recent < self.n_queries:
             raise ArgumentError(
@@ -145,7 +142,8 @@ class SfiParams:
         return self.replace(n_sink=n_sink, n_recent=n_recent, n_selected=n_selected)
 
 
-# frozen and window need refreshes, and more cells to last from one to the next
+_REFRESHING = ("frozen", "window")
+# they need more cells to last from one refresh to the next
 _REFRESHED = {"n_recent": 256, "n_selected": 2048, "max_span": 64, "boundary": True}
 
 _LEAST = {

@@ -4,15 +4,13 @@ import csv
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from command_line import cli_command, cli_env, sentence
+from command_line import cli_command, cli_env, interrupted, sentence
 from sfi_local import SfiParams, bench, bench_report, state_fill
 from sfi_local.bench_check import CheckError, compare, slow_and_fast
 from sfi_local.bench_session import PIECE, BenchSession, Decoded
@@ -285,13 +283,7 @@ def test_a_plot_is_written(tiny, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_leaves_nothing(tiny, tmp_path):
     command = cli_command("bench", tiny, "--depth", 300, "-n", 200, "--reps", 100_000, "-t", 1, "-o", "json")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli_env(), cwd=tmp_path)
-    while b"measuring" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out, list(tmp_path.iterdir())) == (130, b"", [])
+    assert (*interrupted(command, b"measuring", tmp_path), list(tmp_path.iterdir())) == (130, b"", [])
 
 
 def test_help_needs_no_library():

@@ -4,15 +4,13 @@ import csv
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from command_line import cli_command, cli_env, sentence
+from command_line import cli_command, cli_env, interrupted, sentence
 from sfi_local import SfiParams, eval_kl, eval_report
 from sfi_local.bench_check import CheckError
 from sfi_local.eval_greedy import NEAR_TIE
@@ -228,13 +226,7 @@ def test_a_model_that_cannot_be_sparse_is_refused(cli, tmp_path, native):
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_leaves_nothing(tiny, tmp_path):
     command = cli_command("eval", tiny, "--depth", 300, "-n", 3000, "-t", 1, "-o", "json", "--save", "rows.json")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli_env(), cwd=tmp_path)
-    while b"measuring" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out, list(tmp_path.iterdir())) == (130, b"", [])
+    assert (*interrupted(command, b"measuring", tmp_path), list(tmp_path.iterdir())) == (130, b"", [])
 
 
 def test_help_needs_no_library():

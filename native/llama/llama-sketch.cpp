@@ -33,19 +33,18 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
     }
     const auto [j0, j1] = candidates(n);
     const int32_t n_queries = n_known_queries(st.query_pos);
+    int32_t from = st.j1; // what comes after has no codes yet
     if (st.outgrown || st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {
         fit(s, lctx.get_cparams().n_threads_batch);
         st.n_fit         = j1 - j0;
         st.n_fit_queries = n_queries;
-        st.n_coded       = 0;
         st.outgrown      = false;
+        from = j0;
     }
-    const bool ok = encode(lctx, s, j0 + st.n_coded, j1);
-    if (!ok) {
+    if (!encode(lctx, s, from, j1)) {
         invalidate(s);
         return false;
     }
-    st.n_coded = j1 - j0;
     st.j0 = j0;
     st.j1 = j1;
     return true;
@@ -54,11 +53,10 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
 int64_t llama_support::sketch_bytes(uint32_t s) const {
     const auto & st = streams[s];
     int64_t size = 0;
-    for (size_t il = 0; il < layers.size() && st.n_coded > 0; ++il) {
+    for (size_t il = 0; il < layers.size() && scanned(s); ++il) {
         const auto & layer = layers[il];
         if (layer.codes) {
-            const int64_t n_head_kv = layer.codes->ne[2]/(int64_t) streams.size();
-            size += n_head_kv*(st.n_used*ggml_sketch_cell_bytes(&layer.format) + (int64_t) layer.basis->nb[1]/2); // decoding half
+            size += layer.n_head_kv*(st.n_used*ggml_sketch_cell_bytes(&layer.format) + (int64_t) layer.basis->nb[1]/2); // decoding half
         }
     }
     return size;
@@ -98,7 +96,7 @@ static llama_sketch_rows head_of(const std::vector<float> & rows, int64_t n_embd
 void llama_support::fit_layer(uint32_t s, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries) {
     auto & layer = layers[il];
     const int64_t d_k = layer.n_embd_k, d_v = layer.n_embd_v;
-    const int64_t n_head_kv = layer.codes->ne[2]/(int64_t) streams.size(), n_embd_q = layer.queries->ne[0];
+    const int64_t n_head_kv = layer.n_head_kv, n_embd_q = layer.queries->ne[0];
     const int64_t group = n_embd_q/d_k/n_head_kv;
 
     const ggml_tensor * k = kv->get_k_storage(il), * v = layer.v;
@@ -158,7 +156,7 @@ bool llama_support::encode(llama_context & lctx, uint32_t s, int32_t from, int32
     if (from >= to) {
         return true;
     }
-    const size_t n_tensors = 8*layers.size() + 8;
+    const size_t n_tensors = 9*layers.size() + 8;
     ggml_context_ptr ctx(ggml_init({ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false), nullptr, true }));
     if (!ctx) {
         return false;
@@ -185,11 +183,10 @@ bool llama_support::encode(llama_context & lctx, uint32_t s, int32_t from, int32
 
 ggml_tensor * llama_support::encode_layer(ggml_context * ctx, uint32_t s, int32_t il, ggml_tensor * cells) {
     const auto & layer = layers[il];
-    const int64_t n_head_kv = layer.codes->ne[2]/(int64_t) streams.size();
-    const auto all = [&](ggml_tensor * cache, int64_t n_embd) {
-        ggml_tensor * view = ggml_view_3d(ctx, cache, n_embd, n_head_kv, kv->get_size(), ggml_row_size(cache->type, n_embd), cache->nb[1], s*cache->nb[2]);
-        return ggml_permute(ctx, view, 0, 2, 1, 3);
-    };
-    return ggml_sketch_encode(ctx, llama_support_heads(ctx, layer.codes, 2, n_head_kv, s), llama_support_heads(ctx, layer.basis, 1, n_head_kv, s),
-            all(kv->get_k_storage(il), layer.n_embd_k), all(layer.v, layer.n_embd_v), cells, &layer.format);
+    llama_kv_cache::slot_info stream;
+    stream.s0 = stream.s1 = s;
+    ggml_tensor * k = llama_support_all_cells(ctx, kv->get_k(ctx, il, kv->get_size(), stream));
+    ggml_tensor * v = llama_support_all_cells(ctx, kv->get_v(ctx, il, kv->get_size(), stream));
+    return ggml_sketch_encode(ctx, llama_support_heads(ctx, layer.codes, 2, layer.n_head_kv, s),
+            llama_support_heads(ctx, layer.basis, 1, layer.n_head_kv, s), k, v, cells, &layer.format);
 }

@@ -132,6 +132,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     auto & layer = layers[il];
     layer.n_embd_k = d_k;
     layer.n_embd_v = d_v;
+    layer.n_head_kv = n_head_kv;
     layer.kq_scale = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) d_k);
     ggml_context_ptr scratch(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
     if (!scratch) {
@@ -168,7 +169,7 @@ void llama_support::invalidate(uint32_t s) {
     st.edited   = st.edited || st.valid;
     st.valid    = false;
     st.mirrored = false;
-    st.j0 = st.j1 = st.n_coded = st.n_fit = 0;
+    st.j0 = st.j1 = st.n_fit = 0;
     st.outgrown = false;
     std::fill(st.query_pos.begin(), st.query_pos.end(), -1);
 }
@@ -315,7 +316,7 @@ bool llama_support::was_edited(uint32_t s) const {
 
 bool llama_support::window_full(uint32_t s) const {
     const auto & st = streams[s];
-    return st.valid && params.policy != LLAMA_SUPPORT_SKETCH && params.policy != LLAMA_SUPPORT_ORACLE && params.pinned && st.j0 + ((int64_t) st.cells.size() + 1 - st.j1) > always_size();
+    return st.valid && params.pinned && !params.follows() && st.j0 + ((int64_t) st.cells.size() + 1 - st.j1) > always_size();
 }
 
 // Pinned: the candidates of the refresh, and all that came after them. Sliding, the blind band between is in neither.
@@ -366,7 +367,7 @@ llama_support::key llama_support::graph_key() const {
             || (fast && params.policy == LLAMA_SUPPORT_ORACLE);
         k.n_list   = lists_all ? list_size() : 0;
         k.n_stored = params.selects() ? ubatch_stored : 0;
-        if (fast && params.policy == LLAMA_SUPPORT_SKETCH && st.n_coded > 0) {
+        if (fast && scanned(stream)) {
             k.n_skip = GGML_PAD(always_size() + (int64_t) st.holes.size(), skip_pad);
             k.n_scan = std::min<int64_t>(GGML_PAD((int64_t) st.n_used, list_pad), GGML_PAD(kv->get_size(), 16));
         }
@@ -393,16 +394,17 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     const auto & params = support->params;
     const int32_t n     = (int32_t) st.cells.size();
 
-    const auto [first, second] = support->window(st);
-
-    std::vector<int32_t> list(st.cells.begin(), st.cells.begin() + first);
-    list.insert(list.end(), st.cells.begin() + second, st.cells.end());
-    if (is_used(always)) {
-        set_list(always, list.data(), list.size());
-    }
-    if (is_used(skip)) {
-        list.insert(list.end(), st.holes.begin(), st.holes.end());
-        set_list(skip, list.data(), list.size());
+    if (is_used(always) || is_used(skip)) {
+        const auto [first, second] = support->window(st);
+        std::vector<int32_t> list(st.cells.begin(), st.cells.begin() + first);
+        list.insert(list.end(), st.cells.begin() + second, st.cells.end());
+        if (is_used(always)) {
+            set_list(always, list.data(), list.size());
+        }
+        if (is_used(skip)) {
+            list.insert(list.end(), st.holes.begin(), st.holes.end());
+            set_list(skip, list.data(), list.size());
+        }
     }
     if (is_used(scan)) {
         ggml_backend_tensor_set(scan, &st.n_used, 0, sizeof(st.n_used));
@@ -509,8 +511,7 @@ static ggml_tensor * stream_of(ggml_context * ctx, ggml_tensor * t, uint32_t str
     return ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], stream*t->nb[2]);
 }
 
-// all cells of the stream that `view` (one of get_k() / get_v()) shows, as [n_embd_head, n_cells, n_head_kv]
-static ggml_tensor * all_cells(ggml_context * ctx, const ggml_tensor * view) {
+ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * view) {
     ggml_tensor * cache = view->view_src;
     ggml_tensor * all = ggml_view_3d(ctx, cache, view->ne[0], view->ne[1], cache->ne[1], view->nb[1], view->nb[2], view->view_offs);
     return ggml_permute(ctx, all, 0, 2, 1, 3);
@@ -643,8 +644,8 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     const auto & layer = inp->support->layer(il);
     const float softcap = g.hparams.attn_soft_cap ? g.hparams.f_attn_logit_softcapping : 0.0f;
 
-    k = all_cells(ctx, k);
-    v = all_cells(ctx, v);
+    k = llama_support_all_cells(ctx, k);
+    v = llama_support_all_cells(ctx, v);
 
     if (key.n_stored > 0) {
         store_queries(g, inp, layer, q);

@@ -55,6 +55,7 @@ struct llama_support_params {
     ggml_sketch_format    format   = {}; // all 0: by the head size of each layer
 
     bool selects()   const { return policy != LLAMA_SUPPORT_WINDOW && n_selected > 0; }
+    bool follows()   const { return policy == LLAMA_SUPPORT_SKETCH || policy == LLAMA_SUPPORT_ORACLE; } // anew at each step
     bool refreshes() const { return policy == LLAMA_SUPPORT_FROZEN && n_selected > 0; } // a refresh takes evidence
 };
 
@@ -66,7 +67,7 @@ struct llama_support_layer {
     ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
     // policy sketch
     ggml_sketch_format format = {};
-    int64_t       n_embd_k = 0, n_embd_v = 0; // of a head
+    int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
     float         kq_scale = 0.0f;
     ggml_tensor * v         = nullptr; // the cache's V
     ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
@@ -110,7 +111,7 @@ public:
     // Policy sketch, between steps: fits the basis if it is missing or outgrown, writes the codes of cells that have left
     // the window or will with the next cell. False: computing failed, and the support is invalid.
     bool update_sketch(llama_context & lctx, uint32_t stream);
-    bool    scanned     (uint32_t stream) const { return streams[stream].n_coded > 0 && params.policy == LLAMA_SUPPORT_SKETCH; }
+    bool    scanned     (uint32_t stream) const { return streams[stream].j1 > streams[stream].j0 && params.policy == LLAMA_SUPPORT_SKETCH; }
     void    outgrow     (uint32_t stream) { streams[stream].outgrown = true; } // fit anew after this step
     int64_t sketch_bytes(uint32_t stream) const; // what a fast step reads of the codes and bases
 
@@ -163,11 +164,10 @@ private:
 
         bool     valid     = false;
         bool     edited    = false;
-        int32_t  j0 = 0, j1 = 0;        // the candidates of the refresh were cells[j0 .. j1)
+        int32_t  j0 = 0, j1 = 0;        // the candidates of the refresh were cells[j0 .. j1); sketch: those with codes
         int32_t  span      = 0;
         int64_t  n_refresh = 0;
-        int32_t  n_coded   = 0;         // sketch: cells[j0 .. j0 + n_coded) have codes ...
-        int32_t  n_fit     = 0;         // ... by a basis that was fitted to so many candidates; 0: there is none
+        int32_t  n_fit     = 0;         // sketch: the basis was fitted to so many candidates; 0: there is none
         int32_t  n_fit_queries = 0;     // and to so many queries
         bool     outgrown  = false;     // somebody asked for another
     };
@@ -243,6 +243,9 @@ struct llama_support_input : public llm_graph_input_i {
     ggml_tensor * scan   = nullptr; // I32 [1]              sketch: the plan of the scan
     ggml_tensor * rows   = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes
 };
+
+// All cells of the stream that `view` (one of get_k() / get_v()) shows, as [n_embd_head, n_cells, n_head_kv].
+ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * view);
 
 // The part of one stream in a tensor whose dimension dim (1 or 2) holds the KV heads of all streams.
 ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream);
