@@ -105,7 +105,6 @@ class _Dense:
 
     def compare(self, session: SwitchSession, row: Row, planned: Plan) -> Fidelity:
         """A row, from the same state on the same text."""
-
         one, infos = Fidelity(row, planned.params, len(session.trunk)), []
         session.begin(row.mode, planned.params)
         if session.engine:
