@@ -1,4 +1,4 @@
-"""The sketch operations one at a time: what a decoded token costs in all layers, and how near it is to reading the codes.
+"""The scan of the sketch alone: what a decoded token costs in all layers, and how near it is to reading the codes.
 
     python benchmarks/ops.py --shape smollm2 -t 2
     python benchmarks/ops.py --shape qwen3-0.6b -t 2
@@ -33,7 +33,7 @@ ggml_ops.MEM_SIZE = 1536 << 20
 class Layers:
     """A graph context with the inputs of some layers."""
 
-    def __init__(self, g, shape, form, n_selected):
+    def __init__(self, g, shape, form, n_selected, least):
         self.n_list, self.n_head, self.n_head_kv, self.n_embd, self.n_model, self.n = SHAPES[shape]
         self.g, self.form, self.n_selected = g, form, n_selected
         rng = np.random.default_rng(ops.SEED)
@@ -42,32 +42,25 @@ class Layers:
         self.q = rng.normal(size=(self.n_head, self.n_embd)).astype(np.float32)
         self.skip = np.arange(68, dtype=np.int32)
         self.scale = 2 / self.n_embd
+        self.t_least = g.tensor(np.full(self.n_head_kv, least)) if least > 0 else None
         self.basis = g.tensor(ops.flat(self.bases))
         self.t_codes = [g.tensor(self.codes) for _ in range(self.n)]
         self.t_q, self.t_skip, self.t_plan = g.tensor(self.q), g.tensor(self.skip), g.tensor(np.array([self.n_list]))
 
-    def logits(self, i):
-        return self.g.sketch_logits(self.t_q, self.t_codes[i], self.basis, self.t_skip, self.t_plan, self.n_list, self.form,
-                                    self.scale)
+    def scan(self, i):
+        """(tail, selected) of a layer"""
+        selected = self.g.new("i32", self.n_selected, self.n_head_kv)
+        return self.g.sketch_scan(self.t_q, self.t_codes[i], self.basis, self.t_skip, self.t_plan, self.t_least, selected,
+                                  self.n_list, self.n_embd, self.form, self.scale), selected
 
-    def select(self, logits):
-        return self.g.sketch_select(logits, None, self.n_head_kv, self.n_selected)
-
-    def tail(self, i, logits, selected):
-        return self.g.sketch_tail(logits, self.t_codes[i], self.basis, selected, self.n_embd, self.form)
-
-    # -- the reference, for one query head --
-
-    def check(self, logits, selected, tail, h):
-        h_kv = h * self.n_head_kv // self.n_head
-        basis = ops.in_double(self.bases[h_kv])
-        x = ref.sketch_logits(self.form, basis, self.codes[h_kv], self.q[h].astype(float), self.skip, self.n_list, self.n_list,
-                              self.scale)
-        np.testing.assert_allclose(logits[h], x, rtol=0, atol=2e-3)
-        group = self.n_head // self.n_head_kv
-        ops.check_best(selected[h_kv], ref.sketch_score(logits[h_kv * group:(h_kv + 1) * group].astype(float)))
-        expected = ref.sketch_tail(self.form, basis, self.codes[h_kv], logits[h].astype(float), selected[h_kv])
-        np.testing.assert_allclose(tail[h], expected, rtol=0, atol=2e-3)
+    def check(self, tail, selected):
+        """The outermost heads against the reference."""
+        for h in (0, self.n_head - 1):
+            h_kv = h * self.n_head_kv // self.n_head
+            basis, codes = ops.in_double(self.bases[h_kv]), self.codes[h_kv]
+            x = ref.sketch_logits(self.form, basis, codes, self.q[h].astype(float), self.skip, self.n_list, self.n_list, self.scale)
+            expected = ref.sketch_tail(self.form, basis, codes, x, selected[h_kv][selected[h_kv] >= 0])
+            np.testing.assert_allclose(tail[h], expected, rtol=0, atol=2e-3)
 
 
 def graph_of(g, outs):
@@ -90,7 +83,7 @@ def timed(g, graph, n_reps, n_threads):
 
 def read_bandwidth(n_threads, n_bytes=320 << 20):
     """Bytes per second that threads read: each looks for a byte that its part of a buffer does not have."""
-    buffer = np.zeros(n_bytes, np.uint8)
+    buffer = np.full(n_bytes, 2, np.uint8)
     libc = ctypes.CDLL(None)
     libc.memchr.argtypes, libc.memchr.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
     part = n_bytes // n_threads
@@ -110,49 +103,31 @@ def read_bandwidth(n_threads, n_bytes=320 << 20):
     return best
 
 
-def inputs_of(g, arrays):
-    return [g.tensor(a) for a in arrays]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--form", default="16,0,0,16,0", help="n_k4,n_k2,n_k1,n_v4,n_v2")
-    parser.add_argument("-k", "--n-selected", type=int, default=256)
+    parser.add_argument("--form", default="4,12,24,0,16", help="n_k4,n_k2,n_k1,n_v4,n_v2")
+    parser.add_argument("-k", "--n-selected", type=int, default=1024)
+    parser.add_argument("--least", type=float, default=0.0008, help="least share of a selected cell (0: the best n)")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-r", "--reps", type=int, default=9)
     args = parser.parse_args()
     form = ref.SketchFormat(*map(int, args.form.split(",")))
 
     with ggml_ops.Graph() as g:
-        a = Layers(g, args.shape, form, args.n_selected)
-        logits = [a.logits(i) for i in range(a.n)]
-        selected = [a.select(x) for x in logits]
-        tail = [a.tail(i, x, s) for i, (x, s) in enumerate(zip(logits, selected))]
-        got = [g.compute(t[0], args.threads)[0, 0] for t in (logits, selected, tail)]
-        for h in (0, a.n_head - 1):
-            a.check(*got, h)
-        # the same operations on inputs that are there already
-        x = inputs_of(g, [got[0]] * a.n)
-        s = inputs_of(g, [got[1]] * a.n)
-        graphs = {
-            "logits": graph_of(g, logits),
-            "select": graph_of(g, [a.select(t) for t in x]),
-            "tail": graph_of(g, [a.tail(i, t, s[i]) for i, t in enumerate(x)]),
-            "all three": graph_of(g, tail),
-        }
-        k_bytes, v_bytes = int(form.bits_k.sum()) // 8, int(form.bits_v.sum()) // 8
-        n_bytes = {"logits": k_bytes, "select": 0, "tail": v_bytes, "all three": k_bytes + v_bytes}
+        a = Layers(g, args.shape, form, args.n_selected, args.least)
+        scans = [a.scan(i) for i in range(a.n)]
+        tail, selected = g.compute(scans[0][0], args.threads)[0, 0], g.read(scans[0][1])[0, 0]
+        a.check(tail, selected)
         bandwidth = read_bandwidth(args.threads)
         print(f"{args.shape}: {a.n_list} cells, {a.n_head_kv} KV heads, {a.n_head} query heads, form {args.form}, "
-              f"{args.n_selected} selected, {args.threads} threads, reading {bandwidth / 1e9:.1f} GB/s")
+              f"{np.mean(selected >= 0) * a.n_selected:.0f} selected, {args.threads} threads, reading {bandwidth / 1e9:.1f} GB/s")
+        wall, cpu = timed(g, graph_of(g, [tail for tail, _ in scans]), args.reps, args.threads)
         cells = a.n_list * a.n_head_kv * a.n
-        for name, graph in graphs.items():
-            wall, cpu = timed(g, graph, args.reps, args.threads)
-            gbps = n_bytes[name] * cells / wall / 1e9
-            print(f"{name:10}  wall {wall / a.n * a.n_model * 1e3:7.2f} ms/token  cpu {cpu / a.n * a.n_model * 1e3:7.2f}  "
-                  f"{wall / cells * 1e9:6.3f} ns/cell (cpu {cpu / cells * 1e9:6.3f})  codes {gbps:5.1f} GB/s, "
-                  f"{100 * gbps * 1e9 / bandwidth:3.0f} %")
+        gbps = form.cell_bytes * cells / wall / 1e9
+        print(f"scan  wall {wall / a.n * a.n_model * 1e3:7.2f} ms/token  cpu {cpu / a.n * a.n_model * 1e3:7.2f}  "
+              f"{wall / cells * 1e9:6.3f} ns/cell (cpu {cpu / cells * 1e9:6.3f})  codes {gbps:5.1f} GB/s, "
+              f"{100 * gbps * 1e9 / bandwidth:3.0f} %")
 
 
 if __name__ == "__main__":

@@ -352,13 +352,11 @@ static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const llam
     ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(f, k->ne[0], v->ne[0]), n_head_kv);
     ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
 
-    ggml_tensor * logits   = ggml_sketch_logits(c, q, codes, basis, cells, plan, n, 1.0f, 0.0f, f);
-    ggml_tensor * selected = ggml_sketch_select(c, logits, nullptr, n_head_kv, 16);
-    std::vector<ggml_tensor *> ops = { ggml_sketch_encode(c, codes, basis, k, v, cells, f), logits, selected };
-    if (f->n_v4 + f->n_v2 > 0) {
-        ops.push_back(ggml_sketch_tail(c, logits, codes, basis, selected, v->ne[0], f));
-    }
-    return ops;
+    ggml_tensor * selected = ggml_new_tensor_2d(c, GGML_TYPE_I32, 16, n_head_kv);
+    return {
+        ggml_sketch_encode(c, codes, basis, k, v, cells, f),
+        ggml_sketch_scan(c, q, codes, basis, cells, plan, nullptr, selected, n, v->ne[0], 1.0f, 0.0f, f),
+    };
 }
 
 // Would this layer's device compute our operations? Asked with tensors of the layer's shapes, without data.

@@ -68,6 +68,11 @@ def node_rows(node):
     return kind, np.lib.stride_tricks.as_strided(flat, shape, (node.nb[2], node.nb[1], 1), writeable=False)
 
 
+def values_of(node):
+    """The values of an I32 node [ne0]."""
+    return np.array((ctypes.c_int32 * node.ne[0]).from_address(node.data))
+
+
 def attend_to(node, supports):
     """What a sparse_attn node of one token gives if KV head h attends to supports[h] -> [n_head, n_embd_v]."""
     (_, q), k, v = (node_rows(node.src[i].contents) for i in range(3))

@@ -81,9 +81,7 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sketch_cell_bytes": (c_int64, [POINTER(SketchFormat)]),
     "ggml_sketch_basis_size": (c_int64, [POINTER(SketchFormat), c_int64, c_int64]),
     "ggml_sketch_encode": (T, [c_void_p, T, T, T, T, T, POINTER(SketchFormat)]),
-    "ggml_sketch_logits": (T, [c_void_p, T, T, T, T, T, c_int64, F, F, POINTER(SketchFormat)]),
-    "ggml_sketch_select": (T, [c_void_p, T, T, c_int64, c_int64]),
-    "ggml_sketch_tail": (T, [c_void_p, T, T, T, T, c_int64, POINTER(SketchFormat)]),
+    "ggml_sketch_scan": (T, [c_void_p, T, T, T, T, T, T, T, c_int64, c_int64, F, F, POINTER(SketchFormat)]),
 }
 
 
@@ -236,15 +234,9 @@ class Graph:
     def sketch_encode(self, codes, basis, k, v, cells, form):
         return self.lib.ggml_sketch_encode(self.ctx, codes, basis, k, v, cells, SketchFormat(*form))
 
-    def sketch_logits(self, q, codes, basis, skip, plan, n_list, form, scale=1.0, logit_softcap=0.0):
-        return self.lib.ggml_sketch_logits(self.ctx, q, codes, basis, skip, plan, n_list, scale, logit_softcap,
-                                           SketchFormat(*form))
-
-    def sketch_select(self, logits, least, n_head_kv, n_selected):
-        return self.lib.ggml_sketch_select(self.ctx, logits, least, n_head_kv, n_selected)
-
-    def sketch_tail(self, logits, codes, basis, selected, n_embd_v, form):
-        return self.lib.ggml_sketch_tail(self.ctx, logits, codes, basis, selected, n_embd_v, SketchFormat(*form))
+    def sketch_scan(self, q, codes, basis, skip, plan, least, selected, n_list, n_embd_v, form, scale=1.0, logit_softcap=0.0):
+        return self.lib.ggml_sketch_scan(self.ctx, q, codes, basis, skip, plan, least, selected, n_list, n_embd_v, scale,
+                                         logit_softcap, SketchFormat(*form))
 
     def flash_attn(self, q, k, v, mask=None, sinks=None, scale=1.0, logit_softcap=0.0):
         out = self.lib.ggml_flash_attn_ext(self.ctx, q, k, v, mask, scale, 0.0, logit_softcap)
@@ -267,5 +259,10 @@ class Graph:
         self.lib.set_n_threads(self.lib.cpu, n_threads)
         status = self.lib.ggml_backend_graph_compute(self.lib.cpu, graph)
         assert status == 0, f"ggml status {status}"
-        dtype = {TYPES["i32"]: np.int32, TYPES["i8"]: np.uint8}.get(out.contents.type, np.float32)
-        return np.frombuffer(ctypes.string_at(data, n_bytes), dtype).reshape(tuple(reversed(out.contents.ne)))
+        return self.read(out)
+
+    def read(self, t):
+        """A contiguous F32, I32 or I8 tensor as an array."""
+        dtype = {TYPES["i32"]: np.int32, TYPES["i8"]: np.uint8}.get(t.contents.type, np.float32)
+        data = ctypes.string_at(self.lib.ggml_get_data(t), self.lib.ggml_nbytes(t))
+        return np.frombuffer(data, dtype).reshape(tuple(reversed(t.contents.ne)))

@@ -469,11 +469,11 @@ def sketch_select(x, n_selected, least=None, seed=0):
 
 
 def sketch_tail(form, basis, codes, x, selected):
-    """One head: [n_embd_v + 2], from its logits [n_list] and its KV head's codes and selected cells."""
+    """One head: [n_embd_v + 1], from its logits [n_list] and its KV head's codes and selected cells."""
     _, of_v = unpack(form, codes)
     rest = np.isfinite(x)
     rest[selected[selected >= 0]] = False
     v = decode(of_v[:len(x)], basis.mean_v, basis.dec_v, form.bits_v)
     lse = log_sum_exp(x[rest])
     mean = np.exp(x[rest] - lse) @ v[rest] if rest.any() else np.zeros(v.shape[1])
-    return np.concatenate([mean, [lse, log_sum_exp(x[np.isfinite(x)])]])
+    return np.concatenate([mean, [lse]])

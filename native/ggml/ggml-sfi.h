@@ -223,64 +223,40 @@ GGML_API struct ggml_tensor * ggml_sketch_encode(
         struct ggml_tensor              * cells,
         const struct ggml_sketch_format * format);
 
-// Sketched logits of one query, for the cells 0 .. n_list - 1.
+// One query looks at the cells 0 .. n_list - 1 through the sketch: which of them it should attend to, and what all
+// others contribute.
 //
-//   q       F32 [n_embd_k, n_head]                     // n_head % n_head_kv == 0
-//   codes   I8  [16*cell_bytes, n_blocks, n_head_kv]   // 16*n_blocks >= n_list
-//   basis   F32 [basis_size, n_head_kv]
-//   skip    I32 [n_skip]                               // cells whose logit is -INFINITY, in any order; -1: a pad
-//   plan    I32 [1] = { n_used }                       // cells from n_used on get -INFINITY too; n_used <= n_list
-//   result  F32 [n_list, n_head]                       // n_list is a multiple of 16
+//   q         F32 [n_embd_k, n_head]                   // n_head % n_head_kv == 0
+//   codes     I8  [16*cell_bytes, n_blocks, n_head_kv] // 16*n_blocks >= n_list
+//   basis     F32 [basis_size, n_head_kv]
+//   skip      I32 [n_skip]                             // cells that are left out, in any order; -1: a pad
+//   plan      I32 [1] = { n_used }                     // so are cells from n_used on; n_used <= n_list
+//   least     F32 [n_head_kv]                          // NULL: none
+//   selected  I32 [n_selected, n_head_kv]              // written; order not promised, padded with -1
+//   result    F32 [n_embd_v + 1, n_head]               // a `tail` of ggml_sparse_attn()
 //
 // With w_j = dec_k_j . q, s = max_j |w_j|/127 and W_j = round(w_j/s):
-// logit(c) = scale*(q . mean_k + s * sum_j W_j (code_j - centre_j)), soft-capped as in ggml_sparse_attn().
-GGML_API struct ggml_tensor * ggml_sketch_logits(
+// logit(c) = scale*(q . mean_k + s * sum_j W_j (code_j - centre_j)), soft-capped as in ggml_sparse_attn(). A cell's share in
+// a head is the softmax of these, over the cells that are not left out; its score is the mean share over the heads of its group.
+//
+// selected: the n_selected cells of the best scores, without those whose share is below least(h_kv) in every head of the
+// group. Equal logits in all heads: the lower cell wins. A share or score may be off by 1e-4 of itself.
+// result: the sketched V of the cells that were not selected, weighted by the softmax of their logits, then the log-sum-exp of
+// these. Without such cells: zeros and -INFINITY; also if their share is below 2^-20. Weights may be rounded to 2^-21 of
+// the largest among 256 cells, be it selected or not, and to 2^-15 of it for V. A format without components of V gives zeros for V.
+GGML_API struct ggml_tensor * ggml_sketch_scan(
         struct ggml_context             * ctx,
         struct ggml_tensor              * q,
         struct ggml_tensor              * codes,
         struct ggml_tensor              * basis,
         struct ggml_tensor              * skip,
         struct ggml_tensor              * plan,
+        struct ggml_tensor              * least,
+        struct ggml_tensor              * selected,
         int64_t                           n_list,
+        int64_t                           n_embd_v,
         float                             scale,
         float                             logit_softcap,
-        const struct ggml_sketch_format * format);
-
-// The n_selected cells of each KV head that its group pays most attention to, by their logits.
-//
-//   logits  F32 [n_list, n_head]
-//   least   F32 [n_head_kv]                            // NULL: none
-//   result  I32 [n_selected, n_head_kv]                // order not promised, padded with -1
-//
-// score(c) = mean over the heads h of the group of softmax(logits of h)(c). Cells of logit -INFINITY are never
-// selected, nor are those whose softmax is below least(h_kv) in every head of the group. Equal logits in all heads: the
-// lower cell wins. A score may be off by 1e-4 of itself, and the order of such neighbours with it.
-GGML_API struct ggml_tensor * ggml_sketch_select(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * logits,
-        struct ggml_tensor  * least,
-        int64_t               n_head_kv,
-        int64_t               n_selected);
-
-// What the cells that were not selected contribute, by the sketch.
-//
-//   logits   F32 [n_list, n_head]
-//   codes    I8  [16*cell_bytes, n_blocks, n_head_kv]
-//   basis    F32 [basis_size, n_head_kv]
-//   selected I32 [n_selected, n_head_kv]               // NULL: none
-//   result   F32 [n_embd_v + 2, n_head]
-//
-// A row: the sketched V of the cells with a finite logit that are not selected, weighted by the softmax of their logits;
-// the log-sum-exp of those logits; the log-sum-exp of all finite logits, selected or not. The first n_embd_v + 1 values
-// are a `tail` of ggml_sparse_attn(). Without such cells: zeros and -INFINITY. Weights may be rounded to 2^-15 of the
-// largest among 256 cells.
-GGML_API struct ggml_tensor * ggml_sketch_tail(
-        struct ggml_context             * ctx,
-        struct ggml_tensor              * logits,
-        struct ggml_tensor              * codes,
-        struct ggml_tensor              * basis,
-        struct ggml_tensor              * selected,
-        int64_t                           n_embd_v,
         const struct ggml_sketch_format * format);
 
 #ifdef  __cplusplus

@@ -73,90 +73,47 @@ struct ggml_tensor * ggml_sketch_encode(
     return result;
 }
 
-struct ggml_tensor * ggml_sketch_logits(
+struct ggml_tensor * ggml_sketch_scan(
         struct ggml_context             * ctx,
         struct ggml_tensor              * q,
         struct ggml_tensor              * codes,
         struct ggml_tensor              * basis,
         struct ggml_tensor              * skip,
         struct ggml_tensor              * plan,
+        struct ggml_tensor              * least,
+        struct ggml_tensor              * selected,
         int64_t                           n_list,
+        int64_t                           n_embd_v,
         float                             scale,
         float                             logit_softcap,
         const struct ggml_sketch_format * format) {
     assert_sketch(codes, basis, format);
     assert_rows_of(q, GGML_TYPE_F32);
     GGML_ASSERT(q->ne[1] % codes->ne[2] == 0 && q->ne[2] == 1 && q->ne[3] == 1);
-    GGML_ASSERT(basis->ne[0] > ggml_sketch_basis_size(format, q->ne[0], 0));
-    GGML_ASSERT(n_list % 16 == 0 && n_list > 0 && n_list <= 16*codes->ne[1]);
+    GGML_ASSERT(basis->ne[0] == ggml_sketch_basis_size(format, q->ne[0], n_embd_v));
+    GGML_ASSERT(n_list > 0 && n_list <= 16*codes->ne[1]);
     GGML_ASSERT(logit_softcap >= 0.0f);
     assert_rows_of(skip, GGML_TYPE_I32);
     assert_rows_of(plan, GGML_TYPE_I32);
+    assert_rows_of(selected, GGML_TYPE_I32);
+    GGML_ASSERT(selected->ne[1] == codes->ne[2] && selected->ne[2] == 1 && selected->ne[3] == 1);
+    if (least) {
+        assert_rows_of(least, GGML_TYPE_F32);
+        GGML_ASSERT(least->ne[0] == codes->ne[2]);
+    }
 
-    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, q->ne[1]);
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_v + 1, q->ne[1]);
     set_params(result, scale, logit_softcap, format);
+    ggml_set_op_params_i32(result, 7, (int32_t) n_list);
 
-    result->op     = GGML_OP_SKETCH_LOGITS;
+    result->op     = GGML_OP_SKETCH_SCAN;
     result->src[0] = q;
     result->src[1] = codes;
     result->src[2] = basis;
     result->src[3] = skip;
     result->src[4] = plan;
-
-    return result;
-}
-
-struct ggml_tensor * ggml_sketch_select(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * logits,
-        struct ggml_tensor  * least,
-        int64_t               n_head_kv,
-        int64_t               n_selected) {
-    assert_rows_of(logits, GGML_TYPE_F32);
-    GGML_ASSERT(n_head_kv >= 1 && logits->ne[1] % n_head_kv == 0);
-    GGML_ASSERT(logits->ne[0] % 16 == 0 && logits->ne[2] == 1 && logits->ne[3] == 1);
-    GGML_ASSERT(n_selected >= 1);
-    if (least) {
-        assert_rows_of(least, GGML_TYPE_F32);
-        GGML_ASSERT(least->ne[0] == n_head_kv);
-    }
-
-    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_head_kv);
-
-    result->op     = GGML_OP_SKETCH_SELECT;
-    result->src[0] = logits;
-    result->src[1] = least;
-
-    return result;
-}
-
-struct ggml_tensor * ggml_sketch_tail(
-        struct ggml_context             * ctx,
-        struct ggml_tensor              * logits,
-        struct ggml_tensor              * codes,
-        struct ggml_tensor              * basis,
-        struct ggml_tensor              * selected,
-        int64_t                           n_embd_v,
-        const struct ggml_sketch_format * format) {
-    assert_sketch(codes, basis, format);
-    assert_rows_of(logits, GGML_TYPE_F32);
-    GGML_ASSERT(logits->ne[0] % 16 == 0 && logits->ne[0] <= 16*codes->ne[1]);
-    GGML_ASSERT(logits->ne[1] % codes->ne[2] == 0 && logits->ne[2] == 1 && logits->ne[3] == 1);
-    GGML_ASSERT(format->n_v4 + format->n_v2 > 0);
-    GGML_ASSERT(basis->ne[0] > ggml_sketch_basis_size(format, 0, n_embd_v));
-    if (selected) {
-        assert_rows_of(selected, GGML_TYPE_I32);
-        GGML_ASSERT(selected->ne[1] == codes->ne[2]);
-    }
-
-    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_v + 2, logits->ne[1]);
-    set_params(result, 0.0f, 0.0f, format);
-
-    result->op     = GGML_OP_SKETCH_TAIL;
-    result->src[0] = logits;
-    result->src[1] = codes;
-    result->src[2] = basis;
-    result->src[3] = selected;
+    result->src[5] = least;
+    result->src[6] = selected;
 
     return result;
 }

@@ -111,6 +111,9 @@ void llama_support::allocate(const llama_model & model) {
         if (!buffer) {
             throw std::bad_alloc();
         }
+        if (ggml_backend_buffer_is_host(buffer)) {
+            llama_use_huge_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
+        }
         ggml_backend_buffer_clear(buffer, 0xff); // selected: -1
         const auto mine = [ctx = ctx](const auto & b) { return b.first.get() == ctx; };
         std::find_if(buffers.begin(), buffers.end(), mine)->second.reset(buffer);
@@ -608,30 +611,22 @@ ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, 
         : ggml_view_2d(ctx, t, t->ne[0], n_head_kv, t->nb[1], stream*n_head_kv*t->nb[1]);
 }
 
-struct scanned { ggml_tensor * selected, * tail; };
-
-// policy sketch: the selected cells of this query, and what all others contribute
-static scanned scan_sketch(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
-                           ggml_tensor * q, int64_t n_head_kv, int64_t n_embd_v, float kq_scale, float softcap, int il) {
+// policy sketch: chooses the selected cells of this query, and returns what all others contribute
+static ggml_tensor * scan_sketch(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
+                                 ggml_tensor * q, int64_t n_head_kv, int64_t n_embd_v, float kq_scale, float softcap, int il) {
     ggml_context * ctx = g.ctx0;
     const auto & key = inp->built;
-    const auto & f   = layer.format;
     ggml_tensor * codes = llama_support_heads(ctx, layer.codes, 2, n_head_kv, key.stream);
     ggml_tensor * basis = llama_support_heads(ctx, layer.basis, 1, n_head_kv, key.stream);
-
-    ggml_tensor * logits = ggml_sketch_logits(ctx, q, codes, basis, inp->skip, inp->scan, key.n_scan, kq_scale, softcap, &f);
-    g.cb(logits, "sketch_logits", il);
-    const auto & params = inp->support->get_params();
-    ggml_tensor * least = params.tolerance > 0.0f ? ggml_view_1d(ctx, layer.least, n_head_kv, key.stream*layer.least->nb[1]) : nullptr;
-    ggml_tensor * selected = ggml_sketch_select(ctx, logits, least, n_head_kv, params.n_selected);
-    g.cb(selected, "sketch_selected", il);
-    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, selected, stream_of(ctx, layer.selected, key.stream)));
-    if (f.n_v4 + f.n_v2 == 0) {
-        return { selected, nullptr };
+    ggml_tensor * least = nullptr;
+    if (inp->support->get_params().tolerance > 0.0f) {
+        least = ggml_view_1d(ctx, layer.least, n_head_kv, key.stream*layer.least->nb[1]);
     }
-    ggml_tensor * tail = ggml_sketch_tail(ctx, logits, codes, basis, selected, n_embd_v, &f);
-    g.cb(tail, "sketch_tail", il);
-    return { selected, ggml_view_2d(ctx, tail, n_embd_v + 1, tail->ne[1], tail->nb[1], 0) };
+    ggml_tensor * tail = ggml_sketch_scan(ctx, q, codes, basis, inp->skip, inp->scan, least, stream_of(ctx, layer.selected, key.stream),
+            key.n_scan, n_embd_v, kq_scale, softcap, &layer.format);
+    g.cb(tail, "sketch_scan", il);
+    ggml_build_forward_expand(g.gf, tail); // before who reads the selected cells
+    return layer.format.n_v4 + layer.format.n_v2 > 0 ? tail : nullptr;
 }
 
 ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_support_input * inp,
@@ -664,22 +659,23 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     }
 
     const bool fast = key.kind == LLAMA_SUPPORT_FAST;
-    scanned chosen = {};
+    ggml_tensor * selected = nullptr, * tail = nullptr;
     if (fast && layer.selected) {
         switch (inp->support->get_params().policy) {
-            case LLAMA_SUPPORT_FROZEN: chosen.selected = stream_of(ctx, layer.selected, key.stream); break;
-            case LLAMA_SUPPORT_ORACLE: chosen.selected = select_exactly(g, inp, layer, q, k, kq_scale, softcap); break;
+            case LLAMA_SUPPORT_FROZEN: selected = stream_of(ctx, layer.selected, key.stream); break;
+            case LLAMA_SUPPORT_ORACLE: selected = select_exactly(g, inp, layer, q, k, kq_scale, softcap); break;
             case LLAMA_SUPPORT_SKETCH:
                 if (inp->skip) {
-                    chosen = scan_sketch(g, inp, layer, q, k->ne[2], v->ne[0], kq_scale, softcap, il);
+                    tail     = scan_sketch(g, inp, layer, q, k->ne[2], v->ne[0], kq_scale, softcap, il);
+                    selected = stream_of(ctx, layer.selected, key.stream);
                 }
                 break;
             default: break;
         }
     }
 
-    ggml_tensor * cur = ggml_sparse_attn(ctx, q_rows, k, v, fast ? inp->always : inp->cells, chosen.selected, chosen.tail, sinks, kq_scale, softcap);
-    if (chosen.tail) {
+    ggml_tensor * cur = ggml_sparse_attn(ctx, q_rows, k, v, fast ? inp->always : inp->cells, selected, tail, sinks, kq_scale, softcap);
+    if (tail) {
         ggml_sparse_attn_set_mass(cur, stream_of(ctx, layer.mass, key.stream));
     }
     if (inp->visible) {

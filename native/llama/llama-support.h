@@ -72,7 +72,7 @@ struct llama_support_layer {
     ggml_tensor * v         = nullptr; // the cache's V
     ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
     ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
-    ggml_tensor * least     = nullptr; // F32 [n_head_kv, n_stream], see ggml_sketch_select()
+    ggml_tensor * least     = nullptr; // F32 [n_head_kv, n_stream], see ggml_sketch_scan()
     ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
     std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
 };

@@ -772,217 +772,162 @@ struct test_sketch_encode : public test_sketch {
     }
 };
 
-// GGML_OP_SKETCH_LOGITS
-struct test_sketch_logits : public test_sketch {
+// GGML_OP_SKETCH_SCAN. What is selected shows in the tail, which is all the rest.
+struct test_sketch_scan : public test_sketch {
     const int64_t n_used;
     const int64_t n_skip;
+    const int64_t n_selected;
+    const float least;  // 0: NULL
     const float logit_softcap;
 
-    ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr;
+    ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr, * t_least = nullptr, * selected = nullptr;
 
     std::string vars() override {
-        return VARS_TO_STR8(form, nh_kv, nr, hs, n_list, n_used, n_skip, logit_softcap);
+        return VARS_TO_STR10(form, nh_kv, nr, hs, n_list, n_used, n_skip, n_selected, least, logit_softcap);
     }
 
-    test_sketch_logits(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 272,
-            int64_t n_used = 261, int64_t n_skip = 20, float logit_softcap = 0.0f)
-        : test_sketch(form, nh_kv, nr, hs, n_list), n_used(n_used), n_skip(n_skip), logit_softcap(logit_softcap) {}
+    test_sketch_scan(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 1040,
+            int64_t n_used = 1029, int64_t n_skip = 20, int64_t n_selected = 64, float least = 0.0f, float logit_softcap = 0.0f)
+        : test_sketch(form, nh_kv, nr, hs, n_list), n_used(n_used), n_skip(n_skip), n_selected(n_selected), least(least), logit_softcap(logit_softcap) {}
 
     float scale() const { return 1.0f/hs; }
 
-    // a weight between two integers may be rounded to either
+    // A weight between two integers may be rounded to either, and of near ties either may be selected. Which cells are
+    // selected is tested to the cell in tests/test_sketch_ops.py.
     double max_nmse_err() override {
-        return 1e-5;
+        return n_selected < n_list && least == 0.0f ? 5e-3 : 2e-5;
     }
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         new_sketch(ctx);
-        q    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hs, nh_kv*nr);
-        skip = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_skip), "skip");
-        plan = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1), "plan");
+        q        = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hs, nh_kv*nr);
+        skip     = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_skip), "skip");
+        plan     = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1), "plan");
+        selected = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv), "selected");
+        t_least  = least > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh_kv) : nullptr;
         const auto f = format();
-        return result(ggml_sketch_logits(ctx, q, codes, basis, skip, plan, n_list, scale(), logit_softcap, &f));
+        return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, n_list, hs, scale(), logit_softcap, &f));
     }
 
     void init_list(ggml_tensor * t) override {
-        set(t, t == plan ? std::vector<int32_t>{ (int32_t) n_used } : random_cells(n_skip, 0, n_list));
+        if (t == selected) {
+            set(t, std::vector<int32_t>(n_selected*nh_kv, 7)); // to be overwritten
+        } else {
+            set(t, t == plan ? std::vector<int32_t>{ (int32_t) n_used } : random_cells(n_skip, 0, n_list));
+        }
     }
 
-    std::vector<float> expected() override {
+    void initialize_tensors(ggml_context * ctx) override {
+        test_sketch::initialize_tensors(ctx);
+        if (t_least) {
+            const std::vector<float> values(nh_kv, least);
+            ggml_backend_tensor_set(t_least, values.data(), 0, nh_kv*sizeof(float));
+        }
+    }
+
+    // of one head; -INFINITY where a cell is left out
+    std::vector<double> logits(int64_t h) const {
         const auto b = tensor_to_float(basis), qf = tensor_to_float(q);
         const auto bytes = bytes_of(codes);
         const auto list = get(skip);
-        const std::set<int32_t> skipped(list.begin(), list.end());
-        std::vector<float> res;
-        for (int64_t h = 0; h < nh_kv*nr; h++) {
-            const float * x = &qf[h*hs];
-            std::vector<double> w(n_k(), 0.0);
-            double s = 0.0, base = 0.0;
+        const float * x = &qf[h*hs];
+        std::vector<double> w(n_k(), 0.0), res(n_list, -INFINITY);
+        double s = 0.0, base = 0.0;
+        for (int64_t i = 0; i < hs; i++) {
+            base += (double) x[i]*mean(b, h/nr, false)[i];
+        }
+        for (int j = 0; j < n_k(); j++) {
             for (int64_t i = 0; i < hs; i++) {
-                base += (double) x[i]*mean(b, h/nr, false)[i];
+                w[j] += (double) x[i]*dec(b, h/nr, false, j)[i];
             }
+            s = std::max(s, fabs(w[j])/127);
+        }
+        for (int64_t c = 0; c < n_used; c++) {
+            double sum = 0.0;
             for (int j = 0; j < n_k(); j++) {
-                for (int64_t i = 0; i < hs; i++) {
-                    w[j] += (double) x[i]*dec(b, h/nr, false, j)[i];
-                }
-                s = std::max(s, fabs(w[j])/127);
+                sum += s*nearbyint(w[j]/s)*(code(&bytes[h/nr*bytes.size()/nh_kv], false, j, c) - 0.5*((1 << bits_k(j)) - 1));
             }
-            for (int64_t c = 0; c < n_list; c++) {
-                double sum = 0.0;
-                for (int j = 0; j < n_k(); j++) {
-                    sum += s*nearbyint(w[j]/s)*(code(&bytes[h/nr*bytes.size()/nh_kv], false, j, c) - 0.5*((1 << bits_k(j)) - 1));
-                }
-                const double y = scale()*(base + sum);
-                res.push_back(c >= n_used || skipped.count((int32_t) c) ? -INFINITY : logit_softcap > 0 ? logit_softcap*tanh(y/logit_softcap) : y);
+            const double y = scale()*(base + sum);
+            res[c] = logit_softcap > 0 ? logit_softcap*tanh(y/logit_softcap) : y;
+        }
+        for (int32_t c : list) {
+            if (c >= 0 && c < n_list) {
+                res[c] = -INFINITY;
             }
         }
         return res;
     }
-};
 
-// GGML_OP_SKETCH_SELECT
-struct test_sketch_select : public test_sketch {
-    const int64_t n_selected;
-    const bool ties; // logits take few values
-
-    ggml_tensor * logits = nullptr;
-
-    std::string vars() override {
-        return VARS_TO_STR5(nh_kv, nr, n_list, n_selected, ties);
-    }
-
-    test_sketch_select(int64_t n_list = 1040, int64_t n_selected = 64, int64_t nh_kv = 2, int64_t nr = 3, bool ties = false)
-        : test_sketch({}, nh_kv, nr, 0, n_list), n_selected(n_selected), ties(ties) {}
-
-    double max_nmse_err() override {
-        return ties ? 0.0 : 0.02; // the part of the cells that may differ, for near ties
-    }
-
-    ggml_tensor * build_graph(ggml_context * ctx) override {
-        logits = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, nh_kv*nr);
-        return result(ggml_sketch_select(ctx, logits, nullptr, nh_kv, n_selected));
-    }
-
-    void init_list(ggml_tensor *) override {}
-
-    void initialize_tensors(ggml_context * ctx) override {
-        test_sketch::initialize_tensors(ctx);
-        auto x = tensor_to_float(logits);
-        for (size_t i = 0; i < x.size(); i++) {
-            const size_t c = i % n_list;
-            x[i] = c % 7 == 3 ? -INFINITY : ties ? (float) (c*2654435761u >> 20 & 3) : 4*x[i];
+    // of the heads of a KV head, [nr, n_list]
+    static std::set<int64_t> best(const std::vector<std::vector<double>> & share, int64_t n, double least) {
+        std::vector<std::pair<double, int64_t>> ranked; // (-score, cell)
+        for (int64_t c = 0; c < (int64_t) share[0].size(); c++) {
+            double score = 0.0, most = 0.0;
+            for (const auto & row : share) {
+                score += row[c];
+                most = std::max(most, row[c]);
+            }
+            if (most > 0.0 && most >= least) {
+                ranked.emplace_back(-score, c);
+            }
         }
-        ggml_backend_tensor_set(logits, x.data(), 0, x.size()*sizeof(float));
-    }
-
-    double distance(const float * a, const float * b, size_t n) override {
-        double diff = 0.0;
-        for (size_t i = 0; i < n; i += n_selected) {
-            diff = std::max(diff, jdst(a + i, b + i, n_selected));
+        std::sort(ranked.begin(), ranked.end());
+        ranked.resize(std::min<size_t>(ranked.size(), n));
+        std::set<int64_t> cells;
+        for (const auto & r : ranked) {
+            cells.insert(r.second);
         }
-        return diff;
+        return cells;
     }
 
     std::vector<float> expected() override {
-        const auto x = tensor_to_float(logits);
-        std::vector<float> res;
-        for (int64_t h = 0; h < nh_kv; h++) {
-            std::vector<std::pair<double, int64_t>> ranked; // (-score, cell)
-            std::vector<double> sum(nr, 0.0);
-            for (int64_t g = 0; g < nr; g++) {
-                for (int64_t c = 0; c < n_list; c++) {
-                    sum[g] += exp(x[(h*nr + g)*n_list + c]);
-                }
-            }
-            for (int64_t c = 0; c < n_list; c++) {
-                double score = 0.0;
-                for (int64_t g = 0; g < nr; g++) {
-                    score += exp(x[(h*nr + g)*n_list + c])/sum[g];
-                }
-                if (score > 0.0) {
-                    ranked.emplace_back(-score, c);
-                }
-            }
-            std::sort(ranked.begin(), ranked.end());
-            for (int64_t i = 0; i < n_selected; i++) {
-                res.push_back(i < (int64_t) ranked.size() ? ranked[i].second : -1);
-            }
-        }
-        return res;
-    }
-};
-
-// GGML_OP_SKETCH_TAIL
-struct test_sketch_tail : public test_sketch {
-    const int64_t n_selected; // -1: NULL
-
-    ggml_tensor * logits = nullptr, * selected = nullptr;
-
-    std::string vars() override {
-        return VARS_TO_STR6(form, nh_kv, nr, hs, n_list, n_selected);
-    }
-
-    test_sketch_tail(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 1040,
-            int64_t n_selected = 64)
-        : test_sketch(form, nh_kv, nr, hs, n_list), n_selected(n_selected) {}
-
-    ggml_tensor * build_graph(ggml_context * ctx) override {
-        new_sketch(ctx);
-        logits   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_list, nh_kv*nr);
-        selected = n_selected < 0 ? nullptr : named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv), "selected");
-        const auto f = format();
-        return result(ggml_sketch_tail(ctx, logits, codes, basis, selected, hs, &f));
-    }
-
-    void init_list(ggml_tensor * t) override {
-        std::vector<int32_t> data;
-        for (int64_t h = 0; h < nh_kv; h++) {
-            const auto row = random_cells(n_selected, 0, n_list);
-            data.insert(data.end(), row.begin(), row.end());
-        }
-        set(t, data);
-    }
-
-    void initialize_tensors(ggml_context * ctx) override {
-        test_sketch::initialize_tensors(ctx);
-        auto x = tensor_to_float(logits);
-        for (size_t i = 0; i < x.size(); i++) {
-            x[i] = i % n_list % 11 == 5 ? -INFINITY : 4*x[i];
-        }
-        ggml_backend_tensor_set(logits, x.data(), 0, x.size()*sizeof(float));
-    }
-
-    std::vector<float> expected() override {
-        const auto b = tensor_to_float(basis), x = tensor_to_float(logits);
+        const auto b = tensor_to_float(basis);
         const auto bytes = bytes_of(codes);
-        const auto sel = get(selected);
         std::vector<float> res;
-        for (int64_t h = 0; h < nh_kv*nr; h++) {
-            const int64_t kv = h/nr;
-            const std::set<int32_t> taken(sel.data() + (selected ? kv*n_selected : 0), sel.data() + (selected ? (kv + 1)*n_selected : 0));
-            std::vector<double> z(n_v(), 0.0);
-            double sum = 0.0, all = 0.0;
-            for (int64_t c = 0; c < n_list; c++) {
-                const double w = exp(x[h*n_list + c]);
-                all += w;
-                if (w == 0.0 || taken.count((int32_t) c)) {
-                    continue;
+        for (int64_t kv = 0; kv < nh_kv; kv++) {
+            std::vector<std::vector<double>> share;
+            std::vector<double> all(nr, 0.0);
+            for (int64_t g = 0; g < nr; g++) {
+                share.push_back(logits(kv*nr + g));
+                for (double & x : share[g]) {
+                    x = exp(x);
+                    all[g] += x;
                 }
-                sum += w;
-                for (int j = 0; j < n_v(); j++) {
-                    z[j] += w*(code(&bytes[kv*bytes.size()/nh_kv], true, j, c) - 0.5*((1 << bits_v(j)) - 1));
+                for (double & x : share[g]) {
+                    x /= all[g];
                 }
             }
-            for (int64_t i = 0; i < hs; i++) {
-                double y = mean(b, kv, true)[i];
-                for (int j = 0; j < n_v(); j++) {
-                    y += z[j]/sum*dec(b, kv, true, j)[i];
-                }
-                res.push_back(y);
+            const auto taken = best(share, n_selected, least);
+            for (int64_t g = 0; g < nr; g++) {
+                const auto row = tail(b, &bytes[kv*bytes.size()/nh_kv], kv, share[g], all[g], taken);
+                res.insert(res.end(), row.begin(), row.end());
             }
-            res.push_back(log(sum));
-            res.push_back(log(all));
         }
+        return res;
+    }
+
+    std::vector<float> tail(const std::vector<float> & b, const uint8_t * head, int64_t kv, const std::vector<double> & share, double all,
+            const std::set<int64_t> & taken) const {
+        std::vector<double> z(n_v(), 0.0);
+        double sum = 0.0;
+        for (int64_t c = 0; c < n_list; c++) {
+            if (share[c] == 0.0 || taken.count(c)) {
+                continue;
+            }
+            sum += share[c];
+            for (int j = 0; j < n_v(); j++) {
+                z[j] += share[c]*(code(head, true, j, c) - 0.5*((1 << bits_v(j)) - 1));
+            }
+        }
+        std::vector<float> res(hs, 0.0f);
+        for (int64_t i = 0; i < hs && sum > 0.0; i++) {
+            double y = mean(b, kv, true)[i];
+            for (int j = 0; j < n_v(); j++) {
+                y += z[j]/sum*dec(b, kv, true, j)[i];
+            }
+            res[i] = y;
+        }
+        res.push_back(log(sum*all));
         return res;
     }
 };
@@ -1089,8 +1034,7 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
             { 16, 32, 0, 0, 32 }, { 4, 4, 8, 16, 16 }, { 0, 0, 32, 0, 16 }, { 12, 4, 40, 64, 16 } }) {
         test_cases.emplace_back(new test_sketch_encode(form));
         for (int nr : { 1, 2, 3, 4, 5, 8 }) {
-            test_cases.emplace_back(new test_sketch_logits(form, 2, nr));
-            test_cases.emplace_back(new test_sketch_tail(form, 2, nr));
+            test_cases.emplace_back(new test_sketch_scan(form, 2, nr));
         }
     }
     for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
@@ -1101,15 +1045,13 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     }
     for (int n_list : { 16, 256, 272, 2064 }) {
         for (int hs : { 64, 80, 128 }) {
-            test_cases.emplace_back(new test_sketch_logits({ 16, 0, 0, 16, 0 }, 3, 3, hs, n_list, n_list - 5, 7));
-            test_cases.emplace_back(new test_sketch_tail({ 16, 0, 0, 16, 0 }, 3, 3, hs, n_list, hs == 80 ? -1 : n_list/4));
-        }
-        for (int n_selected : { 1, 100, 5000 }) {
-            for (bool ties : { false, true }) {
-                test_cases.emplace_back(new test_sketch_select(n_list, n_selected, 3, 3, ties));
-                test_cases.emplace_back(new test_sketch_select(n_list, n_selected, 1, 1, ties));
+            for (int n_selected : { 1, n_list/4, n_list }) {
+                test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0 }, 3, 3, hs, n_list, n_list - 5, 7, n_selected));
             }
+            test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 3, 3, hs, n_list, n_list, 3, 100, 0.01f));
         }
     }
-    test_cases.emplace_back(new test_sketch_logits({ 16, 0, 0, 16, 0 }, 2, 3, 64, 272, 261, 20, 2.0f));
+    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0 }, 2, 3, 64, 272, 261, 20, 40, 0.0f, 2.0f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 2, 2, 64, 272, 0, 20, 40));
 }

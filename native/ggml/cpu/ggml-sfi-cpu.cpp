@@ -9,9 +9,7 @@ void ggml_compute_forward_sfi(const ggml_compute_params * params, ggml_tensor * 
         case GGML_OP_SUPPORT_SELECT:    sfi::support_select   (params, dst); break;
         case GGML_OP_SUPPORT_STABILITY: sfi::support_stability(params, dst); break;
         case GGML_OP_SKETCH_ENCODE:     sfi::sketch_encode    (params, dst); break;
-        case GGML_OP_SKETCH_LOGITS:     sfi::sketch_logits    (params, dst); break;
-        case GGML_OP_SKETCH_SELECT:     sfi::sketch_select    (params, dst); break;
-        case GGML_OP_SKETCH_TAIL:       sfi::sketch_tail      (params, dst); break;
+        case GGML_OP_SKETCH_SCAN:       sfi::sketch_scan      (params, dst); break;
         default: GGML_ABORT("%s is not an sfi operation", ggml_op_name(dst->op));
     }
 }
@@ -22,9 +20,7 @@ size_t ggml_cpu_sfi_work_size(const ggml_tensor * dst, int n_threads) {
         case GGML_OP_SUPPORT_EVIDENCE: return sfi::support_evidence_work_size(dst, n_threads);
         case GGML_OP_SUPPORT_SELECT:   return sfi::support_select_work_size  (dst, n_threads);
         case GGML_OP_SKETCH_ENCODE:    return sfi::sketch_encode_work_size   (dst, n_threads);
-        case GGML_OP_SKETCH_LOGITS:    return sfi::sketch_logits_work_size   (dst, n_threads);
-        case GGML_OP_SKETCH_SELECT:    return sfi::sketch_select_work_size   (dst, n_threads);
-        case GGML_OP_SKETCH_TAIL:      return sfi::sketch_tail_work_size     (dst, n_threads);
+        case GGML_OP_SKETCH_SCAN:      return sfi::sketch_scan_work_size     (dst, n_threads);
         default:                       return 0;
     }
 }
@@ -36,9 +32,7 @@ bool ggml_cpu_sfi_supported(const ggml_tensor * dst) {
         case GGML_OP_SUPPORT_SELECT:    return sfi::support_select_supported  (dst);
         case GGML_OP_SUPPORT_STABILITY: return true;
         case GGML_OP_SKETCH_ENCODE:     return sfi::sketch_encode_supported   (dst);
-        case GGML_OP_SKETCH_LOGITS:     return sfi::sketch_logits_supported   (dst);
-        case GGML_OP_SKETCH_SELECT:     return true;
-        case GGML_OP_SKETCH_TAIL:       return sfi::sketch_tail_supported     (dst);
+        case GGML_OP_SKETCH_SCAN:       return sfi::sketch_scan_supported     (dst);
         default:                        return false;
     }
 }

@@ -24,15 +24,8 @@ void   sketch_encode          (const ggml_compute_params * params, ggml_tensor *
 size_t sketch_encode_work_size(const ggml_tensor * dst, int n_threads);
 bool   sketch_encode_supported(const ggml_tensor * dst);
 
-void   sketch_logits          (const ggml_compute_params * params, ggml_tensor * dst);
-size_t sketch_logits_work_size(const ggml_tensor * dst, int n_threads);
-bool   sketch_logits_supported(const ggml_tensor * dst);
-
-void   sketch_select          (const ggml_compute_params * params, ggml_tensor * dst);
-size_t sketch_select_work_size(const ggml_tensor * dst, int n_threads);
-
-void   sketch_tail          (const ggml_compute_params * params, ggml_tensor * dst);
-size_t sketch_tail_work_size(const ggml_tensor * dst, int n_threads);
-bool   sketch_tail_supported(const ggml_tensor * dst);
+void   sketch_scan          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t sketch_scan_work_size(const ggml_tensor * dst, int n_threads);
+bool   sketch_scan_supported(const ggml_tensor * dst);
 
 } // namespace sfi

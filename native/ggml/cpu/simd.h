@@ -13,6 +13,7 @@
 //   below(a, b, x)           x where a < b, elsewhere -INFINITY
 //   exp2(t)                  for t < 126, relative error below 4e-6; below -126 what it is there: nothing, beside a 1
 //   ge(a, b)                 a bit per lane: a >= b
+//   keep(p, x, lanes)        p[0], p[1] ... = those lanes of x
 
 #pragma once
 
@@ -94,6 +95,17 @@ namespace exp2_constants {
     constexpr float c[5]  = { 1.00000262f, 0.693003833f, 0.241442755f, 0.0520114638f, 0.0135341678f };
 }
 
+// to[0], to[1] ... = the values of the set bits; returns how many
+template <class T> static inline int keep_lanes(T * to, const T * from, uint32_t lanes) {
+    int n = 0;
+    for (int i = 0; lanes != 0; ++i, lanes >>= 1) {
+        if (lanes & 1) {
+            to[n++] = from[i];
+        }
+    }
+    return n;
+}
+
 struct scalar {
     using V = float;
     static constexpr int W  = 1;
@@ -126,6 +138,7 @@ struct scalar {
     static V    below(V a, V b, V x)    { return a < b ? x : -INFINITY; }
     static V    exp2(V t)               { return std::exp2(max(t, exp2_constants::min_t)); }
     static uint32_t ge(V a, V b)        { return a >= b; }
+    static void keep(float * p, V x, uint32_t lanes) { if (lanes & 1) { *p = x; } }
 };
 
 #if defined(SFI_AVX2)
@@ -207,6 +220,11 @@ struct avx2 {
         return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
     }
     static uint32_t ge(V a, V b)        { return (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+    static void keep(float * p, V x, uint32_t lanes) {
+        float all[W];
+        store(all, x);
+        keep_lanes(p, all, lanes);
+    }
 };
 #endif
 
@@ -289,12 +307,16 @@ struct avx512 {
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));
-        const V f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); // t - floor(t)
+        const V f = _mm512_sub_ps(t, _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
         V y = set1(c[4]);
         for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
         return _mm512_scalef_ps(y, t); // y * 2^floor(t)
     }
     static uint32_t ge(V a, V b)        { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+    static void keep(float * p, V x, uint32_t lanes) { // a compressing store would be slow on some CPUs
+        const __mmask16 m = (__mmask16) lanes;
+        _mm512_mask_storeu_ps(p, (__mmask16) ((1u << _mm_popcnt_u32(m)) - 1), _mm512_maskz_compress_ps(m, x));
+    }
 };
 #endif
 
@@ -365,6 +387,11 @@ struct neon {
     static uint32_t ge(V a, V b) {
         const uint32_t bit[4] = { 1, 2, 4, 8 };
         return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
+    }
+    static void keep(float * p, V x, uint32_t lanes) {
+        float all[W];
+        store(all, x);
+        keep_lanes(p, all, lanes);
     }
 };
 #endif

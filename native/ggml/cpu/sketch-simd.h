@@ -3,17 +3,23 @@
 //
 // A kernel is a template over one of these structs; each has
 //   F                        the floats of the same instruction set
+//   M                        blocks that a kernel handles at once (limited by the registers)
+//   narrow                   whether a Q overflows sooner than an A
 //   P load(p)                the bytes of a plane
 //   field<shift, mask>(p), field(p, f)   some bits of every byte, moved to its lower end
 //   Q dot(q, p, w)           sum i grows by bytes 4*i .. 4*i + 3 of p times the four signed bytes of w
-//   flush(a, q)              a += q, q = 0: a Q may be narrow. It holds 8 fields of 4 bits, 16 of 2 bits, 4 whole planes
+//   Q dot_weights(q, p, w)   the same for unsigned bytes of w
+//   flush(a, q)              a += q, q = 0: a narrow Q holds dots of 4 planes, or dot_weights of 4 fields
 //   A                        sixteen sums
-//   store(a, out), to_float(a, i)   as int32 [16]; the i-th vector of floats
-//   I round(x)               a vector of floats to integers
+//   to_float(a, i)           the i-th vector of them as floats
+//   I round(x), from_int(i)  a vector of floats to integers and back
 //   I add(a, b), sum(a)
-//   split(x, lo, hi)         x = 256*hi + lo, both signed bytes; |x| < 2^15 - 128
+//   codes_of_cell(p, r, f)   as floats, the field f of bytes r, 4 + r, 8 + r ...: components of V of one cell
+//   keep(to, from, offset, lanes)   to[0], to[1] ... = offset + those of the W numbers `from`; returns how many
+//   I over_64(x)             x/64, rounded
+//   split(x, to)             0 <= x < 2^16 of W cells, for every four of them: their lower bytes, their upper bytes, 8 unused ones
 //
-// One code is at most 15 and one weight at most 128 in size, so no sum of bytes' products saturates.
+// A code is at most 15, so no sum of two products of bytes saturates.
 
 #pragma once
 
@@ -24,6 +30,8 @@ namespace sfi {
 
 struct bytes_scalar {
     using F = scalar;
+    static constexpr int  M = 1;
+    static constexpr bool narrow = false;
     using I = int32_t;
     struct P { uint8_t x[64]; };
     struct A { int32_t x[16]; };
@@ -48,21 +56,40 @@ struct bytes_scalar {
         for (int i = 0; i < 16; ++i) { a.x[i] += q.x[i]; }
         q = {};
     }
-    static void  store(const A & a, int32_t * out) { memcpy(out, a.x, sizeof(a.x)); }
     static float to_float(const A & a, int i) { return (float) a.x[i]; }
     static I     round(float x) { return (int32_t) lrintf(x); }
     static I     zero_i() { return 0; }
     static I     add(I a, I b) { return a + b; }
     static int32_t sum(I a) { return a; }
-    static void  split(I x, int8_t * lo, int8_t * hi) {
-        *lo = (int8_t) (uint8_t) x;
-        *hi = (int8_t) ((x - *lo)/256);
+    static float from_int(I x) { return (float) x; }
+    static I     over_64(I x) { return (x + 32)/64; }
+    static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
+        const int n = keep_lanes(to, from, lanes);
+        for (int i = 0; i < n; ++i) { to[i] += offset; }
+        return n;
+    }
+    static float codes_of_cell(const uint8_t * p, int r, const sketch_field & f) { return (float) (p[r] >> f.shift & f.mask); }
+    static Q     dot_weights(Q q, const P & p, int32_t w) {
+        uint8_t b[4];
+        memcpy(b, &w, 4);
+        for (int i = 0; i < 64; ++i) { q.x[i/4] += p.x[i]*b[i % 4]; }
+        return q;
+    }
+    static void split(I x, uint8_t * to) { // of the first of four cells; the next ones lie a byte further each
+        to[0] = (uint8_t) x;
+        to[4] = (uint8_t) (x >> 8);
     }
 };
 
 #if defined(SFI_AVX2)
 struct bytes_avx2 {
     using F = avx2;
+    static constexpr int M = 1;
+#if defined(__AVXVNNI__)
+    static constexpr bool narrow = false;
+#else
+    static constexpr bool narrow = true;
+#endif
     using I = __m256i;
     struct P { __m256i x[2]; };
     struct A { __m256i x[2]; };
@@ -102,10 +129,6 @@ struct bytes_avx2 {
         }
         q = zero();
     }
-    static void store(const A & a, int32_t * out) {
-        _mm256_storeu_si256((__m256i *) out, a.x[0]);
-        _mm256_storeu_si256((__m256i *) (out + 8), a.x[1]);
-    }
     static __m256 to_float(const A & a, int i) { return _mm256_cvtepi32_ps(a.x[i]); }
     static I      round(__m256 x) { return _mm256_cvtps_epi32(x); }
     static I      zero_i() { return _mm256_setzero_si256(); }
@@ -115,16 +138,31 @@ struct bytes_avx2 {
         x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4E));
         return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1)));
     }
-    static void split(I x, int8_t * lo, int8_t * hi) {
-        // the two lower bytes of x + 128: hi is right, lo 128 too much
-        const __m256i y = _mm256_add_epi32(x, _mm256_set1_epi32(128));
-        const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1,
-                                              0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1);
-        const __m256i z = _mm256_shuffle_epi8(y, pick); // per half: 4 bytes lo, 4 bytes hi
-        const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(z), _mm256_extracti128_si256(z, 1));
-        const __m128i fixed = _mm_xor_si128(both, _mm_setr_epi32(INT32_C(-0x7F7F7F80), INT32_C(-0x7F7F7F80), 0, 0));
-        _mm_storel_epi64((__m128i *) lo, fixed);
-        _mm_storel_epi64((__m128i *) hi, _mm_unpackhi_epi64(fixed, fixed));
+    static __m256 from_int(I x) { return _mm256_cvtepi32_ps(x); }
+    static I      over_64(I x) { return _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(32)), 6); }
+    static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
+        const int n = keep_lanes(to, from, lanes);
+        for (int i = 0; i < n; ++i) { to[i] += offset; }
+        return n;
+    }
+    static __m256 codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
+        const __m256i x = _mm256_srl_epi32(load_half(p), _mm_cvtsi32_si128(8*r + f.shift));
+        return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(f.mask)));
+    }
+    static A dot_weights(A q, const P & p, int32_t w) {
+        const __m256i four = _mm256_set1_epi32(w);
+        for (int i = 0; i < 2; ++i) {
+#if defined(__AVXVNNI__)
+            q.x[i] = _mm256_dpbusd_avx_epi32(q.x[i], four, p.x[i]);
+#else
+            q.x[i] = _mm256_add_epi16(q.x[i], _mm256_maddubs_epi16(four, p.x[i]));
+#endif
+        }
+        return q;
+    }
+    static void split(I x, uint8_t * to) {
+        const __m128i pick = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm256_storeu_si256((__m256i *) to, _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(pick)));
     }
 };
 #endif
@@ -132,6 +170,12 @@ struct bytes_avx2 {
 #if defined(SFI_AVX512)
 struct bytes_avx512 {
     using F = avx512;
+    static constexpr int M = 4;
+#if defined(__AVX512VNNI__)
+    static constexpr bool narrow = false;
+#else
+    static constexpr bool narrow = true;
+#endif
     using I = __m512i;
     using P = __m512i;
     using A = __m512i;
@@ -161,15 +205,34 @@ struct bytes_avx512 {
 #endif
         q = zero_q();
     }
-    static void   store(A a, int32_t * out) { _mm512_storeu_si512(out, a); }
     static __m512 to_float(A a, int) { return _mm512_cvtepi32_ps(a); }
     static I      round(__m512 x) { return _mm512_cvtps_epi32(x); }
     static I      zero_i() { return _mm512_setzero_si512(); }
     static I      add(I a, I b) { return _mm512_add_epi32(a, b); }
     static int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }
-    static void   split(I x, int8_t * lo, int8_t * hi) {
-        _mm_storeu_si128((__m128i *) lo, _mm512_cvtepi32_epi8(x));
-        _mm_storeu_si128((__m128i *) hi, _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8)));
+    static __m512 from_int(I x) { return _mm512_cvtepi32_ps(x); }
+    static I      over_64(I x) { return _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(32)), 6); }
+    static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
+        const __mmask16 m = (__mmask16) lanes;
+        const int n = _mm_popcnt_u32(m);
+        const __m512i x = _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(from));
+        _mm512_mask_storeu_epi32(to, (__mmask16) ((1u << n) - 1), _mm512_add_epi32(x, _mm512_set1_epi32(offset)));
+        return n;
+    }
+    static __m512 codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
+        const __m512i x = _mm512_srl_epi32(load(p), _mm_cvtsi32_si128(8*r + f.shift));
+        return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(f.mask)));
+    }
+    static Q dot_weights(Q q, P p, int32_t w) {
+#if defined(__AVX512VNNI__)
+        return _mm512_dpbusd_epi32(q, _mm512_set1_epi32(w), p);
+#else
+        return _mm512_add_epi16(q, _mm512_maddubs_epi16(_mm512_set1_epi32(w), p));
+#endif
+    }
+    static void split(I x, uint8_t * to) {
+        const __m128i pick = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_storeu_si512(to, _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(pick)));
     }
 };
 #endif
@@ -177,6 +240,12 @@ struct bytes_avx512 {
 #if defined(SFI_NEON)
 struct bytes_neon {
     using F = neon;
+    static constexpr int M = 1;
+#if defined(__ARM_FEATURE_DOTPROD)
+    static constexpr bool narrow = false;
+#else
+    static constexpr bool narrow = true;
+#endif
     using I = int32x4_t;
     struct P { uint8x16_t x[4]; };
     struct A { int32x4_t x[4]; };
@@ -228,20 +297,38 @@ struct bytes_neon {
         }
         q = zero_q();
     }
-    static void store(const A & a, int32_t * out) {
-        for (int i = 0; i < 4; ++i) { vst1q_s32(out + 4*i, a.x[i]); }
-    }
     static float32x4_t to_float(const A & a, int i) { return vcvtq_f32_s32(a.x[i]); }
     static I       round(float32x4_t x) { return vcvtnq_s32_f32(x); }
     static I       zero_i() { return vdupq_n_s32(0); }
     static I       add(I a, I b) { return vaddq_s32(a, b); }
     static int32_t sum(I a) { return vaddvq_s32(a); }
-    static void    split(I x, int8_t * lo, int8_t * hi) {
-        const int16x4_t y = vmovn_s32(x);
-        const int8x8_t l = vmovn_s16(vcombine_s16(y, y));
-        const int8x8_t h = vshrn_n_s16(vaddq_s16(vcombine_s16(y, y), vdupq_n_s16(128)), 8);
-        vst1_lane_s32((int32_t *) lo, vreinterpret_s32_s8(l), 0);
-        vst1_lane_s32((int32_t *) hi, vreinterpret_s32_s8(h), 0);
+    static float32x4_t from_int(I x) { return vcvtq_f32_s32(x); }
+    static I           over_64(I x) { return vrshrq_n_s32(x, 6); }
+    static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
+        const int n = keep_lanes(to, from, lanes);
+        for (int i = 0; i < n; ++i) { to[i] += offset; }
+        return n;
+    }
+    static float32x4_t codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
+        const uint32x4_t x = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(p)), vdupq_n_s32(-(8*r + f.shift)));
+        return vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32((uint32_t) f.mask)));
+    }
+    static Q dot_weights(Q q, const P & p, int32_t w) {
+        const uint8x16_t four = vreinterpretq_u8_s32(vdupq_n_s32(w));
+        SFI_UNROLL
+        for (int i = 0; i < 4; ++i) {
+#if defined(__ARM_FEATURE_DOTPROD)
+            q.x[i] = vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(q.x[i]), p.x[i], four));
+#else
+            q.x[2*i]     = vreinterpretq_s16_u16(vmlal_u8(vreinterpretq_u16_s16(q.x[2*i]), vget_low_u8(p.x[i]), vget_low_u8(four)));
+            q.x[2*i + 1] = vreinterpretq_s16_u16(vmlal_high_u8(vreinterpretq_u16_s16(q.x[2*i + 1]), p.x[i], four));
+#endif
+        }
+        return q;
+    }
+    static void split(I x, uint8_t * to) {
+        static const uint8_t pick[16] = { 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 };
+        vst1q_u8(to, vqtbl1q_u8(vreinterpretq_u8_s32(x), vld1q_u8(pick)));
     }
 };
 #endif

@@ -25,6 +25,7 @@ struct sketch_layout {
     int n_k_fields, n_v_groups;
     sketch_field k[sketch_max_components/4];
     int k_first[sketch_max_components/8 + 1]; // of a plane of K: its first field; its fields are those before the next one's
+    int k_kind[sketch_max_components/8];      // of a plane of K: how many of its fields have 4 and 2 bits
     sketch_field v[sketch_max_components/16][4];
 
     explicit sketch_layout(const ggml_tensor * dst) {
@@ -43,6 +44,14 @@ struct sketch_layout {
             bit += bits;
         }
         k_planes = bit/8;
+        for (int i = 0; i < k_planes; ++i) {
+            int n4 = 0, n2 = 0;
+            for (int j = 0; j < n_k_fields; ++j) {
+                n4 += k[j].plane == i && k[j].mask == 15;
+                n2 += k[j].plane == i && k[j].mask == 3;
+            }
+            k_kind[i] = kind(n4, n2);
+        }
         k_first[k_planes] = n_k_fields;
 
         int plane = k_planes;
@@ -58,11 +67,11 @@ struct sketch_layout {
         v_planes = plane - k_planes;
     }
 
+    static constexpr int kind(int n4, int n2) { return 8*n4 + n2; }
     int64_t block_bytes() const { return (k_planes + v_planes)*sketch_plane; }
     int     k_mask(int j) const { return k[j/4].mask; }
-    bool    k_is_uniform(int plane) const { return k[k_first[plane]].mask == k[k_first[plane + 1] - 1].mask; }
 
-    static ggml_sketch_format format_of(const ggml_tensor * dst) { // op_params: scale, softcap, format
+    static ggml_sketch_format format_of(const ggml_tensor * dst) { // op_params: scale, softcap, format, n_list
         ggml_sketch_format f;
         memcpy(&f, (const char *) dst->op_params + 2*sizeof(float), sizeof(f));
         return f;
@@ -72,6 +81,13 @@ struct sketch_layout {
         return f.n_k4 + f.n_k2 + f.n_k1 <= sketch_max_components && f.n_v4 + f.n_v2 <= sketch_max_components;
     }
 };
+
+// the cells that a scan may look at
+inline int64_t sketch_n_list(const ggml_tensor * scan) {
+    int32_t n;
+    memcpy(&n, (const char *) scan->op_params + 2*sizeof(float) + sizeof(ggml_sketch_format), sizeof(n));
+    return n;
+}
 
 // mean, then the rows of enc and dec, [n, n_embd] each
 struct sketch_basis {
