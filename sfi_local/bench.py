@@ -244,7 +244,7 @@ def check_kinds(decoded: "Decoded", mode: str, depth: int, request: Request, gre
     elif mode in ("stock", "dense") or mode == "auto" and depth + request.n <= auto:
         bench_check.only(decoded, mode if mode != "auto" else "dense")
     elif mode in ("frozen", "sfi") or depth > auto:
-        bench_check.slow_and_fast(decoded, budget, depth, request.slow_every)
+        bench_check.slow_and_fast(decoded, budget, depth, request.slow_every if params.refreshes else None)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

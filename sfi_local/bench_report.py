@@ -27,7 +27,7 @@ table, markdown, as_json, as_csv = (partial(show, output) for output in ("table"
 def context(rows: Rows) -> list[str]:
     """The sentences that belong to the numbers."""
     r = rows[0]
-    slow = f", every {r['slow_every']}th step slow" if r["slow_every"] else ""
+    slow = f", every {r['slow_every']}th step slow (not of policy sketch)" if r["slow_every"] else ""
     filled = ("; the cache was filled through the state API with the cells of a short piece, repeated"
               if r["fill"] == "state" else "")
     budget = " + ".join(str(n) for n in r["budget"].values())

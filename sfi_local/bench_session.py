@@ -66,12 +66,14 @@ class BenchSession(SwitchSession):
     def decode(self, mode: str, n: int, slow_every: int | None = None, params: SfiParams | None = None) -> Decoded:
         """n steps in a mode, from the depth; the cache is first brought back to where it was.
 
+        slow_every: for the policies whose slow steps choose the support; policy sketch needs none once it has a sketch.
+
         Steps are given the tokens of the text; mode exact, whose drafts a text would refute, goes its own greedy way.
         """
         self.begin("sfi" if mode == "frozen" else mode, params)
         if mode == "exact":
             return self._decode_exact(n)
-        schedule = every(slow_every) if slow_every and mode in ("frozen", "sfi") else None
+        schedule = every(slow_every) if slow_every and mode in ("frozen", "sfi") and self.params.refreshes else None
         if self._fill == "state" and self.engine and self.params.support == "sketch" and self.mode == "sfi":
             self._settle_sketch()
         if self.engine:
