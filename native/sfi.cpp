@@ -737,8 +737,9 @@ static void count(sfi * s, const llama_support & support, llama_seq_id seq, cons
         case SFI_STEP_SLOW:
             ++stats.n_slow;
             stats.us_slow += info.t_us;
-            // evidence reads the keys once more
-            stats.kv_read += s->params.policy != SFI_POLICY_FROZEN ? 0 : sparse_cell_bytes(support, hparams, true)*info.depth;
+            if (s->params.policy == SFI_POLICY_FROZEN && s->params.selector == SFI_SELECTOR_PAPER) { // whose evidence reads the keys once more
+                stats.kv_read += sparse_cell_bytes(support, hparams, true)*info.depth;
+            }
             break;
         case SFI_STEP_FAST:
             ++stats.n_fast;

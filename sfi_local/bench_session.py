@@ -114,11 +114,11 @@ class BenchSession(SwitchSession):
                        sum(c.get("n_drafted", 0) for c in counts), sum(c.get("n_accepted", 0) for c in counts),
                        tuple(token for token, _, _ in steps), tuple(c.get("tie", False) for c in counts))
 
-    def logits(self, mode: str, n: int, schedule: Schedule | None = None) -> Any:
+    def logits(self, mode: str, n: int, schedule: Schedule | None = None, params: SfiParams | None = None) -> Any:
         """The logits after each of n steps, float32 [n, n_vocab]."""
         import numpy as np
 
-        self.begin(mode)
+        self.begin("sfi" if mode == "frozen" else mode, params)
         rows = []
         for token in self._next(n):
             self.step(token, schedule)
