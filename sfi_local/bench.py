@@ -223,7 +223,7 @@ def check_outputs(session: "BenchSession", modes: tuple[str, ...], request: Requ
         slow = session.logits("sfi", n, lambda *_: "slow")
         found["kl_slow_dense"] = compare("sfi with every step slow", slow, "dense", dense, MAX_KL_SLOW)
     if "frozen" in engines:
-        slow = session.logits("frozen", n, lambda *_: "slow", params_of("frozen", request))
+        slow = session.logits("sfi", n, lambda *_: "slow", params_of("frozen", request))
         compare("frozen with every step slow", slow, "dense", dense, MAX_KL_SLOW)
     return found
 

@@ -118,7 +118,7 @@ class BenchSession(SwitchSession):
         """The logits after each of n steps, float32 [n, n_vocab]."""
         import numpy as np
 
-        self.begin("sfi" if mode == "frozen" else mode, params)
+        self.begin(mode, params)
         rows = []
         for token in self._next(n):
             self.step(token, schedule)

@@ -41,6 +41,6 @@ struct lanes_ops {
 
 lanes_ops lanes_ops_for(ggml_type type_k, int n_rows, bool reference);
 
-constexpr float log2e = 1.44269504f;
+using exp_constants::log2e;
 
 } // namespace sfi

@@ -3,7 +3,7 @@
 // A kernel is a template over one of these structs; each has
 //   V, W                     vector of W floats
 //   NG                       query rows a kernel handles at once (limited by the registers)
-//   zero set1 load store add mul max min fma(a, b, c) = a*b + c
+//   zero set1 load store add mul max fma(a, b, c) = a*b + c
 //   f16 bf16 i8 lo4 hi4      W values of a row converted to float
 //   half(x)                  one of them, in every lane
 //   sum4(a, b, c, d, out)    out[i] = sum of the lanes of the i-th vector
@@ -118,7 +118,6 @@ struct scalar {
     static V    add(V a, V b)           { return a + b; }
     static V    mul(V a, V b)           { return a * b; }
     static V    max(V a, V b)           { return a > b ? a : b; }
-    static V    min(V a, V b)           { return a < b ? a : b; }
     static V    fma(V a, V b, V c)      { return a * b + c; }
     static V    f16(const uint16_t * p) { return GGML_CPU_FP16_TO_FP32(*p); }
     static V    bf16(const uint16_t * p) {
@@ -154,7 +153,6 @@ struct avx2 {
     static V    add(V a, V b)           { return _mm256_add_ps(a, b); }
     static V    mul(V a, V b)           { return _mm256_mul_ps(a, b); }
     static V    max(V a, V b)           { return _mm256_max_ps(a, b); }
-    static V    min(V a, V b)           { return _mm256_min_ps(a, b); }
     static V    fma(V a, V b, V c)      { return _mm256_fmadd_ps(a, b, c); }
     static V    f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
     static V    half(uint16_t x)        { return _mm256_cvtph_ps(_mm_set1_epi16((short) x)); }
@@ -241,7 +239,6 @@ struct avx512 {
     static V    add(V a, V b)           { return _mm512_add_ps(a, b); }
     static V    mul(V a, V b)           { return _mm512_mul_ps(a, b); }
     static V    max(V a, V b)           { return _mm512_max_ps(a, b); }
-    static V    min(V a, V b)           { return _mm512_min_ps(a, b); }
     static V    fma(V a, V b, V c)      { return _mm512_fmadd_ps(a, b, c); }
     static V    f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
     static V    half(uint16_t x)        { return _mm512_cvtph_ps(_mm256_set1_epi16((short) x)); }
@@ -333,7 +330,6 @@ struct neon {
     static V    add(V a, V b)           { return vaddq_f32(a, b); }
     static V    mul(V a, V b)           { return vmulq_f32(a, b); }
     static V    max(V a, V b)           { return vmaxq_f32(a, b); }
-    static V    min(V a, V b)           { return vminq_f32(a, b); }
     static V    fma(V a, V b, V c)      { return vfmaq_f32(c, a, b); }
     static V    f16(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static V    half(uint16_t x)        { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x))); }

@@ -25,6 +25,8 @@
 
 namespace {
 
+using sfi::exp_constants::log2e;
+
 constexpr int     run_cells   = 256;
 constexpr int64_t chunk_cells = 4*run_cells;
 constexpr int64_t span_chunks = 8;        // that a thread scans before it looks for candidates in them: they fit the second-level cache
@@ -32,7 +34,6 @@ constexpr int64_t ld_t        = span_chunks*chunk_cells + 80; // rows of logits,
 constexpr int     ahead_bytes = 8192;     // of prefetching codes
 constexpr int     max_heads   = 4;        // of a kernel
 constexpr float   log2_one    = 21.9999f; // a weight of 1 as an integer: 256 of them fit 31 bits, and 1/64 of it 16 bits
-constexpr float   log2e       = 1.44269504f;
 constexpr float   ln2         = 0.693147181f;
 constexpr float   log2_no_tail = -20.0f;  // a share below which the tail is nothing but rounding errors
 

@@ -6,7 +6,7 @@
 //   M                        blocks that a kernel handles at once (limited by the registers)
 //   narrow                   whether a Q overflows sooner than an A
 //   P load(p)                the bytes of a plane
-//   field<shift, mask>(p), field(p, f)   some bits of every byte, moved to its lower end
+//   P field<shift, mask>(p)  some bits of every byte, moved to its lower end
 //   Q dot(q, p, w)           sum i grows by bytes 4*i .. 4*i + 3 of p times the four signed bytes of w
 //   Q dot_weights(q, p, w)   the same for unsigned bytes of w
 //   flush(a, q)              a += q, q = 0: a narrow Q holds dots of 4 planes, or dot_weights of 4 fields
@@ -38,12 +38,11 @@ struct bytes_scalar {
     using Q = A;
 
     static P load(const uint8_t * p) { P x; memcpy(x.x, p, 64); return x; }
-    static P field(const P & p, const sketch_field & f) {
+    template <int shift, int mask> static P field(const P & p) {
         P y;
-        for (int i = 0; i < 64; ++i) { y.x[i] = p.x[i] >> f.shift & f.mask; }
+        for (int i = 0; i < 64; ++i) { y.x[i] = p.x[i] >> shift & mask; }
         return y;
     }
-    template <int shift, int mask> static P field(const P & p) { return field(p, { 0, shift, mask }); }
     static A zero() { return {}; }
     static Q zero_q() { return {}; }
     static Q dot(Q q, const P & p, int32_t w) {
@@ -97,11 +96,6 @@ struct bytes_avx2 {
 
     static __m256i load_half(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
     static P load(const uint8_t * p) { return { { load_half(p), load_half(p + 32) } }; }
-    static P field(const P & p, const sketch_field & f) {
-        const __m128i shift = _mm_cvtsi32_si128(f.shift);
-        const __m256i mask  = _mm256_set1_epi8((char) f.mask);
-        return { { _mm256_and_si256(_mm256_srl_epi16(p.x[0], shift), mask), _mm256_and_si256(_mm256_srl_epi16(p.x[1], shift), mask) } };
-    }
     template <int shift, int mask> static P field(const P & p) {
         const __m256i m = _mm256_set1_epi8(mask);
         return { { _mm256_and_si256(_mm256_srli_epi16(p.x[0], shift), m), _mm256_and_si256(_mm256_srli_epi16(p.x[1], shift), m) } };
@@ -182,9 +176,6 @@ struct bytes_avx512 {
     using Q = __m512i; // of 32 bits with VNNI, else of 16
 
     static P load(const uint8_t * p) { return _mm512_loadu_si512(p); }
-    static P field(P p, const sketch_field & f) {
-        return _mm512_and_si512(_mm512_srl_epi16(p, _mm_cvtsi32_si128(f.shift)), _mm512_set1_epi8((char) f.mask));
-    }
     template <int shift, int mask> static P field(P p) {
         return _mm512_and_si512(_mm512_srli_epi16(p, shift), _mm512_set1_epi8(mask));
     }
@@ -263,14 +254,12 @@ struct bytes_neon {
 #endif
 
     static P load(const uint8_t * p) { return { { vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48) } }; }
-    static P field(const P & p, const sketch_field & f) {
-        const int8x16_t shift = vdupq_n_s8((int8_t) -f.shift);
+    template <int shift, int mask> static P field(const P & p) {
         P y;
         SFI_UNROLL
-        for (int i = 0; i < 4; ++i) { y.x[i] = vandq_u8(vshlq_u8(p.x[i], shift), vdupq_n_u8((uint8_t) f.mask)); }
+        for (int i = 0; i < 4; ++i) { y.x[i] = vandq_u8(vshlq_u8(p.x[i], vdupq_n_s8(-shift)), vdupq_n_u8(mask)); }
         return y;
     }
-    template <int shift, int mask> static P field(const P & p) { return field(p, { 0, shift, mask }); }
     static A zero() { return { { vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0) } }; }
     static Q dot(Q q, const P & p, int32_t w) {
         const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(w));
