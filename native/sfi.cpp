@@ -11,6 +11,7 @@
 #include "llama-kv-cache.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
+#include "llama-portable.h"
 #include "llama-support.h"
 
 #include <algorithm>
@@ -18,6 +19,7 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <new>
 #include <string>
@@ -99,6 +101,15 @@ const char * sfi_reason_name(enum sfi_reason reason) {
         case SFI_REASON_SHORT:       return "short";
         case SFI_REASON_VERIFY:      return "verify";
         case SFI_REASON_COUNT:       break;
+    }
+    return "unknown";
+}
+
+const char * sfi_path_name(enum sfi_path path) {
+    switch (path) {
+        case SFI_PATH_NONE:     return "none";
+        case SFI_PATH_NATIVE:   return "native";
+        case SFI_PATH_PORTABLE: return "portable";
     }
     return "unknown";
 }
@@ -343,55 +354,22 @@ static llama_kv_cache * sparse_cache(llama_memory_t memory, const llama_kv_cache
     return dynamic_cast<llama_kv_cache *>(memory);
 }
 
-// The sketch operations of a layer, on tensors without data.
-static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const llama_support_layer & layer, ggml_tensor * q, ggml_tensor * k,
-                                                    ggml_tensor * v, ggml_tensor * cells) {
-    const auto * f = &layer.format;
-    const int64_t n_head_kv = k->ne[2], n = cells->ne[0];
-    ggml_tensor * codes = ggml_new_tensor_3d(c, GGML_TYPE_I8, 16*ggml_sketch_cell_bytes(f), n/16, n_head_kv);
-    ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(f, k->ne[0], v->ne[0]), n_head_kv);
-    ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
-
-    ggml_tensor * selected = ggml_new_tensor_2d(c, GGML_TYPE_I32, 16, n_head_kv);
-    return {
-        ggml_sketch_encode(c, codes, basis, k, v, cells, f),
-        ggml_sketch_scan(c, q, codes, basis, cells, plan, nullptr, selected, n, v->ne[0], 1.0f, 0.0f, f),
-    };
-}
-
-// Would this layer's device compute our operations? Asked with tensors of the layer's shapes, without data.
-static bool device_supports(const llama_support & support, const llama_hparams & hparams, int32_t il, const llama_support_params & p) {
-    ggml_tensor * k_cache = support.get_kv()->get_k_storage(il);
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k_cache->buffer));
-    if (!dev) {
-        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+// Says what a layer's device lacks, and what does without.
+static int lacks_operations(const llama_support & support, const llama_model & model, int32_t il, const llama_support_params & p) {
+    ggml_backend_dev_t dev = llama_path_device(support.get_kv()->get_k_storage(il)->buffer);
+    const std::string & lacks = support.layer(il).lacks;
+    const std::string what = lacks.empty() ? "" : " (" + lacks + ")";
+    llama_support_params frozen = p;
+    frozen.policy = LLAMA_SUPPORT_FROZEN;
+    frozen.selector.kind = GGML_SUPPORT_SELECTOR_TOPK;
+    const char * remedy = "use mode stock";
+    if (!llama_portable_has(p) && support.path_of(model, il, frozen) != LLAMA_PATH_NONE) {
+        remedy = "use policy frozen with selector topk (--support frozen), which works there";
+    } else if (support.has_path_with_f16(model, il)) {
+        remedy = "use KV type f16 (--kv-type f16), which works there";
     }
-    std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(ggml_init({ 32*ggml_tensor_overhead(), nullptr, true }), ggml_free);
-    if (!ctx || !dev) {
-        return false;
-    }
-    const int64_t n_head = hparams.n_head(il), n_head_kv = hparams.n_head_kv(il), n = 256;
-    const int64_t d_k = hparams.n_embd_head_k(il), d_v = hparams.n_embd_head_v(il);
-    ggml_context * c = ctx.get();
-    ggml_tensor * q     = ggml_new_tensor_4d(c, GGML_TYPE_F32, d_k, 1, n_head, 1);
-    ggml_tensor * k     = ggml_new_tensor_4d(c, k_cache->type, d_k, n, n_head_kv, 1);
-    ggml_tensor * v     = ggml_new_tensor_4d(c, support.get_kv()->type_v(), d_v, n, n_head_kv, 1);
-    ggml_tensor * cells = ggml_new_tensor_1d(c, GGML_TYPE_I32, n);
-    ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
-    ggml_tensor * last  = ggml_new_tensor_3d(c, GGML_TYPE_F32, d_k, n_head, 1);
-
-    ggml_tensor * attn = ggml_sparse_attn(c, q, k, v, cells, nullptr, nullptr, nullptr, 1.0f, 0.0f);
-    ggml_sparse_attn_set_visible(attn, ggml_new_tensor_1d(c, GGML_TYPE_I32, 1));
-    ggml_tensor * evidence = ggml_support_evidence(c, last, k, cells, plan, 1.0f, 0.0f, 1.0f, GGML_SUPPORT_SOFTMAX_VISIBLE);
-    ggml_tensor * selected = ggml_support_select(c, evidence, cells, plan,
-            p.selector.kind == GGML_SUPPORT_SELECTOR_PAPER ? k : nullptr, std::max(p.n_selected, 1), &p.selector);
-    ggml_tensor * stability = ggml_support_stability(c, evidence, cells, plan, selected, selected);
-    std::vector<ggml_tensor *> ops = { attn, evidence, selected, stability };
-    if (support.layer(il).codes) {
-        const auto more = sketch_operations(c, support.layer(il), last, k, v, cells);
-        ops.insert(ops.end(), more.begin(), more.end());
-    }
-    return std::all_of(ops.begin(), ops.end(), [&](ggml_tensor * op) { return ggml_backend_dev_supports_op(dev, op); });
+    return fail(SFI_ERR_BACKEND, "Layer %d lives on %s, which lacks operations%s that these settings need: %s, or keep the model on the "
+            "CPU (n_gpu_layers = 0).", il, dev ? ggml_backend_dev_name(dev) : "a device without a name", what.c_str(), remedy);
 }
 
 static int check_layers(const llama_support & support, const llama_model & model, const llama_support_params & p) {
@@ -402,9 +380,8 @@ static int check_layers(const llama_support & support, const llama_model & model
             continue;
         }
         any = true;
-        if (!device_supports(support, model.hparams, il, p)) {
-            return fail(SFI_ERR_BACKEND, "Layer %d lives on a device without the sparse-attention operations; keep it on the CPU "
-                    "(n_gpu_layers = 0) or use mode dense or stock.", il);
+        if (support.layer(il).path == LLAMA_PATH_NONE) {
+            return lacks_operations(support, model, il, p);
         }
     }
     if (!any) {
@@ -664,21 +641,37 @@ static int64_t other_bytes(const sfi * s, const llama_support & support, const l
     return size;
 }
 
-// {log-sum-exp, share of the tail} of every head of a layer in the last fast step
-static std::vector<float> masses(const llama_support_layer & layer, llama_seq_id seq) {
-    std::vector<float> values(2*layer.mass->ne[1]);
-    ggml_backend_tensor_get(layer.mass, values.data(), seq*layer.mass->nb[2], values.size()*sizeof(float));
-    return values;
-}
+// What a fast step with a sketch left in the tensors that the layers of a device share. Each is read once, for a copy from a
+// device takes tens of microseconds however small it is; in the host's memory they are looked at where they lie.
+class step_results {
+public:
+    explicit step_results(llama_seq_id seq) : seq(seq) {}
 
-static float mean_tail_mass(const llama_support & support, llama_seq_id seq) {
+    template <class T> const T * of(const ggml_tensor * t) {
+        if (ggml_backend_buffer_is_host(t->buffer)) {
+            return (const T *) ((const char *) t->data + seq*t->nb[2]);
+        }
+        auto & row = rows[t->view_src];
+        if (row.empty()) {
+            row.resize(t->view_src->nb[1]);
+            ggml_backend_tensor_get(t->view_src, row.data(), seq*t->view_src->nb[1], row.size());
+        }
+        return (const T *) (row.data() + t->view_offs);
+    }
+
+private:
+    llama_seq_id seq;
+    std::map<const ggml_tensor *, std::vector<char>> rows;
+};
+
+static float mean_tail_mass(const llama_support & support, step_results & results) {
     double sum = 0.0;
     int64_t n = 0;
     for (const auto & layer : support.get_layers()) {
         if (layer.mass) {
-            const auto values = masses(layer, seq);
-            for (size_t i = 1; i < values.size(); i += 2, ++n) {
-                sum += values[i];
+            const float * values = results.of<float>(layer.mass); // {log-sum-exp, share of the tail} of every head
+            for (int64_t h = 0; h < layer.mass->ne[1]; ++h, ++n) {
+                sum += values[2*h + 1];
             }
         }
     }
@@ -688,7 +681,7 @@ static float mean_tail_mass(const llama_support & support, llama_seq_id seq) {
 // What the sketch had the last fast step attend to, beside `always`: over all layers and KV heads.
 struct attended { int64_t n_heads = 0, n_cells = 0, bytes = 0; };
 
-static attended attended_by_sketch(const sfi * s, const llama_support & support, llama_seq_id seq) {
+static attended attended_by_sketch(const sfi * s, const llama_support & support, llama_seq_id seq, step_results & results) {
     const auto & hparams = s->lctx->get_model().hparams;
     const llama_kv_cache * kv = support.get_kv();
     attended sum;
@@ -698,13 +691,7 @@ static attended attended_by_sketch(const sfi * s, const llama_support & support,
             continue;
         }
         const int64_t n_list = selected->ne[0]*selected->ne[1];
-        std::vector<int32_t> copy;
-        const int32_t * list = (const int32_t *) ((const char *) selected->data + seq*selected->nb[2]);
-        if (!ggml_backend_buffer_is_host(selected->buffer)) {
-            copy.resize(n_list);
-            ggml_backend_tensor_get(selected, copy.data(), seq*selected->nb[2], n_list*sizeof(int32_t));
-            list = copy.data();
-        }
+        const int32_t * list = results.of<int32_t>(selected);
         const int64_t n = n_list - std::count(list, list + n_list, -1);
         sum.n_heads += selected->ne[1];
         sum.n_cells += n;
@@ -737,7 +724,8 @@ static void count(sfi * s, const llama_support & support, llama_seq_id seq, cons
         case SFI_STEP_SLOW:
             ++stats.n_slow;
             stats.us_slow += info.t_us;
-            if (s->params.policy == SFI_POLICY_FROZEN && s->params.selector == SFI_SELECTOR_PAPER) { // whose evidence reads the keys once more
+            if (s->params.policy == SFI_POLICY_FROZEN && (s->params.selector == SFI_SELECTOR_PAPER || support.has_portable())) {
+                // whose evidence reads the keys once more
                 stats.kv_read += sparse_cell_bytes(support, hparams, true)*info.depth;
             }
             break;
@@ -825,10 +813,11 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
         done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
         done.depth   = support.depth(seq);
         const bool scanned = d.kind == SFI_STEP_FAST && support.scanned(seq);
-        const attended sketched = scanned ? attended_by_sketch(s, support, seq) : attended();
+        step_results results(seq);
+        const attended sketched = scanned ? attended_by_sketch(s, support, seq, results) : attended();
         done.n_cells = d.kind != SFI_STEP_FAST ? done.depth : support.n_fast_cells(seq) + (int32_t) mean_cells(sketched);
         done.t_us    = ggml_time_us() - start;
-        done.tail_mass = scanned ? mean_tail_mass(support, seq) : 0.0f;
+        done.tail_mass = scanned ? mean_tail_mass(support, results) : 0.0f;
         s->tail_mass[seq] = done.tail_mass;
         count(s, support, seq, done, sketched);
         if (info) {
@@ -918,6 +907,10 @@ int sfi_verify(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int
         if (const int err = check_seq(support, seq)) {
             return err;
         }
+        if (support.has_portable()) {
+            return fail(SFI_ERR_BACKEND, "A device of this model attends to several tokens with other rounding than to one, so a batch "
+                    "cannot verify what dense steps give: use mode dense, or keep the model on the CPU (n_gpu_layers = 0).");
+        }
         if (const int err = check_verify(s, support, seq, tokens, n, n_replaced)) {
             return err;
         }
@@ -967,6 +960,28 @@ int32_t sfi_n_layer(const struct sfi * s) {
     return err ? err : n;
 }
 
+static sfi_path public_path(llama_support_path path) {
+    switch (path) {
+        case LLAMA_PATH_NATIVE:   return SFI_PATH_NATIVE;
+        case LLAMA_PATH_PORTABLE: return SFI_PATH_PORTABLE;
+        default:                  return SFI_PATH_NONE;
+    }
+}
+
+enum sfi_path sfi_device_path(size_t device, const struct sfi_params * params, const char ** lacks) {
+    static thread_local std::string text;
+    text.clear();
+    llama_support_path path = LLAMA_PATH_NONE;
+    if (params && device < ggml_backend_dev_count() && check_params(*params) == SFI_OK) {
+        const llama_path_shape shape = { 8, 2, 128, 128, GGML_TYPE_F16, GGML_TYPE_F16 };
+        path = llama_path_choose(ggml_backend_dev_get(device), shape, support_params(*params), &text);
+    }
+    if (lacks) {
+        *lacks = path == LLAMA_PATH_NONE ? text.c_str() : "";
+    }
+    return public_path(path);
+}
+
 static int check_layer(const llama_support & support, int32_t il) {
     return check_range("layer", il, 0, (int32_t) support.get_layers().size() - 1);
 }
@@ -988,6 +1003,7 @@ int sfi_get_layer(const struct sfi * s, int32_t il, struct sfi_layer * layer) {
         layer->n_embd_head_v = hparams.n_embd_head_v(il);
         layer->kv_cell_bytes = ggml_row_size(kv->type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_v_gqa(il));
         layer->why           = support.layer(il).why.c_str();
+        layer->path          = public_path(support.layer(il).path);
         return (int) SFI_OK;
     });
 }
@@ -1021,21 +1037,13 @@ static int check_head(const sfi * s, const llama_support & support, llama_seq_id
     return SFI_OK;
 }
 
-static size_t head_offset(const ggml_tensor * t, llama_seq_id seq, int32_t head_kv) {
-    return seq*t->nb[2] + head_kv*t->nb[1];
-}
-
 int sfi_get_selected(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t head_kv, int32_t * cells, int32_t * positions, int32_t n_max) {
     return guarded(s, [&](llama_support & support) {
         if (const int err = check_head(s, support, seq, il, head_kv)) {
             return err;
         }
-        const ggml_tensor * t = support.layer(il).selected;
-        std::vector<int32_t> list(t->ne[0]);
         llama_synchronize(s->lctx);
-        ggml_backend_tensor_get(t, list.data(), head_offset(t, seq, head_kv), t->nb[1]);
-        list.erase(std::remove_if(list.begin(), list.end(), [](int32_t cell) { return cell < 0; }), list.end());
-
+        const auto list = support.read_selected(seq, il, head_kv);
         const auto & kv_cells = support.get_kv()->get_cells(seq);
         for (int32_t i = 0; i < std::min<int32_t>(n_max, (int32_t) list.size()); ++i) {
             if (cells) {
@@ -1057,15 +1065,10 @@ int sfi_get_stability(const struct sfi * s, llama_seq_id seq, int32_t il, int32_
         if (const int err = check_head(s, support, seq, il, head_kv)) {
             return err;
         }
-        const ggml_tensor * t = support.layer(il).stability, * selected = support.layer(il).selected;
-        float x[4];
-        std::vector<int32_t> list(selected->ne[0]);
         llama_synchronize(s->lctx);
-        ggml_backend_tensor_get(t, x, head_offset(t, seq, head_kv), sizeof(x));
-        ggml_backend_tensor_get(selected, list.data(), head_offset(selected, seq, head_kv), selected->nb[1]);
-
+        const auto x = support.read_stability(seq, il, head_kv);
         const bool first = support.n_refresh(seq) == 1;
-        out->n_selected = (int32_t) std::count_if(list.begin(), list.end(), [](int32_t cell) { return cell >= 0; });
+        out->n_selected = (int32_t) support.read_selected(seq, il, head_kv).size();
         out->evidence   = x[0];
         out->mass       = x[0] > 0.0f ? x[1]/x[0] : 1.0f;
         out->mass_prev  = first ? NAN : x[0] > 0.0f ? x[2]/x[0] : 1.0f;
@@ -1093,7 +1096,7 @@ int sfi_get_tail(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t hea
             return fail(SFI_ERR_NO_SUPPORT, "Layer %d has no tail: only a fast step of policy sketch leaves one, when there are cells beyond the window.", il);
         }
         const int32_t n_head_kv = hparams.n_head_kv(il), group = hparams.n_head(il)/n_head_kv;
-        tail->mass        = masses(layer, seq)[2*head + 1];
+        tail->mass        = step_results(seq).of<float>(layer.mass)[2*head + 1];
         tail->logit_error = layer.logit_error[seq*n_head_kv + head/group];
         return (int) SFI_OK;
     });

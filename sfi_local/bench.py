@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import depth_list, fidelity_option, name_list, sfi_options, take_params
+from sfi_local.options import depth_list, fidelity_option, gpu_option, name_list, sfi_options, take_params
 from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
@@ -32,6 +32,7 @@ MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in 
 @click.option("--reps", type=click.IntRange(1), default=5, show_default=True, metavar="R",
               help="Repetitions of each mode, which take turns.")
 @click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core].")
+@gpu_option
 @click.option("--text", metavar="FILE", help="The text that is decoded; - reads stdin [default: Python's own help topics].")
 @click.option("--random", "random_tokens", is_flag=True, help="Random tokens instead of text, where boundaries mean nothing.")
 @click.option("--fill", type=click.Choice(["prefill", "state"]), default="prefill", show_default=True,
@@ -61,9 +62,9 @@ def command(**options: Any) -> None:
     attention costs nothing. GB/s counts weights and the K and V that were read once per step; KV GB/s, for stock and
     dense, is K and V over the time that a step takes beyond one of stock at depth 0.
     """
-    params, fit_budget = take_params(options)
+    params, fit = take_params(options)
     output, plot = options.pop("output"), options.pop("plot")
-    request = Request(**options, params=params, fit_budget=fit_budget)
+    request = Request(**options, params=params, fit_budget=fit.budget)
     from sfi_local import bench_report
     from sfi_local.rows_report import check_plot
 
@@ -94,6 +95,7 @@ class Request:
     params: SfiParams
     fit_budget: bool
     fidelity: float | str | None = None
+    gpu_layers: int | None = None
 
     @property
     def need(self) -> int:
@@ -122,7 +124,8 @@ def measure(request: Request) -> list[dict[str, Any]]:
     settled = {kv_type: settle(request, path, kv_type) for kv_type in request.kv_types}
     widest = max(request.kv_types, key=KV_TYPES.get)
     with Bar(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
-                                    type_v=widest, verbose=request.verbose) as model:
+                                    type_v=widest, gpu_layers=request.gpu_layers,
+                                    verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)
         rows = []
         for kv_type in request.kv_types:

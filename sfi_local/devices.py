@@ -1,4 +1,4 @@
-"""The devices that ggml sees, and which of our operations each computes itself."""
+"""The devices that ggml sees, which of our operations each computes itself, and how each can have a support."""
 
 from __future__ import annotations
 
@@ -7,19 +7,39 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, 
 from dataclasses import dataclass
 from typing import Any
 
+from sfi_local.engine import device_path
 from sfi_local.library import open_library
+from sfi_local.params import POLICIES, SfiParams
 
-_F32, _F16, _I32 = 0, 1, 26  # enum ggml_type
+_F32, _F16, _I8, _I32 = 0, 1, 24, 26  # enum ggml_type
 _ARENA = 1 << 16  # bytes of tensor descriptions; nothing is computed, so no data is allocated
 
 
 @dataclass(frozen=True)
 class Device:
-    """name and description are ggml's; native: operations of ggml-sfi.h that the device supports (F16 K and V)."""
+    """name and description are ggml's; native: operations of ggml-sfi.h that the device supports (F16 K and V).
+
+    paths: of each policy, ``native`` (our operations), ``portable`` (ggml's own) or ``refused (LACKS ...)``
+    proof: where our kernels for such a device, or the portable path, have run so far
+    """
 
     name: str
     description: str
     native: tuple[str, ...]
+    paths: dict[str, str]
+    proof: str
+
+
+# by the beginning of ggml's names; what comes after is the number of the device
+_PROOFS = {"CPU": "tested on every build", "CUDA": "measured on an H100; no other card was tried",
+           "MTL": "unproven on hardware: no Mac has run these kernels"}
+_PORTABLE_PROOF = "tried on a Vulkan driver in software only"
+
+
+def proof_of(name: str, native: bool) -> str:
+    """What is known of our kernels on a device of this name."""
+    known = [proof for start, proof in _PROOFS.items() if name.startswith(start)]
+    return known[0] if native and known else _PORTABLE_PROOF
 
 
 def devices() -> list[Device]:
@@ -28,14 +48,21 @@ def devices() -> list[Device]:
     context = ggml.init(_InitParams(_ARENA, None, True))
     try:
         nodes = _nodes(ggml, context)
-        return [_device(ggml, ggml.backend_dev_get(i), nodes) for i in range(ggml.backend_dev_count())]
+        return [_device(ggml, i, nodes) for i in range(ggml.backend_dev_count())]
     finally:
         ggml.free(context)
 
 
-def _device(ggml: "_Ggml", device: int, nodes: dict[str, int]) -> Device:
+def _device(ggml: "_Ggml", number: int, nodes: dict[str, int]) -> Device:
+    device, paths = ggml.backend_dev_get(number), {policy: _path(number, policy) for policy in POLICIES}
     native = tuple(name for name, node in nodes.items() if ggml.backend_dev_supports_op(device, node))
-    return Device(ggml.backend_dev_name(device).decode(), ggml.backend_dev_description(device).decode().strip(), native)
+    name = ggml.backend_dev_name(device).decode()
+    return Device(name, ggml.backend_dev_description(device).decode().strip(), native, paths, proof_of(name, bool(native)))
+
+
+def _path(number: int, policy: str) -> str:
+    path, lacks = device_path(number, SfiParams.of(policy))
+    return path if path != "none" else f"refused ({lacks})" if lacks else "refused"
 
 
 def _nodes(ggml: "_Ggml", context: int) -> dict[str, int]:
@@ -47,12 +74,18 @@ def _nodes(ggml: "_Ggml", context: int) -> dict[str, int]:
     always, selected, plan = tensor(_I32, 16), tensor(_I32, 16, 1), tensor(_I32, 3)
     cells, evidence = tensor(_I32, 64), tensor(_F32, 64, 1)
     q, queries = tensor(_F32, 64, 1, 2), tensor(_F32, 64, 2, 1)
+    sketch = ctypes.byref(_SketchFormat(4, 12, 24, 0, 16))
+    codes = tensor(_I8, 16 * ggml.sketch_cell_bytes(sketch), 4, 1)
+    basis, used = tensor(_F32, ggml.sketch_basis_size(sketch, 64, 64), 1), tensor(_I32, 1)
     selector = ctypes.byref(_Selector(0, 16, 2, 16, *[0.5] * 9))
     return {
         "sparse_attn": ggml.sparse_attn(context, q, k, v, always, selected, None, None, 0.125, 0.0),
         "support_evidence": ggml.support_evidence(context, queries, k, cells, plan, 0.125, 0.0, 1.0, 0),
         "support_select": ggml.support_select(context, evidence, cells, plan, None, 16, selector),
         "support_stability": ggml.support_stability(context, evidence, cells, plan, selected, selected),
+        "sketch_encode": ggml.sketch_encode(context, codes, basis, k, v, cells, sketch),
+        "sketch_scan": ggml.sketch_scan(context, tensor(_F32, 64, 2), codes, basis, always, used, None, selected, 64, 64, 0.125, 0.0,
+                                        sketch),
     }
 
 
@@ -63,6 +96,10 @@ class _InitParams(ctypes.Structure):
 class _Selector(ctypes.Structure):  # struct ggml_support_selector
     _fields_ = [(n, c_int32) for n in ("kind", "pool_after", "pool_before", "nms_radius")] + [
         (n, c_float) for n in ("alpha", "gamma", "beta", "p", "eta", "lambda_clip", "a_soft", "a_cross", "temperature")]
+
+
+class _SketchFormat(ctypes.Structure):  # struct ggml_sketch_format
+    _fields_ = [(n, c_int32) for n in ("n_k4", "n_k2", "n_k1", "n_v4", "n_v2")]
 
 
 _P, _F = c_void_p, c_float
@@ -79,6 +116,10 @@ _SIGNATURES: dict[str, tuple[Any, list]] = {
     "support_evidence": (_P, [_P] * 5 + [_F, _F, _F, c_int]),
     "support_select": (_P, [_P] * 5 + [c_int32, POINTER(_Selector)]),
     "support_stability": (_P, [_P] * 6),
+    "sketch_cell_bytes": (c_int64, [_P]),
+    "sketch_basis_size": (c_int64, [_P, c_int64, c_int64]),
+    "sketch_encode": (_P, [_P] * 7),
+    "sketch_scan": (_P, [_P] * 8 + [c_int64, c_int64, _F, _F, _P]),
 }
 
 

@@ -92,10 +92,11 @@ def _library() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
-    """Every device of ggml and which of our operations it computes itself."""
+    """Every device of ggml, how it can have a support under each policy, and which of our operations it computes itself."""
     from sfi_local.devices import devices
 
-    return {d.name: f"{d.description}; " + (f"native: {', '.join(d.native)}" if d.native else "no native operation")
+    return {d.name: f"{d.description}; policies: {', '.join(f'{policy} {path}' for policy, path in d.paths.items())}; "
+                    + (f"native operations: {', '.join(d.native)}" if d.native else "no native operation") + f"; {d.proof}"
             for d in devices()}
 
 

@@ -36,7 +36,10 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer as the library sees it; kv_cell_bytes are the bytes of K and V of one cell, all KV heads."""
+    """One layer as the library sees it; kv_cell_bytes are the bytes of K and V of one cell, all KV heads.
+
+    path: ``native`` (our operations), ``portable`` (ggml's own) or ``none``, if the layer is not sparse
+    """
 
     sparse: bool
     n_head: int
@@ -45,6 +48,7 @@ class LayerInfo:
     n_embd_head_v: int
     kv_cell_bytes: int
     why: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,12 @@ class Engine:
         out = self._ffi.new("struct sfi_layer *")
         return [self._layer(il, out) for il in range(self._lib.sfi_n_layer(self._handle()))]
 
+    @property
+    def path(self) -> str:
+        """Whose operations make the support: ``native``, ``portable``, or ``mixed`` where layers differ."""
+        paths = {layer.path for layer in self.layers() if layer.sparse}
+        return paths.pop() if len(paths) == 1 else "mixed"
+
     def memory(self) -> int:
         """Bytes that sfi adds to the context."""
         return self._lib.sfi_memory(self._handle())
@@ -227,7 +237,7 @@ class Engine:
     def _layer(self, il: int, out: Any) -> LayerInfo:
         self._check(self._lib.sfi_get_layer(self._handle(), il, out))
         return LayerInfo(out.sparse, out.n_head, out.n_head_kv, out.n_embd_head_k, out.n_embd_head_v,
-                         out.kv_cell_bytes, self._ffi.string(out.why).decode())
+                         out.kv_cell_bytes, self._ffi.string(out.why).decode(), _path_name(out.path))
 
     def _step_info(self, info: Any) -> StepInfo:
         return StepInfo(self._kind_name(info.kind), self._reason_name(info.reason), info.pos, info.depth,
@@ -252,6 +262,24 @@ def status_error(status: int) -> SfiError:
     native = open_library()
     name = native.ffi.string(native.lib.sfi_status_name(status)).decode()
     return from_status(name, native.ffi.string(native.lib.sfi_last_error()).decode("utf-8", errors="replace"))
+
+
+def n_devices() -> int:
+    """How many devices ggml sees."""
+    return int(open_library().llama_cpp.llama_cpp._lib.ggml_backend_dev_count())
+
+
+def device_path(device: int, params: SfiParams) -> tuple[str, str]:
+    """(path of layers on this device of ggml, what it lacks if that is ``none``), see ``sfi_device_path()``."""
+    native = open_library()
+    lacks = native.ffi.new("const char **")
+    path = _path_name(native.lib.sfi_device_path(device, _to_native(params.validate()), lacks))
+    return path, native.ffi.string(lacks[0]).decode()
+
+
+def _path_name(path: int) -> str:
+    native = open_library()
+    return native.ffi.string(native.lib.sfi_path_name(path)).decode()
 
 
 def default_params() -> SfiParams:

@@ -9,7 +9,7 @@ import click
 
 from sfi_local.errors import UsageError
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import depth_list, fidelity_option, name_list, sfi_options, take_params
+from sfi_local.options import depth_list, fidelity_option, gpu_option, name_list, sfi_options, take_params
 from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
@@ -44,6 +44,7 @@ MODES = ("dense", "stock", "sfi", "auto")  # in the order in which they are show
 @click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True,
               help="Type of K and V, of dense too.")
 @click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core].")
+@gpu_option
 @sfi_options
 @fidelity_option
 @click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
@@ -67,9 +68,9 @@ def command(**options: Any) -> None:
 
     With --passkey, --copy or --tasks the rows answer prompts instead, greedily, and are counted on the same prompts.
     """
-    params, fit_budget = take_params(options)
+    params, fit = take_params(options)
     output, save, plot = options.pop("output"), options.pop("save"), options.pop("plot")
-    request = Request(**options, params=params, fit_budget=fit_budget)
+    request = Request(**options, params=params, fit_budget=fit.budget)
     request.check(plot)
     from sfi_local import eval_report, rows_report
     from sfi_local.out_file import check_writable
@@ -104,6 +105,7 @@ class Request:
     limit: int | None = None
     kv_type: str = "f16"
     threads: int | None = None
+    gpu_layers: int | None = None
     verbose: bool = False
     params: SfiParams = SfiParams()
     fit_budget: bool = True
@@ -155,7 +157,7 @@ def measure_text(request: Request, path: Any) -> list[dict[str, Any]]:
     text, source = measured_text(request.text)
     with Bar(len(rows) * len(request.depths)) as bar, load(
             path, mode="stock", n_ctx=need, n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
-            verbose=request.verbose) as model:
+            gpu_layers=request.gpu_layers, verbose=request.verbose) as model:
         tokens = text_tokens(model, text, source, need, f"--depth {request.depths[-1]} with -n {request.n} takes",
                              "lower --depth, or lower -n")
         found = eval_kl.measure(model, request.depths, request.n, rows, tune_auto(request, model), tokens, request.kv_type,
@@ -171,7 +173,7 @@ def measure_tasks(request: Request, path: Any) -> list[dict[str, Any]]:
 
     found = []
     with load(path, mode="stock", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
-              verbose=request.verbose) as model:
+              gpu_layers=request.gpu_layers, verbose=request.verbose) as model:
         sets = prompt_sets(request, model)
         params = tune_auto(request, model)
         with Bar(sum(len(prompts) for _, _, prompts in sets)) as bar:

@@ -8,15 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
-from sfi_local import kv_layout
-from sfi_local.errors import ArgumentError, ModelFileError, OutOfMemoryError
+from sfi_local import gpu, kv_layout
+from sfi_local.engine import device_path, n_devices
+from sfi_local.errors import ArgumentError, BackendError, ModelFileError, OutOfMemoryError, SfiError
 from sfi_local.exact import generate_exact
 from sfi_local.generate import generate
 from sfi_local.gguf_file import GgufFile, read_gguf
 from sfi_local.interrupt import InterruptFlag
 from sfi_local.library import last_log_lines, log, open_library
 from sfi_local.machine import available_memory, human_bytes, physical_cores
-from sfi_local.params import SfiParams
+from sfi_local.params import PORTABLE_POLICY, SfiParams
 from sfi_local.prompt import ChatTemplate, Message, too_long
 from sfi_local.pull import resolve
 from sfi_local.sampling import Sampling
@@ -27,12 +28,14 @@ from sfi_local.step import Step
 MIN_CTX = 512        # a context smaller than this is of no use
 FIRST_CTX = 4096     # a context starts at this size and grows with the conversation
 MAX_THREADS = 512    # of ggml
+MAX_LAYERS = 9999    # more than any model has: all of them
 MEMORY_SHARE = 0.9   # of the available memory, what weights and KV cache may take
 
 
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
          type_k: str = "f16", type_v: str = "f16", params: SfiParams | None = None, fit_budget: bool = False,
-         fidelity: float | str | None = None, verbose: bool = False,
+         portable_params: SfiParams | None = None, fidelity: float | str | None = None, gpu_layers: int | None = None,
+         verbose: bool = False,
          progress: Callable[[float, float], None] | None = None) -> "Model":
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
@@ -40,25 +43,30 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     n_ctx:     cells of the context; None: grows as needed, up to what the model was trained on and memory allows
     n_threads: None: one per physical core
     type_k, type_v: f16, bf16, q8_0, q4_0 or f32
-    params:    budget, schedule and selector; None: the defaults, with fit_budget
+    params:    budget, schedule and selector; None: the defaults, with fit_budget, and of policy frozen as portable_params
     fit_budget: make the budget smaller where the context is, instead of refusing it
+    portable_params: take these instead where a device of the model lacks the operations of the params' policy
     fidelity:  nats from dense, or ``floor``: takes the place of the params' tolerance in modes ``auto`` and ``sfi``, see
                fidelity.py; None without params: ``floor``, if the model is calibrated
+    gpu_layers: layers that a GPU holds and computes, the output being one more; None: all, where the build has a GPU backend
     progress:  called with (done, total) while the weights are read
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
-    _check_options(mode, n_ctx, n_threads, type_k, type_v, params)
+    _check_options(mode, n_ctx, n_threads, type_k, type_v, params, gpu_layers)
     file = read_gguf(resolve(os.fspath(model)))
-    room = _check_memory(file, kv_layout.layers(file), n_ctx or MIN_CTX, type_k, type_v)
+    gpus, no_gpu = gpu.usable(gpu_layers)
+    room = _check_memory(file, kv_layout.layers(file), n_ctx or MIN_CTX, type_k, type_v, gpu.share_of(len(kv_layout.layers(file)),
+                         gpu_layers, gpus), gpus)
     _check_generates(file)
     settled, note = _settle(file, mode, type_k, type_v, params, fidelity)
     native = open_library()
     log.verbose = verbose
-    weights = _load_weights(native.llama_cpp, file.path, progress)
+    weights = _load_weights(native.llama_cpp, file.path, gpu_layers, progress)
     model = Model(file, weights, room, mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
-                  type_v=type_v, params=settled, fit_budget=fit_budget or params is None)
-    if note:
-        model._note(note)
+                  type_v=type_v, params=settled, fit_budget=fit_budget or params is None, gpu_layers=gpu_layers,
+                  portable_params=portable_params if params else SfiParams.of(PORTABLE_POLICY))
+    for sentence in filter(None, (note, no_gpu)):
+        model._note(sentence)
     return model
 
 
@@ -66,12 +74,13 @@ class Model:
     """A loaded model and its one conversation. Not for several threads at a time (BusyError)."""
 
     def __init__(self, file: GgufFile, weights: Any, room: int | None, *, mode: str, n_ctx: int | None, n_threads: int,
-                 type_k: str, type_v: str, params: SfiParams, fit_budget: bool):
-        self.file, self.mode, self.n_threads = file, mode, n_threads
+                 type_k: str, type_v: str, params: SfiParams, fit_budget: bool, gpu_layers: int | None = None,
+                 portable_params: SfiParams | None = None):
+        self.file, self.mode, self.n_threads, self.gpu_layers = file, mode, n_threads, gpu_layers
         self.notes: list[str] = []  # what was decided on the caller's behalf, in sentences
         self._n_notes_read = 0
         self._weights, self._room, self._n_ctx = weights, room, n_ctx
-        self._types, self._params, self._fit_budget = (type_k, type_v), params, fit_budget
+        self._types, self._params, self._fit_budget, self._portable = (type_k, type_v), params, fit_budget, portable_params
         self.vocabulary = Vocabulary(weights)
         self.session: Session | None = None
         self.auto_found = ""  # how the depth from which auto is slow-fast was found
@@ -150,6 +159,7 @@ class Model:
         if n_prompt > self.n_ctx_limit:
             raise too_long(n_prompt, self.n_ctx_limit)
         need = min(self.n_ctx_limit, n_prompt + n if n else self.n_ctx_limit)
+        self._settle_policy()
         self._tune_auto(n_prompt + (n or 0))
         if self.session is None or self.session.n_ctx < need:
             grown = 2 * self.session.n_ctx if self.session else FIRST_CTX
@@ -198,6 +208,27 @@ class Model:
             self._note(f"The context of {n_ctx} tokens is longer than the {self.file.n_ctx_train} the model was "
                        f"trained on: expect worse answers beyond that.")
         return session
+
+    def _settle_policy(self) -> None:
+        """Take another policy, with a note, where this one was nobody's choice and a device of the model lacks its operations.
+
+        Once, and before anything is measured; where every device has them no context is made to find out.
+        """
+        portable, self._portable = self._portable, None
+        if portable is None or self.mode == "stock" or self._params.support == portable.support:
+            return
+        if all(device_path(i, self._params)[0] == "native" for i in range(n_devices())):
+            return
+        mode = "sfi" if self.mode == "auto" else self.mode  # auto would not say why
+        try:
+            Session(self._weights, MIN_CTX, mode, self._params.fit_context(MIN_CTX), self.n_threads, *self._types).close()
+        except BackendError:
+            if self.mode != "dense":
+                self._note(f"A device of this model lacks the operations of policy {self._params.support}: the policy is "
+                           f"{portable.support} here.")
+            self._params = portable.validate()
+        except SfiError:
+            pass  # the session that is wanted says it
 
     def _fit_params(self, n_ctx: int) -> SfiParams:
         """The parameters for a context of n_ctx cells."""
@@ -256,12 +287,13 @@ class Vocabulary:
 
 
 def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: str, type_v: str,
-                   params: SfiParams | None) -> None:
+                   params: SfiParams | None, gpu_layers: int | None) -> None:
     if mode not in MODES:
         raise ArgumentError(f"mode is {mode!r}: choose one of {', '.join(MODES)}.")
-    for name, value, most in (("n_ctx", n_ctx, 1 << 30), ("n_threads", n_threads, MAX_THREADS)):
-        if value is not None and not 1 <= value <= most:
-            raise ArgumentError(f"{name} is {value}: give a number from 1 to {most}.")
+    for name, value, least, most in (("n_ctx", n_ctx, 1, 1 << 30), ("n_threads", n_threads, 1, MAX_THREADS),
+                                     ("gpu_layers", gpu_layers, 0, MAX_LAYERS)):
+        if value is not None and not least <= value <= most:
+            raise ArgumentError(f"{name} is {value}: give a number from {least} to {most}.")
     for kv_type in (type_k, type_v):
         if kv_type not in kv_layout.KV_TYPES:
             raise ArgumentError(f"The KV type is {kv_type!r}: choose one of {', '.join(kv_layout.KV_TYPES)}.")
@@ -292,19 +324,32 @@ def _check_generates(file: GgufFile) -> None:
         raise ModelFileError(f"{file.path} has no tokenizer in it: convert the model again with its tokenizer files.")
 
 
-def _check_memory(file: GgufFile, layers: list, n_ctx: int, type_k: str, type_v: str) -> int | None:
-    """Bytes left for the KV cache beside the weights; None if the system does not tell. Refuses what cannot fit."""
+def _check_memory(file: GgufFile, layers: list, n_ctx: int, type_k: str, type_v: str, share: float, gpus: list) -> int | None:
+    """Bytes left for the KV cache beside the weights; None if the system does not tell. Refuses what cannot fit.
+
+    share: of the layers that the GPUs hold
+    """
+    kv = _context_bytes(layers, n_ctx, type_k, type_v)
+    rooms = []
+    if share > 0:
+        rooms.append(gpu.room_for_context(gpu.Need(str(file.path), file.n_bytes, kv, share), gpus, len(layers)))
+    if share < 1:
+        rooms.append(_check_host_memory(file, kv, n_ctx, 1 - share))
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def _check_host_memory(file: GgufFile, kv: int, n_ctx: int, share: float) -> int | None:
+    """Bytes that a context may have beside the weights, of which the host's memory holds a share; None: not known."""
     available = available_memory()
     if available is None:
         return None
     usable = int(MEMORY_SHARE * available)
-    kv = _context_bytes(layers, n_ctx, type_k, type_v)
-    if file.n_bytes + kv > usable:
+    if share * (file.n_bytes + kv) > usable:
         raise OutOfMemoryError(
             f"{file.path} needs {human_bytes(file.n_bytes + kv)} (weights {human_bytes(file.n_bytes)}, context of {n_ctx} "
-            f"tokens {human_bytes(kv)}), {human_bytes(file.n_bytes + kv - usable)} more than can be used here: close "
-            f"programs, lower --ctx, use --kv-type q8_0, or take a smaller quantisation of the model.")
-    return usable - file.n_bytes
+            f"tokens {human_bytes(kv)}), {human_bytes(int(share * (file.n_bytes + kv)) - usable)} more than can be used here: "
+            f"close programs, lower --ctx, use --kv-type q8_0, or take a smaller quantisation of the model.")
+    return int(usable / share) - file.n_bytes
 
 
 def _context_bytes(layers: list, n_ctx: int, type_k: str, type_v: str) -> int:
@@ -312,7 +357,7 @@ def _context_bytes(layers: list, n_ctx: int, type_k: str, type_v: str) -> int:
     return kv_layout.kv_bytes(layers, n_ctx, type_k, type_v) + 6 * N_BATCH * n_ctx
 
 
-def _load_weights(llama: Any, path: Path, progress: Callable[[float, float], None] | None) -> Any:
+def _load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None) -> Any:
     """llama_cpp._internals.LlamaModel; Ctrl-C stops between two tensors."""
     from llama_cpp._internals import LlamaModel
 
@@ -324,6 +369,8 @@ def _load_weights(llama: Any, path: Path, progress: Callable[[float, float], Non
 
         params = llama.llama_model_default_params()
         params.progress_callback = llama.llama_progress_callback(on_progress)
+        if gpu_layers is not None:
+            params.n_gpu_layers = gpu_layers
         log.errors.clear()
         try:
             return LlamaModel(path_model=str(path), params=params, verbose=True)

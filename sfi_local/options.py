@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import click
 
 from sfi_local.errors import ArgumentError, UsageError
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.params import BUDGET, POLICIES, SELECTORS, SKETCH_BITS, SfiParams
+from sfi_local.params import BUDGET, POLICIES, PORTABLE_POLICY, SELECTORS, SKETCH_BITS, SfiParams
 
 _DEFAULT = SfiParams()
 
@@ -54,10 +54,18 @@ def model_options(command: Callable) -> Callable:
                      help="Cells of the context [default: as needed, up to what the model was trained on]."),
         click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True,
                      help="Type of K and V in the cache."),
+        gpu_option,
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr."),
     )):
         command = option(command)
     return command
+
+
+def gpu_option(command: Callable) -> Callable:
+    """--gpu-layers."""
+    return click.option("--gpu-layers", type=click.IntRange(0, 9999), metavar="N",
+                        help="Layers that a GPU holds and computes, the output being one more; 0: none "
+                             "[default: all, where the build has a GPU backend].")(command)
 
 
 def sfi_options(command: Callable) -> Callable:
@@ -139,20 +147,32 @@ def _fidelity(ctx: click.Context, option: click.Parameter, text: str | None) -> 
         raise UsageError(str(error)) from None
 
 
-def take_params(options: dict[str, Any]) -> tuple[SfiParams, bool]:
-    """Remove the options of sfi_options from a dict; returns the parameters and whether the budget may be made smaller.
+class Fit(NamedTuple):
+    """What may be adapted because it was not typed: the budget to a small context, the policy to a device that lacks it.
 
-    A budget that was typed is kept or refused; the default one adapts to a small context. Of fidelity_option,
+    portable: the same choices under the policy that every device has; None: the policy was typed
+    """
+
+    budget: bool
+    portable: SfiParams | None
+
+
+def take_params(options: dict[str, Any]) -> tuple[SfiParams, Fit]:
+    """Remove the options of sfi_options from a dict; returns the parameters and what of them may be adapted.
+
+    What was typed is kept or refused. Of fidelity_option,
     where the command has it, stays ``fidelity``: what fidelity.settle takes. Raises ArgumentError, UsageError.
     """
     names = ("support", "selector", *BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "n_slow_queries", "pool_after",
              "pool_before", "tolerance", "max_tail_mass")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
+    portable = None if "support" in given else SfiParams.of(PORTABLE_POLICY, **given)
+    fit = Fit(not any(name in given for name in BUDGET), portable)
     params = SfiParams.of(given.pop("support", _DEFAULT.support), **given).validate()
     if "fidelity" in options:
         options["fidelity"] = _settled_by(options["fidelity"], params, "tolerance" in given)
-    return params, not any(name in given for name in BUDGET)
+    return params, fit
 
 
 def _settled_by(fidelity: float | str | None, params: SfiParams, has_tolerance: bool) -> float | str | None:

@@ -12,6 +12,7 @@ POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
 BUDGET = ("n_sink", "n_recent", "n_selected")  # the fields of a budget ...
 SKETCH_BITS = ("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2")  # ... and of a sketch's format
+PORTABLE_POLICY = "frozen"  # needs no operations of ours, so that every device can have it
 MAX_QUERIES = 64
 SKETCH_DEPTH = 1024  # cells from which policy sketch is faster than dense, where nothing was measured
 

@@ -36,9 +36,11 @@ class Request:
     threads: int | None
     ctx: int | None
     kv_type: str
+    gpu_layers: int | None
     verbose: bool
     params: Any
     fit_budget: bool
+    portable_params: Any
     fidelity: float | str | None
 
     def check(self) -> None:
@@ -85,8 +87,8 @@ class Request:
             path = resolve_noted(self.model, fetching)
         with progress("loading", "%") as loading:
             return load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
-                        type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, fidelity=self.fidelity,
-                        verbose=self.verbose, progress=loading)
+                        type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
+                        fidelity=self.fidelity, gpu_layers=self.gpu_layers, verbose=self.verbose, progress=loading)
 
     def sampling(self) -> Any:
         from sfi_local.sampling import Sampling

@@ -54,8 +54,8 @@ def command(**options: Any) -> None:
     bytes read compared with dense decoding. In mode exact also how many tokens were drafted and how many of them kept,
     and ties: tokens that rounding might have decided otherwise.
     """
-    params, fit_budget = take_params(options)
-    request = RunRequest(**options, params=params, fit_budget=fit_budget)
+    params, fit = take_params(options)
+    request = RunRequest(**options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
     request.check()
     if request.is_chat():
         from sfi_local.chat import chat
@@ -139,6 +139,8 @@ def report(model: Any, tally: Any, request: Request, sampling: Any) -> dict[str,
         "mode": request.mode,
         "model": request.model,
         "source_id": source_id(),
+        "support": model.session.params.support,
+        "path": path(model),
         "budget": model.session.params.budget,
         "tolerance": model.session.params.tolerance,
         "n_ctx": model.session.n_ctx,
@@ -167,9 +169,17 @@ def statistics(model: Any, tally: Any) -> str:
     if tally.n_drafted:
         parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted}, ties {tally.n_ties}")
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
+    if path(model) not in ("native", "stock"):
+        parts.append(f"{path(model)} path")
     ends = {"length": "stopped at -n", "context": "stopped: the context is full", "stop": "stopped at a stop text",
             "": "interrupted"}
     return "; ".join(parts + [ends[tally.finish]] if tally.finish in ends else parts)
+
+
+def path(model: Any) -> str:
+    """Whose operations made the supports, see Engine.path; ``stock`` where sfi is not attached."""
+    engine = model.session.engine if model.session else None
+    return engine.path if engine else "stock"
 
 
 def kv_read_share(model: Any) -> float:

@@ -166,12 +166,20 @@ class Session:
             return None
         depth = (self.params.auto_depth or auto_depth(self.params)) if self.mode in ("auto", "exact") else 0
         try:
-            return Engine(self._context.ctx, self.params.replace(auto_depth=depth), owner=self._context)
+            engine = Engine(self._context.ctx, self.params.replace(auto_depth=depth), owner=self._context)
+            self._check_exact(engine)
+            return engine
         except (ModelError, ContextError, KvTypeError, BackendError) as error:
             if self.mode != "auto":
                 raise type(error)(f"{error} `--mode stock` decodes it with llama.cpp's own path.") from None
             self.why_stock = str(error)
             return None
+
+    def _check_exact(self, engine: Engine) -> None:
+        if self.mode == "exact" and engine.path != "native":
+            engine.close()
+            raise BackendError("Mode exact verifies drafts in batches, which a device of this model computes with other rounding "
+                               "than single tokens: use mode dense, or mode sfi with --support frozen.")
 
     def _engine_step(self, token: int, schedule: Schedule | None) -> StepInfo:
         exact = self.mode == "exact" and self.can_draft(token)  # else the schedule's step is a dense or a slow one

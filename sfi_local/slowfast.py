@@ -21,7 +21,7 @@ from sfi_local.errors import (ArgumentError, BackendError, ContextError, KvTypeE
 from sfi_local.gguf_file import read_gguf  # noqa: E402
 from sfi_local.library import log  # noqa: E402
 from sfi_local.machine import physical_cores  # noqa: E402
-from sfi_local.params import SfiParams, auto_depth  # noqa: E402
+from sfi_local.params import PORTABLE_POLICY, SfiParams, auto_depth  # noqa: E402
 from sfi_local.session import MODES as SESSION_MODES  # noqa: E402
 
 MODES = tuple(mode for mode in SESSION_MODES if mode != "exact")
@@ -31,7 +31,8 @@ class SlowFastLlama(Llama):
     """``llama_cpp.Llama`` whose single tokens are slow, fast or dense steps.
 
     mode:       ``auto`` (slow-fast from the depth where it pays), ``sfi``, ``dense`` or ``stock``
-    sfi_params: budget, schedule and selector; None: the defaults, made smaller where n_ctx is
+    sfi_params: budget, schedule and selector; None: the defaults, made smaller where n_ctx is, and of policy frozen where a
+                device of the model lacks the operations of the default one
     Everything else is as in llama_cpp.Llama, except that flash attention is always on and that n_threads is one per
     physical core unless given.
 
@@ -103,13 +104,25 @@ class SlowFastLlama(Llama):
 
     def _attach(self) -> str:
         """Attach the engine; returns why not, where mode ``auto`` allows that."""
-        params = self._given_params or SfiParams().fit_context(self.n_ctx())
-        params.check_context(self.n_ctx())
-        depth = auto_depth(params) if self.mode == "auto" else 0
         try:
-            self.engine = Engine(self.ctx, params.replace(auto_depth=depth), owner=self._ctx)
+            if self._given_params:
+                self._attach_with(self._given_params)
+            else:
+                self._attach_default()
             return ""
         except (ModelError, ContextError, KvTypeError, BackendError) as error:
             if self.mode != "auto":
                 raise
             return str(error)
+
+    def _attach_default(self) -> None:
+        """With the default policy, or with the one that every device has."""
+        try:
+            self._attach_with(SfiParams().fit_context(self.n_ctx()))
+        except BackendError:
+            self._attach_with(SfiParams.of(PORTABLE_POLICY).fit_context(self.n_ctx()))
+
+    def _attach_with(self, params: SfiParams) -> None:
+        params.check_context(self.n_ctx())
+        depth = auto_depth(params) if self.mode == "auto" else 0
+        self.engine = Engine(self.ctx, params.replace(auto_depth=depth), owner=self._ctx)

@@ -36,8 +36,8 @@ def command(**options: Any) -> None:
 
     The paths of what was written go to stdout.
     """
-    params, fit_budget = take_params(options)
-    request = ViewRequest(**options, params=params, fit_budget=fit_budget)
+    params, fit = take_params(options)
+    request = ViewRequest(**options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
     request.check()
     view(request)
 

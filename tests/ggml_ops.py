@@ -1,4 +1,4 @@
-"""One ggml operation at a time, from numpy to numpy, on the CPU backend.
+"""One ggml operation at a time, from numpy to numpy, on the CPU backend, or on that of a GPU's shim: SFI_TEST_DEVICE=CUDA-shim.
 
     with Graph() as g:
         q = g.tensor(q_array)                       # float32 or int32, contiguous
@@ -15,12 +15,14 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, 
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 # ggml's OpenMP threads spin when they wait; with more threads than idle cores that makes these tests ten times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 8, "i8": 24, "i32": 26, "bf16": 30}
 DEVICE_CPU = 0  # enum ggml_backend_dev_type
+DEVICE = os.environ.get("SFI_TEST_DEVICE", "")
 MEM_SIZE = 512 << 20  # of a context; only what is touched becomes real
 POISON = 0xFF  # filled into memory no operation may read (NaN in every float type) or must overwrite
 
@@ -65,6 +67,8 @@ SIGNATURES = {
     "ggml_backend_dev_count": (SIZE, []),
     "ggml_backend_load_all_from_path": (None, [c_char_p]),
     "ggml_backend_init_by_type": (c_void_p, [I, c_char_p]),
+    "ggml_backend_init_by_name": (c_void_p, [c_char_p, c_char_p]),
+    "ggml_backend_load": (c_void_p, [c_char_p]),
     "ggml_backend_get_device": (c_void_p, [c_void_p]),
     "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
@@ -99,6 +103,12 @@ class Library:
         reg = self.ggml_backend_dev_backend_reg(self.ggml_backend_get_device(self.cpu))
         address = self.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
         self.set_n_threads = ctypes.CFUNCTYPE(None, c_void_p, I)(address)
+        self.backend = self.cpu
+        if DEVICE:
+            shim = lib_dir.resolve() / f"libsfi-{DEVICE.lower()}.so"
+            if not self.ggml_backend_load(str(shim).encode()):
+                raise Stranger(f"{shim} cannot be loaded: build with -DSFI_TESTS=ON")
+            self.backend = self.ggml_backend_init_by_name(DEVICE.encode(), None)
 
     def function(self, name, restype, argtypes):
         for part in self.parts:
@@ -246,18 +256,25 @@ class Graph:
     # -- result --
 
     def supported(self, out):
-        return self.lib.ggml_backend_supports_op(self.lib.cpu, out)
+        """On a GPU's shim the test is skipped where it does not: GPUs have kernels for some types and sizes only."""
+        answer = self.lib.ggml_backend_supports_op(self.lib.backend, out)
+        if DEVICE and not answer:
+            pytest.skip(f"{DEVICE} does not compute this")
+        return answer
 
     def compute(self, out, n_threads=1, in_place=False):
         """The F32, I32 or I8 result as an array. It is poisoned first, so what the operation does not write is seen;
         but not that of an operation which works in place."""
+        if DEVICE:
+            self.supported(out)
         data, n_bytes = self.lib.ggml_get_data(out), self.lib.ggml_nbytes(out)
         if not in_place:
             ctypes.memset(data, POISON, n_bytes)
         graph = self.lib.ggml_new_graph(self.ctx)
         self.lib.ggml_build_forward_expand(graph, out)
-        self.lib.set_n_threads(self.lib.cpu, n_threads)
-        status = self.lib.ggml_backend_graph_compute(self.lib.cpu, graph)
+        if not DEVICE:
+            self.lib.set_n_threads(self.lib.cpu, n_threads)
+        status = self.lib.ggml_backend_graph_compute(self.lib.backend, graph)
         assert status == 0, f"ggml status {status}"
         return self.read(out)
 

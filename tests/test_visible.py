@@ -91,3 +91,16 @@ def test_a_token_sees_nothing_beyond():
 def test_the_number_of_threads_changes_nothing():
     batch = make(9, 650)
     assert all(np.array_equal(batch.run(n_threads=n), batch.run(n_threads=1)) for n in (2, 3, 5))
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_pads_beyond_what_a_token_sees_are_as_good_as_a_cut(kind):
+    """So much every backend promises: GPUs split a list by its length."""
+    batch = make(6, 700, n_embd=64, kind=kind, pads=True, tail=True)
+    together = batch.run()
+    for t, n in enumerate(batch.visible[0]):
+        whole = batch.always.copy()
+        batch.always[..., n:] = -1
+        alone = batch.run(slice(t, t + 1), visible=False)
+        batch.always = whole
+        assert np.array_equal(together[:, t:t + 1], alone)

@@ -32,3 +32,30 @@ foreach (program IN LISTS SFI_PROGRAMS)
         INSTALL_RPATH "${SFI_ORIGIN}"
         RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
 endforeach()
+
+# The GPUs' kernels on the CPU: backends that test-backend-ops loads.
+if (UNIX)
+    set(shim "${CMAKE_CURRENT_SOURCE_DIR}/tests/gpu-shim")
+    sfi_write_metal_text("${SFI_GENERATED}")
+    set(cuda_sources "")
+    set(metal_sources ${SFI_METAL_SOURCES})
+    foreach (gpu cuda metal)
+        set(target sfi-${gpu}-shim)
+        add_library(${target} MODULE "${shim}/${gpu}-shim.cpp" "${shim}/gpu-shim.cpp" "${shim}/shim-backend.cpp" ${${gpu}_sources})
+        target_include_directories(${target} PRIVATE "${shim}" "${CMAKE_CURRENT_SOURCE_DIR}/ggml" "${CMAKE_CURRENT_SOURCE_DIR}/ggml/${gpu}"
+            "${SFI_TREE}/ggml/src" "${SFI_TREE}/ggml/src/ggml-metal" "${SFI_GENERATED}")
+        target_compile_definitions(${target} PRIVATE SFI_GPU_SHIM GGML_BACKEND_DL GGML_BACKEND_BUILD GGML_BACKEND_SHARED)
+        target_compile_options(${target} PRIVATE -O2 -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function)
+        target_link_libraries(${target} PRIVATE ggml-base)
+        set_target_properties(${target} PROPERTIES
+            CXX_STANDARD 17
+            PREFIX "lib"
+            BUILD_WITH_INSTALL_RPATH ON
+            INSTALL_RPATH "${SFI_ORIGIN}"
+            LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+    endforeach()
+    # Metal compiles with fast math, and positions that a kernel does not need are parameters all the same
+    set_source_files_properties("${shim}/metal-shim.cpp" PROPERTIES
+        COMPILE_OPTIONS "-ffast-math;-Wno-attributes;-Wno-unused-parameter"
+        OBJECT_DEPENDS "${SFI_GENERATED}/sfi-kernels.metal")
+endif()

@@ -52,7 +52,7 @@ foreach (target IN LISTS targets)
         endif()
     endif()
 endforeach()
-foreach (backend cuda metal vulkan blas hip sycl opencl rpc)  # backends live in directories of their own
+foreach (backend cuda metal vulkan blas hip musa sycl opencl rpc)  # backends live in directories of their own
     if (TARGET ggml-${backend})
         list(APPEND SFI_BACKEND_TARGETS ggml-${backend})
     endif()
@@ -62,7 +62,10 @@ set(SFI_LIBRARIES llama ggml ggml-base ${SFI_CPU_TARGETS} ${SFI_BACKEND_TARGETS}
 
 # ---- our sources ----------------------------------------------------------------------------------------------
 
+include(sfi-metal)
 set(native "${CMAKE_CURRENT_SOURCE_DIR}")
+set(SFI_GENERATED "${CMAKE_BINARY_DIR}/generated")
+file(MAKE_DIRECTORY "${SFI_GENERATED}")
 file(GLOB SFI_GGML_SOURCES  CONFIGURE_DEPENDS "${native}/ggml/*.c"       "${native}/ggml/*.cpp")
 file(GLOB SFI_CPU_SOURCES   CONFIGURE_DEPENDS "${native}/ggml/cpu/*.c"   "${native}/ggml/cpu/*.cpp")
 file(GLOB SFI_LLAMA_SOURCES CONFIGURE_DEPENDS "${native}/llama/*.cpp"    "${native}/*.cpp")
@@ -80,9 +83,25 @@ foreach (target IN LISTS SFI_CPU_TARGETS)
     target_include_directories(${target} PRIVATE "${native}/ggml" "${native}/ggml/cpu" "${SFI_TREE}/ggml/src" "${SFI_TREE}/ggml/src/ggml-cpu")
 endforeach()
 
-# sfi-source-id.h is written at build time, so that an edit recompiles the one file that includes it
-set(SFI_GENERATED "${CMAKE_BINARY_DIR}/generated")
-file(MAKE_DIRECTORY "${SFI_GENERATED}")
+# likewise in the GPUs' targets
+file(GLOB SFI_CUDA_SOURCES CONFIGURE_DEPENDS "${native}/ggml/cuda/*.cu")
+foreach (target ggml-cuda ggml-hip ggml-musa)
+    if (TARGET ${target})
+        target_include_directories(${target} PRIVATE "${native}/ggml" "${native}/ggml/cuda" "${SFI_TREE}/ggml/src/ggml-cuda")
+    endif()
+endforeach()
+if (TARGET ggml-cuda)
+    target_sources(ggml-cuda PRIVATE ${SFI_CUDA_SOURCES})
+endif()
+file(GLOB SFI_METAL_SOURCES CONFIGURE_DEPENDS "${native}/ggml/metal/*.cpp")
+if (TARGET ggml-metal)
+    sfi_write_metal_text("${SFI_GENERATED}")
+    target_sources(ggml-metal PRIVATE ${SFI_METAL_SOURCES})
+    target_include_directories(ggml-metal PRIVATE "${native}/ggml" "${native}/ggml/metal" "${SFI_TREE}/ggml/src/ggml-metal" "${SFI_GENERATED}")
+    target_compile_features(ggml-metal PRIVATE cxx_std_17)
+endif()
+
+# sfi-source-id.h is written there at build time, so that an edit recompiles the one file that includes it
 if (SFI_LLAMA_SOURCES)
     target_sources(llama PRIVATE ${SFI_LLAMA_SOURCES})
     set_source_files_properties(${SFI_LLAMA_SOURCES} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)

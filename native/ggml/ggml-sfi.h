@@ -45,9 +45,9 @@ GGML_API struct ggml_tensor * ggml_sparse_attn(
         float                 scale,
         float                 logit_softcap);
 
-// Tokens of one text: token t sees only the first visible[t] entries of `always` (pads count). The rows of K and V are
-// then read once for all tokens, and the result of each is bit for bit that of the operation for it alone, if `always`
-// is then cut at visible[t].
+// Tokens of one text: token t sees only the first visible[t] entries of `always` (pads count). The result of each is bit for
+// bit that of the operation for it alone whose `always` has pads from visible[t] on. The CPU reads the rows of K and V once
+// for all tokens, and there `always` may also be cut at visible[t].
 //
 //   attn      result of ggml_sparse_attn() whose `always` is the same for all tokens, without `selected`
 //   visible   I32 [n_tokens, n_stream]
@@ -243,7 +243,7 @@ GGML_API struct ggml_tensor * ggml_sketch_encode(
 // group. Equal logits in all heads: the lower cell wins. A share or score may be off by 1e-4 of itself.
 // result: the sketched V of the cells that were not selected, weighted by the softmax of their logits, then the log-sum-exp of
 // these. Without such cells: zeros and -INFINITY; also if their share is below 2^-20. Weights may be rounded to 2^-21 of
-// the largest among 256 cells, be it selected or not, and to 2^-15 of it for V. A format without components of V gives zeros for V.
+// the largest among 256 cells, be it selected or not, and to 2^-15 of it for V. A format without components of V gives its mean.
 GGML_API struct ggml_tensor * ggml_sketch_scan(
         struct ggml_context             * ctx,
         struct ggml_tensor              * q,

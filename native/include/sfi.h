@@ -115,7 +115,7 @@ SFI_API struct sfi_params sfi_policy_params(enum sfi_policy policy);
 /* Attach to a context. On failure *out is NULL and sfi_last_error() says what to change.
  * SFI_ERR_MODEL: no layer of this model can be sparse. SFI_ERR_CONTEXT: flash attention off, embeddings,
  * several sequences in a unified KV cache. SFI_ERR_KV_TYPE: K or V type without a kernel. SFI_ERR_BACKEND:
- * a layer with sparse attention lives on a device that lacks the operations. */
+ * a layer with sparse attention lives on a device that lacks the operations of this policy. */
 SFI_API int  sfi_attach(struct llama_context * lctx, const struct sfi_params * params, struct sfi ** out);
 
 /* Detach and free; NULL is accepted. The llama_context stays usable (or may already be gone). While another thread
@@ -193,12 +193,24 @@ SFI_API int sfi_invalidate(struct sfi * sfi, llama_seq_id seq);
 
 /* ---- inspection: the support-stability hook ---------------------------------------------------------------- */
 
+/* Whose operations make the support of a layer. */
+enum sfi_path {
+    SFI_PATH_NONE     = 0, /* its device lacks them: refused */
+    SFI_PATH_NATIVE   = 1, /* ours */
+    SFI_PATH_PORTABLE = 2, /* ggml's own, which any GPU has: policies frozen and window, selector topk, no sfi_verify() */
+};
+
 struct sfi_layer {
     bool    sparse;        /* fast steps are sparse in this layer */
     int32_t n_head, n_head_kv, n_embd_head_k, n_embd_head_v;
     size_t  kv_cell_bytes; /* bytes of K and V of one cell, all KV heads */
     const char * why;      /* why the layer stays dense; "" if sparse */
+    enum sfi_path path;    /* NONE if not sparse */
 };
+
+/* The path of layers (F16, head size 128) on a device of ggml_backend_dev_get(). NONE: *lacks, which may be NULL, names the
+ * operations it lacks, until the next call of this thread. With SFI_PORTABLE_PATH set to 1 in the environment: never native. */
+SFI_API enum sfi_path sfi_device_path(size_t device, const struct sfi_params * params, const char ** lacks);
 
 SFI_API int32_t sfi_n_layer(const struct sfi * sfi);
 SFI_API int     sfi_get_layer(const struct sfi * sfi, int32_t il, struct sfi_layer * layer);
@@ -271,6 +283,7 @@ SFI_API const char * sfi_last_error(void);
 
 SFI_API const char * sfi_kind_name  (enum sfi_step_kind kind);
 SFI_API const char * sfi_reason_name(enum sfi_reason reason);
+SFI_API const char * sfi_path_name  (enum sfi_path path);
 
 /* The sources this library was built from: "<llama.cpp commit>+<hash of our patches and native code>".
  * Compare it with the one you were built against. */

@@ -11,7 +11,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <atomic>
 #include <thread>
 
 static constexpr int32_t max_rows   = 2048; // of K and V that a fit looks at, evenly spread over the text
@@ -35,7 +34,10 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
     const int32_t n_queries = n_known_queries(st.query_pos);
     int32_t from = st.j1; // what comes after has no codes yet
     if (st.outgrown || st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {
-        fit(s, lctx.get_cparams().n_threads_batch);
+        if (!fit(lctx, s)) {
+            invalidate(s);
+            return false;
+        }
         st.n_fit         = j1 - j0;
         st.n_fit_queries = n_queries;
         st.outgrown      = false;
@@ -64,19 +66,53 @@ int64_t llama_support::sketch_bytes(uint32_t s) const {
 
 // ---- fitting -------------------------------------------------------------------------------------------------------------
 
-// rows [n_embd_gqa] of the cells in one stream of a cache tensor, in F32
-static std::vector<float> rows_of(const ggml_tensor * cache, uint32_t stream, int64_t n_embd, const std::vector<int32_t> & cells) {
-    const size_t row = ggml_row_size(cache->type, n_embd);
+// rows [n_embd] of some cells in one stream of a tensor that the host can read, in F32
+static std::vector<float> host_rows(const ggml_tensor * cache, uint32_t stream, int64_t n_embd, const std::vector<int32_t> & cells) {
     const auto to_float = ggml_get_type_traits(cache->type)->to_float;
     std::vector<float> out(cells.size()*n_embd);
-    std::vector<char>  raw(row);
     for (size_t i = 0; i < cells.size(); ++i) {
-        ggml_backend_tensor_get(cache, raw.data(), stream*cache->nb[2] + cells[i]*cache->nb[1], row);
+        const char * raw = (const char *) cache->data + stream*cache->nb[2] + cells[i]*cache->nb[1];
         if (to_float) {
-            to_float(raw.data(), &out[i*n_embd], n_embd);
+            to_float(raw, &out[i*n_embd], n_embd);
         } else {
-            std::copy_n((const float *) raw.data(), n_embd, &out[i*n_embd]);
+            std::copy_n((const float *) raw, n_embd, &out[i*n_embd]);
         }
+    }
+    return out;
+}
+
+// The same of several tensors of one device: gathered there, because a copy for every row takes longer than the fit.
+// Empty if computing failed.
+static std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted) {
+    const size_t n_tensors = 4*wanted.size();
+    ggml_context_ptr ctx(ggml_init({ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false), nullptr, true }));
+    if (!ctx) {
+        return {};
+    }
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), n_tensors, false);
+    std::vector<ggml_tensor *> lists, gathered;
+    for (const auto & [t, cells] : wanted) {
+        ggml_tensor * rows = ggml_view_2d(ctx.get(), t, t->ne[0], t->ne[1], t->nb[1], stream*t->nb[2]);
+        lists.push_back(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, cells->size()));
+        ggml_set_input(lists.back());
+        gathered.push_back(ggml_get_rows(ctx.get(), rows, lists.back()));
+        ggml_set_output(gathered.back());
+        ggml_build_forward_expand(graph, gathered.back());
+    }
+    ggml_backend_sched_t sched = lctx.get_sched();
+    ggml_backend_sched_reset(sched);
+    if (!ggml_backend_sched_alloc_graph(sched, graph)) {
+        return {};
+    }
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        ggml_backend_tensor_set(lists[i], wanted[i].second->data(), 0, ggml_nbytes(lists[i]));
+    }
+    const bool ok = lctx.graph_compute(graph, true) == GGML_STATUS_SUCCESS;
+    ggml_backend_sched_synchronize(sched);
+    std::vector<std::vector<float>> out;
+    for (size_t i = 0; i < wanted.size() && ok; ++i) {
+        out.emplace_back(ggml_nelements(gathered[i]));
+        ggml_backend_tensor_get(gathered[i], out[i].data(), 0, ggml_nbytes(gathered[i]));
     }
     return out;
 }
@@ -93,21 +129,33 @@ static llama_sketch_rows head_of(const std::vector<float> & rows, int64_t n_embd
     return out;
 }
 
-void llama_support::fit_layer(uint32_t s, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries) {
+bool llama_support::fit_rows(llama_context & lctx, uint32_t s, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries, layer_rows & out) {
+    auto & layer = layers[il];
+    ggml_tensor * k = kv->get_k_storage(il);
+    if (ggml_backend_buffer_is_host(k->buffer)) {
+        out = { host_rows(k, s, layer.n_embd_k*layer.n_head_kv, cells), host_rows(layer.v, s, layer.n_embd_v*layer.n_head_kv, cells),
+                host_rows(layer.queries, s, layer.queries->ne[0], queries) };
+        return true;
+    }
+    scheduler_used = true;
+    auto rows = device_rows(lctx, s, { { k, &cells }, { layer.v, &cells }, { layer.queries, &queries } });
+    if (rows.empty()) {
+        return false;
+    }
+    out = { std::move(rows[0]), std::move(rows[1]), std::move(rows[2]) };
+    return true;
+}
+
+void llama_support::fit_layer(uint32_t s, int32_t il, const layer_rows & rows) {
     auto & layer = layers[il];
     const int64_t d_k = layer.n_embd_k, d_v = layer.n_embd_v;
     const int64_t n_head_kv = layer.n_head_kv, n_embd_q = layer.queries->ne[0];
     const int64_t group = n_embd_q/d_k/n_head_kv;
 
-    const ggml_tensor * k = kv->get_k_storage(il), * v = layer.v;
-    const auto rows_k = rows_of(k, s, d_k*n_head_kv, cells);
-    const auto rows_v = rows_of(v, s, d_v*n_head_kv, cells);
-    const auto rows_q = rows_of(layer.queries, s, n_embd_q, queries);
-
     std::vector<float> basis(layer.basis->ne[0]);
     for (int64_t h = 0; h < n_head_kv; ++h) {
-        const float error = llama_sketch_fit(head_of(rows_k, d_k*n_head_kv, d_k, h, 1), head_of(rows_v, d_v*n_head_kv, d_v, h, 1),
-                head_of(rows_q, n_embd_q, d_k, h*group, group), d_k, d_v, layer.format, basis.data());
+        const float error = llama_sketch_fit(head_of(rows.k, d_k*n_head_kv, d_k, h, 1), head_of(rows.v, d_v*n_head_kv, d_v, h, 1),
+                head_of(rows.q, n_embd_q, d_k, h*group, group), d_k, d_v, layer.format, basis.data());
         layer.logit_error[s*n_head_kv + h] = error*layer.kq_scale;
         const float least = params.tolerance/std::max(layer.logit_error[s*n_head_kv + h], 1e-6f);
         ggml_backend_tensor_set(layer.least, &least, s*layer.least->nb[1] + h*sizeof(float), sizeof(float));
@@ -115,7 +163,8 @@ void llama_support::fit_layer(uint32_t s, int32_t il, const std::vector<int32_t>
     }
 }
 
-void llama_support::fit(uint32_t s, int n_threads) {
+// A layer for each thread at a time: their rows are gathered one after the other, then all are fitted at once.
+bool llama_support::fit(llama_context & lctx, uint32_t s) {
     const auto & st = streams[s];
     const int32_t first = std::min<int32_t>(params.n_sink, st.cells.size()), n = (int32_t) st.cells.size() - first;
     std::vector<int32_t> cells, queries;
@@ -133,20 +182,25 @@ void llama_support::fit(uint32_t s, int n_threads) {
             todo.push_back(il);
         }
     }
-    std::atomic<size_t> next{0};
-    const auto work = [&] {
-        for (size_t i = next++; i < todo.size(); i = next++) {
-            fit_layer(s, todo[i], cells, queries);
+    const size_t n_threads = std::max(1, lctx.get_cparams().n_threads_batch);
+    std::vector<layer_rows> rows(n_threads);
+    for (size_t begin = 0; begin < todo.size(); begin += n_threads) {
+        const size_t n_now = std::min(n_threads, todo.size() - begin);
+        std::vector<std::thread> helpers;
+        for (size_t i = 0; i < n_now; ++i) {
+            if (!fit_rows(lctx, s, todo[begin + i], cells, queries, rows[i])) {
+                return false;
+            }
         }
-    };
-    std::vector<std::thread> helpers;
-    for (int t = 1; t < n_threads; ++t) {
-        helpers.emplace_back(work);
+        for (size_t i = 1; i < n_now; ++i) {
+            helpers.emplace_back([&, i] { fit_layer(s, todo[begin + i], rows[i]); });
+        }
+        fit_layer(s, todo[begin], rows[0]);
+        for (auto & helper : helpers) {
+            helper.join();
+        }
     }
-    work();
-    for (auto & helper : helpers) {
-        helper.join();
-    }
+    return true;
 }
 
 // ---- codes ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 #include "llama-support.h"
 
 #include "huge-pages.h"
+#include "llama-portable.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -68,19 +69,40 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
             break; // all layers of a host share one buffer
         }
     }
-    if (params.selects()) {
+    for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
+        if (is_sparse(il)) {
+            layers[il].path = path_of(model, il, this->params, &layers[il].lacks);
+        }
+    }
+    if (params.selects() || has_portable()) {
         allocate(model);
     }
 }
 
+static llama_path_shape shape_of(const llama_model & model, const llama_kv_cache & kv, int32_t il) {
+    const auto & hparams = model.hparams;
+    return { hparams.n_head(il), hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), kv.type_k(), kv.type_v(),
+        model.layers[il].attn_sinks != nullptr };
+}
+
+llama_support_path llama_support::path_of(const llama_model & model, int32_t il, const llama_support_params & p, std::string * lacks) const {
+    return llama_path_choose(llama_path_device(kv->get_k_storage(il)->buffer), shape_of(model, *kv, il), p, lacks);
+}
+
+bool llama_support::has_path_with_f16(const llama_model & model, int32_t il) const {
+    auto shape = shape_of(model, *kv, il);
+    shape.type_k = shape.type_v = GGML_TYPE_F16;
+    return llama_path_choose(llama_path_device(kv->get_k_storage(il)->buffer), shape, params) != LLAMA_PATH_NONE;
+}
+
 void llama_support::allocate(const llama_model & model) {
     const auto & hparams = model.hparams;
-    std::map<ggml_backend_buffer_type_t, ggml_context *> contexts;
+    std::map<std::pair<ggml_backend_buffer_type_t, llama_support_path>, ggml_context *> contexts;
 
-    const auto context_of = [&](ggml_backend_buffer_type_t buft) {
-        auto & ctx = contexts[buft];
+    const auto context_of = [&](int32_t il) {
+        auto & ctx = contexts[{ ggml_backend_buffer_get_type(kv->get_k_storage(il)->buffer), layers[il].path }];
         if (!ctx) {
-            ctx = ggml_init({ 7*layers.size()*ggml_tensor_overhead(), nullptr, true });
+            ctx = ggml_init({ (8*layers.size() + 2)*ggml_tensor_overhead(), nullptr, true });
             if (!ctx) {
                 throw std::bad_alloc();
             }
@@ -91,40 +113,44 @@ void llama_support::allocate(const llama_model & model) {
 
     const int64_t n_stream = streams.size();
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
-        if (!is_sparse(il)) {
+        if (!is_sparse(il) || layers[il].path == LLAMA_PATH_NONE) {
             continue;
         }
-        ggml_context * ctx = context_of(ggml_backend_buffer_get_type(kv->get_k_storage(il)->buffer));
+        ggml_context * ctx = context_of(il);
         const int64_t n_head_kv = hparams.n_head_kv(il);
         const int64_t n_embd_q  = (int64_t) hparams.n_embd_head_k(il)*hparams.n_head(il);
 
         auto & layer = layers[il];
+        if (layer.path == LLAMA_PATH_PORTABLE) {
+            llama_portable_allocate(ctx, layer, shape_of(model, *kv, il), params, always_size(), kv->get_size(), n_stream);
+        }
+        if (!params.selects()) {
+            continue;
+        }
         layer.queries   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_q, params.n_queries, n_stream);
-        layer.selected  = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, params.n_selected, n_head_kv, n_stream);
+        layer.selected  = params.policy == LLAMA_SUPPORT_SKETCH ? nullptr
+                        : ggml_new_tensor_3d(ctx, GGML_TYPE_I32, params.n_selected, n_head_kv, n_stream);
         layer.stability = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 4, n_head_kv, n_stream);
         if (params.policy == LLAMA_SUPPORT_SKETCH) {
             allocate_sketch(ctx, model, il);
         }
     }
-    for (auto & [buft, ctx] : contexts) {
-        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
+    if (params.policy == LLAMA_SUPPORT_SKETCH) {
+        allocate_results(model);
+    }
+    for (auto & [kind, ctx] : contexts) {
+        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, kind.first);
         if (!buffer) {
             throw std::bad_alloc();
         }
         if (ggml_backend_buffer_is_host(buffer)) {
             llama_use_huge_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
         }
-        ggml_backend_buffer_clear(buffer, 0xff); // selected: -1
+        // native: selected is -1; portable: lists have no pads, and rows must be numbers though they are masked
+        ggml_backend_buffer_clear(buffer, kind.second == LLAMA_PATH_NATIVE ? 0xff : 0);
         const auto mine = [ctx = ctx](const auto & b) { return b.first.get() == ctx; };
         std::find_if(buffers.begin(), buffers.end(), mine)->second.reset(buffer);
     }
-}
-
-// K: as many bits as the head has values, V: half as many; 1/21 of F16. Chosen by the divergence from dense decoding at equal
-// bytes: of the bits of K many go to weak components, those of V hardly matter, and exact cells are worth more than either.
-static ggml_sketch_format format_for(int64_t n_embd_k, int64_t n_embd_v) {
-    const int32_t k = std::max<int32_t>(1, n_embd_k/64), v = std::max<int32_t>(1, n_embd_v/64);
-    return { 4*k, 12*k, 24*k, 0, 16*v };
 }
 
 void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il) {
@@ -133,6 +159,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     const int64_t n_stream = streams.size(), n_blocks = ((int64_t) kv->get_size() + 15)/16;
 
     auto & layer = layers[il];
+    layer.ctx      = ctx;
     layer.n_embd_k = d_k;
     layer.n_embd_v = d_v;
     layer.n_head_kv = n_head_kv;
@@ -145,13 +172,42 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     first.s0 = first.s1 = 0;
     layer.v = kv->get_v(scratch.get(), il, kv->get_size(), first)->view_src;
 
-    const auto & f = params.format;
-    layer.format = f.n_k4 + f.n_k2 + f.n_k1 > 0 ? f : format_for(d_k, d_v);
+    layer.format = llama_path_format(params.format, d_k, d_v);
     layer.codes  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  16*ggml_sketch_cell_bytes(&layer.format), n_blocks, n_head_kv*n_stream);
     layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
     layer.least  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_head_kv, n_stream);
-    layer.mass   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 2, hparams.n_head(il), n_stream);
     layer.logit_error.assign(n_head_kv*n_stream, 0.0f);
+}
+
+// What every fast step with a sketch says of itself lies together, so that a device is asked once for all of its layers.
+void llama_support::allocate_results(const llama_model & model) {
+    const int64_t n_stream = streams.size();
+    for (const auto & buffer : buffers) {
+        ggml_context * ctx = buffer.first.get();
+        std::vector<int32_t> mine;
+        int64_t n_selected = 0, n_mass = 0;
+        for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
+            if (layers[il].codes && layers[il].ctx == ctx) {
+                mine.push_back(il);
+                n_selected += params.n_selected*layers[il].n_head_kv;
+                n_mass     += 2*model.hparams.n_head(il);
+            }
+        }
+        if (mine.empty()) {
+            continue;
+        }
+        ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_stream);
+        ggml_tensor * mass     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_mass, n_stream);
+        size_t at_selected = 0, at_mass = 0;
+        for (const int32_t il : mine) {
+            auto & layer = layers[il];
+            layer.selected = ggml_view_3d(ctx, selected, params.n_selected, layer.n_head_kv, n_stream, params.n_selected*sizeof(int32_t),
+                    selected->nb[1], at_selected);
+            layer.mass = ggml_view_3d(ctx, mass, 2, model.hparams.n_head(il), n_stream, 2*sizeof(float), mass->nb[1], at_mass);
+            at_selected += params.n_selected*layer.n_head_kv*sizeof(int32_t);
+            at_mass     += 2*model.hparams.n_head(il)*sizeof(float);
+        }
+    }
 }
 
 size_t llama_support::memory() const {
@@ -211,6 +267,7 @@ void llama_support::on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache:
     n_left -= ubatch.n_tokens;
     ubatch_kind    = kind;
     ubatch_refresh = refresh && n_left == 0;
+    ubatch_tokens  = (int32_t) ubatch.n_tokens;
     ubatch_stored  = std::min<int32_t>(ubatch.n_tokens, params.n_queries);
     place(streams[stream], ubatch, sinfo.idxs[0]);
 }
@@ -268,9 +325,14 @@ void llama_support::finish(bool ok) {
     if (!ok || n_left > 0) {
         invalidate(stream);
     } else if (refresh) {
+        const auto [j0, j1] = candidates((int32_t) st.cells.size());
         if (params.policy != LLAMA_SUPPORT_SKETCH) { // there the window moves with what has codes
-            std::tie(st.j0, st.j1) = candidates((int32_t) st.cells.size());
+            st.j0 = j0;
+            st.j1 = j1;
         }
+        st.n_previous = st.n_chosen;
+        st.n_chosen   = std::min(params.n_selected, j1 - j0);
+        st.n_scanned  = scan_size(st);
         st.valid  = true;
         st.edited = false;
         st.span   = 0;
@@ -284,7 +346,7 @@ void llama_support::finish(bool ok) {
 bool llama_support::roll_back(uint32_t s, int32_t n, const std::function<bool()> & remove) {
     auto & st = streams[s];
     const int64_t left = (int64_t) st.cells.size() - n;
-    if (!st.mirrored || left < (st.valid ? st.j1 : 1)) {
+    if (!st.mirrored || left < (st.valid ? st.j1 : 1) || overwritten(n)) {
         return remove(); // an edit like any other
     }
     const llama_pos last_pos = kv->get_cells(s).pos_get(st.cells[left - 1]);
@@ -349,6 +411,27 @@ int32_t llama_support::depth(uint32_t s) const {
     }
     const llama_seq_id seq = (llama_seq_id) s; // one sequence per stream
     return (int32_t) kv->get_cells(seq).seq_pos_get(seq).size();
+}
+
+std::vector<int32_t> llama_support::read_selected(uint32_t s, int32_t il, int32_t head_kv) const {
+    if (layers[il].path == LLAMA_PATH_PORTABLE) {
+        return read_portable(s, il, head_kv);
+    }
+    const ggml_tensor * t = layers[il].selected;
+    std::vector<int32_t> list(t->ne[0]);
+    ggml_backend_tensor_get(t, list.data(), s*t->nb[2] + head_kv*t->nb[1], t->nb[1]);
+    list.erase(std::remove_if(list.begin(), list.end(), [](int32_t cell) { return cell < 0; }), list.end());
+    return list;
+}
+
+std::array<float, 4> llama_support::read_stability(uint32_t s, int32_t il, int32_t head_kv) const {
+    if (layers[il].path == LLAMA_PATH_PORTABLE) {
+        return portable_stability(s, il, head_kv);
+    }
+    const ggml_tensor * t = layers[il].stability;
+    std::array<float, 4> values;
+    ggml_backend_tensor_get(t, values.data(), s*t->nb[2] + head_kv*t->nb[1], sizeof(values));
+    return values;
 }
 
 // ---- the graph input ---------------------------------------------------------------------------------------------------
@@ -479,6 +562,7 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
         return nullptr;
     }
     auto inp = std::make_unique<llama_support_input>(support);
+    inp->portable = llama_portable_build_input(g, support);
     const auto & key    = inp->built;
     const auto & params = support->get_params();
 
@@ -520,11 +604,14 @@ ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * vi
     return ggml_permute(ctx, all, 0, 2, 1, 3);
 }
 
-static void store_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer, ggml_tensor * q) {
+// The ring of queries afterwards, [n_embd_head_k*n_head, n_queries].
+static ggml_tensor * store_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer, ggml_tensor * q) {
     const int64_t n = inp->built.n_stored;
     ggml_tensor * last = ggml_view_3d(g.ctx0, q, q->ne[0], q->ne[1], n, q->nb[1], q->nb[2], (q->ne[2] - n)*q->nb[2]);
     last = ggml_cont_2d(g.ctx0, last, q->ne[0]*q->ne[1], n);
-    ggml_build_forward_expand(g.gf, ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows));
+    ggml_tensor * kept = ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows);
+    ggml_build_forward_expand(g.gf, kept);
+    return kept;
 }
 
 // the queries that give evidence, as [n_embd_head_k, n_head, n_queries]
@@ -575,10 +662,7 @@ static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_su
     const int64_t n_head = q->ne[2], n_embd_v = v->ne[0];
     ggml_tensor * queries = inp->support->get_params().n_slow_evidence > 1 ? kept_queries(g, inp, layer, k->ne[0], n_head) : nullptr;
     ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, queries, inp->others, kq_scale, softcap);
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.queries->buffer));
-    if (!dev && ggml_backend_buffer_is_host(layer.queries->buffer)) {
-        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // whose own buffers do not name it
-    }
+    ggml_backend_dev_t dev = llama_path_device(layer.queries->buffer);
     if (!dev || !ggml_backend_dev_supports_op(dev, both)) {
         return nullptr;
     }
@@ -642,8 +726,9 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     k = llama_support_all_cells(ctx, k);
     v = llama_support_all_cells(ctx, v);
 
-    if (key.n_stored > 0) {
-        store_queries(g, inp, layer, q);
+    ggml_tensor * kept = key.n_stored > 0 ? store_queries(g, inp, layer, q) : nullptr;
+    if (layer.path == LLAMA_PATH_PORTABLE) {
+        return llama_portable_build_attn(g, inp->portable, q, kept, k, v, sinks, kq_scale, softcap, il);
     }
     ggml_tensor * q_rows = ggml_permute(ctx, q, 0, 2, 1, 3);
     if (key.refresh && key.kind == LLAMA_SUPPORT_SLOW) {

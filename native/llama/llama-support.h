@@ -11,6 +11,7 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -20,6 +21,7 @@
 struct llama_context;
 struct llama_model;
 struct llama_support_input;
+struct llama_portable_input;
 
 // What the next ubatch does with its attention.
 enum llama_support_kind {
@@ -38,6 +40,19 @@ enum llama_support_policy {
     LLAMA_SUPPORT_SKETCH, // selected anew at every step, from the sketch, which also stands for all other cells
     LLAMA_SUPPORT_ORACLE, // selected anew at every step, from the exact logits: no faster than dense, for measuring
 };
+
+// Whose operations compute the support of a layer.
+enum llama_support_path {
+    LLAMA_PATH_NONE,     // its device lacks them
+    LLAMA_PATH_NATIVE,   // ours, ggml-sfi.h
+    LLAMA_PATH_PORTABLE, // ggml's own, llama-portable.h
+};
+
+// Nodes that the support may add to the graph of a model; its context makes room for them. The portable path takes the most:
+// about 60 per layer where it refreshes from several queries of a text whose cells are in no order.
+inline uint32_t llama_support_max_nodes(uint32_t n_layer) {
+    return 72*n_layer;
+}
 
 struct llama_support_params {
     llama_support_policy policy = LLAMA_SUPPORT_FROZEN;
@@ -62,10 +77,13 @@ struct llama_support_params {
 // A layer's tensors, in the memory of the backend that holds its K.
 struct llama_support_layer {
     std::string   why;                 // why the layer stays dense; empty if it is sparse
+    llama_support_path path = LLAMA_PATH_NONE;
+    std::string   lacks;               // path none: what the device lacks, by name
     ggml_tensor * queries   = nullptr; // F32 [n_embd_head_k*n_head, n_queries, n_stream], a ring
     ggml_tensor * selected  = nullptr; // I32 [n_selected, n_head_kv, n_stream]
     ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
-    // policy sketch
+    // policy sketch; selected and mass are parts of tensors that all layers of a device share
+    ggml_context * ctx = nullptr;      // of these tensors
     ggml_sketch_format format = {};
     int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
     float         kq_scale = 0.0f;
@@ -75,6 +93,23 @@ struct llama_support_layer {
     ggml_tensor * least     = nullptr; // F32 [n_head_kv, n_stream], see ggml_sketch_scan()
     ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
     std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
+    // path portable
+    ggml_tensor * compact_k = nullptr; // [n_embd_head_k, n_compact, n_head_kv, n_stream], and the same of V
+    ggml_tensor * compact_v = nullptr;
+    ggml_tensor * previous  = nullptr; // I32 like selected: the set before
+    ggml_tensor * evidence  = nullptr; // F32 [n_ctx, n_head_kv, n_stream], of the last refresh
+};
+
+// What the portable part of a graph depends on beside llama_support::key.
+struct llama_portable_key {
+    int64_t n_scan   = 0;     // cells that evidence is made of; 0: the ubatch ends without
+    int64_t n_top    = 0;     // cells it selects
+    int64_t n_append = 0;     // always rows it writes
+    bool    ordered  = true;  // cell i holds the i-th token of the text
+
+    bool operator==(const llama_portable_key & o) const {
+        return n_scan == o.n_scan && n_top == o.n_top && n_append == o.n_append && ordered == o.ordered;
+    }
 };
 
 class llama_support {
@@ -133,6 +168,7 @@ public:
         }
     };
     key graph_key() const;
+    llama_portable_key portable_key() const;
 
     int64_t always_size() const { // the longest list of always cells
         return std::min<int64_t>(kv->get_size(), (int64_t) params.n_sink + params.n_recent + params.n_grow);
@@ -143,16 +179,27 @@ public:
     const llama_support_params & get_params() const { return params; }
     const llama_support_layer  & layer(int32_t il) const { return layers[il]; }
     bool                 is_sparse(int32_t il)     const { return layers[il].why.empty(); }
+    bool                 has_portable() const {
+        return std::any_of(layers.begin(), layers.end(), [](const auto & layer) { return layer.path == LLAMA_PATH_PORTABLE; });
+    }
+    // the path that a layer would take with other parameters
+    llama_support_path   path_of(const llama_model & model, int32_t il, const llama_support_params & params, std::string * lacks = nullptr) const;
+    bool                 has_path_with_f16(const llama_model & model, int32_t il) const; // ... or with another type of K and V
     size_t               memory()                  const; // bytes of the buffers
     int64_t              n_refresh(uint32_t stream) const { return streams[stream].n_refresh; }
     llama_kv_cache     * get_kv()                  const { return kv; }
     const std::vector<llama_support_layer> & get_layers() const { return layers; }
+
+    // Of one KV head, from the device: the selected cells, and what ggml_support_stability() says of the last refresh.
+    std::vector<int32_t> read_selected (uint32_t stream, int32_t il, int32_t head_kv) const;
+    std::array<float, 4> read_stability(uint32_t stream, int32_t il, int32_t head_kv) const;
 
     // a graph was computed outside of llama_decode(), which the scheduler of the context does not survive
     bool scheduler_used = false;
 
 private:
     friend struct llama_support_input;
+    friend struct llama_portable_input;
 
     struct stream_state {
         bool     mirrored = false;      // `cells` is what the cache holds
@@ -170,6 +217,8 @@ private:
         int32_t  n_fit     = 0;         // sketch: the basis was fitted to so many candidates; 0: there is none
         int32_t  n_fit_queries = 0;     // and to so many queries
         bool     outgrown  = false;     // somebody asked for another
+        int32_t  n_chosen = 0, n_previous = 0; // portable: cells selected by the last refresh and the one before ...
+        int64_t  n_scanned = 0;                // ... and cells of its evidence
     };
 
     llama_kv_cache     * kv;
@@ -185,19 +234,27 @@ private:
     bool               refresh = false;
     llama_support_kind ubatch_kind    = LLAMA_SUPPORT_NONE;
     bool               ubatch_refresh = false;
-    int32_t            ubatch_stored  = 0;
+    int32_t            ubatch_tokens  = 0;
+    int32_t            ubatch_stored  = 0; // of their queries
     int64_t            rolling_back   = -1; // the stream whose cells are being removed by roll_back()
 
     void    allocate(const llama_model & model);
     void    allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il);
+    void    allocate_results(const llama_model & model);
     void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
     void    find_holes(stream_state & st);
     std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is cells[0 .. first) and cells[second ..)
-    void    fit(uint32_t stream, int n_threads);
-    void    fit_layer(uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries);
+    struct layer_rows { std::vector<float> k, v, q; }; // that a basis is fitted to, [n, n_embd] of all heads
+    bool    fit(llama_context & lctx, uint32_t stream);
+    bool    fit_rows(llama_context & lctx, uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries, layer_rows & out);
+    void    fit_layer(uint32_t stream, int32_t il, const layer_rows & rows);
     bool    encode(llama_context & lctx, uint32_t stream, int32_t from, int32_t to);
     ggml_tensor * encode_layer(ggml_context * ctx, uint32_t stream, int32_t il, ggml_tensor * cells);
     int64_t list_size() const;
+    int64_t scan_size(const stream_state & st) const; // portable: cells that evidence is made of
+    bool    overwritten(int32_t n) const;             // portable: rows that a sliding window needs again without the last n cells
+    std::vector<int32_t> read_portable(uint32_t stream, int32_t il, int32_t head_kv) const;
+    std::array<float, 4> portable_stability(uint32_t stream, int32_t il, int32_t head_kv) const;
 
     // the candidates of a refresh at n cells, as a range of `stream_state::cells`
     std::pair<int32_t, int32_t> candidates(int32_t n) const {
@@ -233,6 +290,7 @@ struct llama_support_input : public llm_graph_input_i {
 
     std::shared_ptr<llama_support> support;
     const llama_support::key       built;
+    llama_portable_input         * portable = nullptr; // of the same graph
 
     ggml_tensor * always = nullptr; // I32 [always_size]    fast
     ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, verify, refreshing prefill, oracle

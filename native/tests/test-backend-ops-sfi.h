@@ -139,6 +139,7 @@ struct test_sparse_attn : public test_sfi {
     const bool visible;       // each token sees another length of `always`
 
     ggml_tensor * t[8] = {};  // q, k, v, always, selected, tail, sinks, visible
+    std::vector<float> expected_mass; // by expected(), of all tokens
 
     std::string vars() override {
         return VARS_TO_STR16(type_K, type_V, hsk, hsv, nh_kv, nr, n_always, n_selected, nb, ns, per_token, tail, sinks, logit_softcap, view, visible);
@@ -203,6 +204,7 @@ struct test_sparse_attn : public test_sfi {
         const auto always = get(t[3]), selected = get(t[4]);
 
         std::vector<float> res;
+        expected_mass.clear();
         for (int64_t s = 0; s < ns; s++) {
             for (int64_t b = 0; b < nb; b++) {
                 for (int64_t h = 0; h < nh; h++) {
@@ -216,7 +218,7 @@ struct test_sparse_attn : public test_sfi {
 
                     // logits are small here: no maximum needed
                     std::vector<double> o(hsv, 0.0);
-                    double sum = t[6] ? exp(sk[h]) : 0.0;
+                    double sum = t[6] ? exp(sk[h]) : 0.0, of_tail = 0.0;
                     for (const int32_t cell : cells) {
                         if (cell < 0) {
                             continue;
@@ -229,19 +231,49 @@ struct test_sparse_attn : public test_sfi {
                     }
                     if (t[5]) {
                         const float * row = &tl[((s*nb + b)*nh + h)*(hsv + 1)];
-                        const double w = exp(row[hsv]);
-                        sum += w;
+                        of_tail = exp(row[hsv]);
+                        sum += of_tail;
                         for (int64_t i = 0; i < hsv; i++) {
-                            o[i] += w*row[i];
+                            o[i] += of_tail*row[i];
                         }
                     }
                     for (int64_t i = 0; i < hsv; i++) {
                         res.push_back(sum > 0.0 ? o[i]/sum : 0.0);
                     }
+                    expected_mass.push_back(log(sum));
+                    expected_mass.push_back(of_tail/sum);
                 }
             }
         }
         return res;
+    }
+};
+
+// GGML_OP_SPARSE_ATTN that says where the attention went, which no backend's result shows
+struct test_sparse_attn_mass : public test_sparse_attn {
+    ggml_tensor * mass = nullptr;
+
+    std::string vars() override {
+        return test_sparse_attn::vars() + ",mass=1";
+    }
+
+    test_sparse_attn_mass(int64_t n_always, int64_t n_selected, int64_t nr, bool tail, bool sinks)
+        : test_sparse_attn(n_always, n_selected, 64, 64, 2, nr, GGML_TYPE_F16, GGML_TYPE_F16, 1, 1, false, tail, sinks) {}
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_tensor * attn = test_sparse_attn::build_graph(ctx);
+        mass = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 2, nh_kv*nr);
+        ggml_sparse_attn_set_mass(attn, mass);
+        return attn;
+    }
+
+    double err(const float * a, const float * b, size_t n) override {
+        const double of_result = test_sparse_attn::err(a, b, n);
+        if (!is_result(a, n)) {
+            return of_result;
+        }
+        const auto written = tensor_to_float(mass);
+        return std::max(of_result, distance(written.data(), expected_mass.data(), written.size()));
     }
 };
 
@@ -378,7 +410,7 @@ struct test_sparse_attn_evidence : public test_support {
         k = cache(ctx, type_K, hsk, n_cells(), nh_kv, 1, true);
         v = cache(ctx, type_V, hsv, n_cells(), nh_kv, 1, true);
         s = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh_kv*nr) : nullptr;
-        queries = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hsk, nh_kv*nr, n_queries);
+        queries = n_queries > 0 ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hsk, nh_kv*nr, n_queries) : nullptr;
         new_list(ctx);
         return result(ggml_sparse_attn_evidence(ctx, q, k, v, cells, s, queries, plan, scale(), logit_softcap));
     }
@@ -390,7 +422,8 @@ struct test_sparse_attn_evidence : public test_support {
     }
 
     std::vector<float> expected() override {
-        const auto qf = tensor_to_float(q), kf = tensor_to_float(k), vf = tensor_to_float(v), of = tensor_to_float(queries);
+        const auto qf = tensor_to_float(q), kf = tensor_to_float(k), vf = tensor_to_float(v);
+        const auto of = queries ? tensor_to_float(queries) : std::vector<float>();
         const auto sf = s ? tensor_to_float(s) : std::vector<float>();
         const auto list = get(cells), pl = get(plan);
         const int64_t nh = nh_kv*nr;
@@ -772,7 +805,7 @@ struct test_sketch_encode : public test_sketch {
     }
 };
 
-// GGML_OP_SKETCH_SCAN. What is selected shows in the tail, which is all the rest.
+// GGML_OP_SKETCH_SCAN. What is selected shows in the tail, which is all the rest; what is written as selected is looked at too.
 struct test_sketch_scan : public test_sketch {
     const int64_t n_used;
     const int64_t n_skip;
@@ -792,8 +825,8 @@ struct test_sketch_scan : public test_sketch {
 
     float scale() const { return 1.0f/hs; }
 
-    // A weight between two integers may be rounded to either, and of near ties either may be selected. Which cells are
-    // selected is tested to the cell in tests/test_sketch_ops.py.
+    // A weight between two integers may be rounded to either, and of near ties either may be selected. On the CPU, which cells
+    // are selected is tested to the cell in tests/test_sketch_ops.py.
     double max_nmse_err() override {
         return n_selected < n_list && least == 0.0f ? 5e-3 : 2e-5;
     }
@@ -825,27 +858,52 @@ struct test_sketch_scan : public test_sketch {
         }
     }
 
-    // of one head; -INFINITY where a cell is left out
-    std::vector<double> logits(int64_t h) const {
-        const auto b = tensor_to_float(basis), qf = tensor_to_float(q);
-        const auto bytes = bytes_of(codes);
-        const auto list = get(skip);
-        const float * x = &qf[h*hs];
-        std::vector<double> w(n_k(), 0.0), res(n_list, -INFINITY);
-        double s = 0.0, base = 0.0;
-        for (int64_t i = 0; i < hs; i++) {
-            base += (double) x[i]*mean(b, h/nr, false)[i];
-        }
+    // w_j/s of ggml-sfi.h, before they are rounded, and s
+    std::vector<double> weights(int64_t h, const std::vector<float> & b, const float * x, double & s) const {
+        std::vector<double> w(n_k(), 0.0);
+        s = 0.0;
         for (int j = 0; j < n_k(); j++) {
             for (int64_t i = 0; i < hs; i++) {
                 w[j] += (double) x[i]*dec(b, h/nr, false, j)[i];
             }
             s = std::max(s, fabs(w[j])/127);
         }
+        for (double & wj : w) {
+            wj /= s;
+        }
+        return w;
+    }
+
+    // in single precision a weight of this KV head may be rounded to another number
+    bool has_doubtful_weight(int64_t kv) const {
+        const auto b = tensor_to_float(basis), qf = tensor_to_float(q);
+        for (int64_t h = kv*nr; h < (kv + 1)*nr; h++) {
+            double s;
+            for (const double w : weights(h, b, &qf[h*hs], s)) {
+                if (fabs(fabs(w - nearbyint(w)) - 0.5) < 2e-4) {
+                    return true;
+                }
+            }
+        }
+        return false;
+    }
+
+    // of one head; -INFINITY where a cell is left out
+    std::vector<double> logits(int64_t h) const {
+        const auto b = tensor_to_float(basis), qf = tensor_to_float(q);
+        const auto bytes = bytes_of(codes);
+        const auto list = get(skip);
+        const float * x = &qf[h*hs];
+        std::vector<double> res(n_list, -INFINITY);
+        double s = 0.0, base = 0.0;
+        for (int64_t i = 0; i < hs; i++) {
+            base += (double) x[i]*mean(b, h/nr, false)[i];
+        }
+        const auto w = weights(h, b, x, s);
         for (int64_t c = 0; c < n_used; c++) {
             double sum = 0.0;
             for (int j = 0; j < n_k(); j++) {
-                sum += s*nearbyint(w[j]/s)*(code(&bytes[h/nr*bytes.size()/nh_kv], false, j, c) - 0.5*((1 << bits_k(j)) - 1));
+                sum += s*nearbyint(w[j])*(code(&bytes[h/nr*bytes.size()/nh_kv], false, j, c) - 0.5*((1 << bits_k(j)) - 1));
             }
             const double y = scale()*(base + sum);
             res[c] = logit_softcap > 0 ? logit_softcap*tanh(y/logit_softcap) : y;
@@ -858,26 +916,95 @@ struct test_sketch_scan : public test_sketch {
         return res;
     }
 
-    // of the heads of a KV head, [nr, n_list]
-    static std::set<int64_t> best(const std::vector<std::vector<double>> & share, int64_t n, double least) {
-        std::vector<std::pair<double, int64_t>> ranked; // (-score, cell)
-        for (int64_t c = 0; c < (int64_t) share[0].size(); c++) {
-            double score = 0.0, most = 0.0;
-            for (const auto & row : share) {
-                score += row[c];
-                most = std::max(most, row[c]);
+    // of the heads of a KV head, [nr, n_list], and the sum of the exponentials of each
+    std::vector<std::vector<double>> shares(int64_t kv, std::vector<double> & all) const {
+        std::vector<std::vector<double>> share;
+        all.assign(nr, 0.0);
+        for (int64_t g = 0; g < nr; g++) {
+            share.push_back(logits(kv*nr + g));
+            for (double & x : share[g]) {
+                x = exp(x);
+                all[g] += x;
             }
-            if (most > 0.0 && most >= least) {
-                ranked.emplace_back(-score, c);
+            for (double & x : share[g]) {
+                x /= all[g];
             }
         }
-        std::sort(ranked.begin(), ranked.end());
-        ranked.resize(std::min<size_t>(ranked.size(), n));
+        return share;
+    }
+
+    struct candidate {
+        double  score, most; // over the heads: sum and maximum
+        int64_t cell;
+    };
+
+    // the cells that are not left out, the best first
+    static std::vector<candidate> ranking(const std::vector<std::vector<double>> & share) {
+        std::vector<candidate> res;
+        for (int64_t c = 0; c < (int64_t) share[0].size(); c++) {
+            candidate x = { 0.0, 0.0, c };
+            for (const auto & row : share) {
+                x.score += row[c];
+                x.most   = std::max(x.most, row[c]);
+            }
+            if (x.most > 0.0) {
+                res.push_back(x);
+            }
+        }
+        std::sort(res.begin(), res.end(), [](const candidate & x, const candidate & y) {
+            return x.score != y.score ? x.score > y.score : x.cell < y.cell;
+        });
+        return res;
+    }
+
+    static std::set<int64_t> best(const std::vector<std::vector<double>> & share, int64_t n, double least) {
         std::set<int64_t> cells;
-        for (const auto & r : ranked) {
-            cells.insert(r.second);
+        for (const candidate & c : ranking(share)) {
+            if (c.most >= least && (int64_t) cells.size() < n) {
+                cells.insert(c.cell);
+            }
         }
         return cells;
+    }
+
+    // Did the backend write the best of each KV head? Shares and scores may be off by 1e-4 of themselves, so those of cells at
+    // the edge by twice that.
+    bool wrote_the_best() const {
+        const auto written = get(selected);
+        for (int64_t kv = 0; kv < nh_kv; kv++) {
+            if (has_doubtful_weight(kv)) {
+                continue;
+            }
+            std::vector<double> all;
+            const auto ranked = ranking(shares(kv, all));
+            std::set<int32_t> cells(&written[kv*n_selected], &written[kv*n_selected] + n_selected);
+            const size_t n_pads = std::count(&written[kv*n_selected], &written[kv*n_selected] + n_selected, -1);
+            cells.erase(-1);
+            if (cells.size() + n_pads != (size_t) n_selected) {
+                return false; // twice the same
+            }
+            size_t n_found = 0, n_sure = 0;
+            double worst_in = INFINITY, best_out = 0.0;
+            for (const candidate & c : ranked) {
+                const bool in = cells.count(c.cell);
+                n_found += in;
+                n_sure  += c.most >= least*(1 + 2e-4);
+                if (in) {
+                    worst_in = std::min(worst_in, c.most >= least*(1 - 2e-4) ? c.score : 0.0);
+                } else if (c.most >= least*(1 + 2e-4)) {
+                    best_out = std::max(best_out, c.score);
+                }
+            }
+            if (n_found != cells.size() || cells.size() < std::min<size_t>(n_selected, n_sure) || worst_in < best_out*(1 - 2e-4)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    double err(const float * a, const float * b, size_t n) override {
+        const double of_result = test_sketch::err(a, b, n);
+        return is_result(a, n) && !wrote_the_best() ? INFINITY : of_result;
     }
 
     std::vector<float> expected() override {
@@ -885,18 +1012,8 @@ struct test_sketch_scan : public test_sketch {
         const auto bytes = bytes_of(codes);
         std::vector<float> res;
         for (int64_t kv = 0; kv < nh_kv; kv++) {
-            std::vector<std::vector<double>> share;
-            std::vector<double> all(nr, 0.0);
-            for (int64_t g = 0; g < nr; g++) {
-                share.push_back(logits(kv*nr + g));
-                for (double & x : share[g]) {
-                    x = exp(x);
-                    all[g] += x;
-                }
-                for (double & x : share[g]) {
-                    x /= all[g];
-                }
-            }
+            std::vector<double> all;
+            const auto share = shares(kv, all);
             const auto taken = best(share, n_selected, least);
             for (int64_t g = 0; g < nr; g++) {
                 const auto row = tail(b, &bytes[kv*bytes.size()/nh_kv], kv, share[g], all[g], taken);
@@ -947,6 +1064,9 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
             }
         }
     }
+    for (ggml_type type : { F16, Q8_0, Q4_0 }) {
+        test_cases.emplace_back(new test_sparse_attn(300, 2048, 128, 128, 2, 12, type, type));
+    }
     test_cases.emplace_back(new test_sparse_attn(9, 65, 192, 128));
     test_cases.emplace_back(new test_sparse_attn(9, 65, 512, 512, 1, 8));
     test_cases.emplace_back(new test_sparse_attn(9, 65, 64, 64, 2, 4, F16, Q8_0));
@@ -972,9 +1092,17 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
         }
     }
     test_cases.emplace_back(new test_sparse_attn(-1, 0, 64, 64, 2, 3, F16, F16, 1, 1, false, true)); // the tail alone
+    for (bool tail : { false, true }) {
+        for (bool sinks : { false, true }) {
+            test_cases.emplace_back(new test_sparse_attn_mass(36, 700, 3, tail, sinks));
+        }
+    }
+    test_cases.emplace_back(new test_sparse_attn_mass(-1, 0, 1, true, false));
     for (int64_t n : { 7, 64, 65, 300, 700 }) {
         for (int64_t nb : { 2, 17 }) {
-            test_cases.emplace_back(new test_sparse_attn(n, -1, 64, 64, 2, 3, F16, Q8_0, nb, 2, false, true, true, 0.0f, true, true));
+            for (ggml_type type_K : { F16, Q8_0 }) {
+                test_cases.emplace_back(new test_sparse_attn(n, -1, 64, 64, 2, 3, type_K, Q8_0, nb, 2, false, true, true, 0.0f, true, true));
+            }
         }
     }
 
@@ -985,6 +1113,10 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     for (int64_t n_queries : { 1, 2, 16 }) {
         test_cases.emplace_back(new test_sparse_attn_evidence(200, n_queries));
     }
+    for (int64_t n_list : { 1, 65, 300, 2308 }) { // that of the query that attends alone
+        test_cases.emplace_back(new test_sparse_attn_evidence(n_list, 0, 64, 64, 3, 3));
+    }
+    test_cases.emplace_back(new test_sparse_attn_evidence(300, 0, 128, 128, 2, 5, F16, F16, true, 10.0f, true));
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         test_cases.emplace_back(new test_sparse_attn_evidence(130, 6, 128, 96, 2, 4, type, type));
     }
@@ -1022,12 +1154,17 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
         test_cases.emplace_back(new test_support_select(1025, 200, 1, 0, 0, ties));
     }
 
+    for (int n_selected : { 64, 2048 }) {
+        test_cases.emplace_back(new test_support_select(9000, n_selected, 2, 16, 2));
+    }
+
     // support_stability
-    for (int n_list : { 1, 21, 300, 2308 }) {
+    for (int n_list : { 1, 21, 300, 2308, 9000 }) {
         for (int n_selected : { 1, 64, 300 }) {
             test_cases.emplace_back(new test_support_stability(n_list, n_selected, 3, n_list == 300));
         }
     }
+    test_cases.emplace_back(new test_support_stability(5000, 4200, 2)); // more than a set on chip takes at a time
 
     // the sketch
     for (std::array<int32_t, 5> form : { std::array<int32_t, 5>{ 16, 0, 0, 16, 0 }, { 4, 16, 16, 16, 0 }, { 8, 0, 0, 16, 0 }, { 16, 16, 32, 32, 0 },
@@ -1054,4 +1191,6 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0 }, 2, 3, 64, 272, 261, 20, 40, 0.0f, 2.0f));
     test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
     test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 2, 2, 64, 272, 0, 20, 40));
+    test_cases.emplace_back(new test_sketch_scan({ 8, 24, 48, 0, 32 }, 2, 4, 128, 9216, 9100, 20, 64, 0.0003f));
+    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0 }, 1, 2, 64, 33008, 33001, 20, 300)); // large chunks of cells
 }

@@ -1,0 +1,253 @@
+// What the kernels of this folder ask of the GPU beyond the CUDA language, so that the tests can run the very same text
+// on a CPU (native/tests/gpu-shim): a launch, and conversions of storage types.
+
+#pragma once
+
+#include "ggml-sfi.h"
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef SFI_GPU_SHIM
+#include "cuda-shim.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define SFI_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+
+static __device__ __forceinline__ float2 f16x2_to_f32(uint32_t bits) {
+    __half2 h;
+    memcpy(&h, &bits, sizeof(h));
+    return __half22float2(h);
+}
+#endif
+
+namespace sfi_cuda {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int      warp_size = 32;
+
+// Where and with what an operation runs. counters: zeros; a kernel that uses some leaves them at zero.
+struct gpu {
+    cudaStream_t stream;
+    int          n_sm;
+    char       * scratch;
+    unsigned   * counters;
+};
+
+constexpr int n_counters = 1 << 18;
+
+// The operations: one file each. *_scratch() is the size of gpu::scratch in bytes; *_supported() says whether there is a
+// kernel for what the constructor of the node accepted.
+bool   sparse_attn_supported      (const ggml_tensor * dst);
+size_t sparse_attn_scratch        (const ggml_tensor * dst, int n_sm);
+void   sparse_attn                (const gpu & g, ggml_tensor * dst);
+bool   support_evidence_supported (const ggml_tensor * dst);
+size_t support_evidence_scratch   (const ggml_tensor * dst, int n_sm);
+void   support_evidence           (const gpu & g, ggml_tensor * dst);
+bool   support_select_supported   (const ggml_tensor * dst);
+size_t support_select_scratch     (const ggml_tensor * dst, int n_sm);
+void   support_select             (const gpu & g, ggml_tensor * dst);
+bool   support_stability_supported(const ggml_tensor * dst);
+size_t support_stability_scratch  (const ggml_tensor * dst, int n_sm);
+void   support_stability          (const gpu & g, ggml_tensor * dst);
+bool   sketch_encode_supported    (const ggml_tensor * dst);
+size_t sketch_encode_scratch      (const ggml_tensor * dst, int n_sm);
+void   sketch_encode              (const gpu & g, ggml_tensor * dst);
+bool   sketch_scan_supported      (const ggml_tensor * dst);
+size_t sketch_scan_scratch        (const ggml_tensor * dst, int n_sm);
+void   sketch_scan                (const gpu & g, ggml_tensor * dst);
+
+// ---- small things that several kernels need ---------------------------------------------------------------------------
+
+// fast exponentials have no -inf - -inf
+static __device__ __forceinline__ float weight_of(float x, float max) {
+    return x == -INFINITY ? 0.0f : expf(x - max);
+}
+
+// tanh by one exponential: that of fast math is good to 2^-11 only
+static __device__ __forceinline__ float soft_capped(float x, float cap) {
+    return cap > 0.0f ? cap*(1.0f - 2.0f/(expf(2.0f*x) + 1.0f)) : x;
+}
+
+static __device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int o = warp_size/2; o > 0; o >>= 1) {
+        x = fmaxf(x, __shfl_xor_sync(all_lanes, x, o));
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int o = warp_size/2; o > 0; o >>= 1) {
+        x += __shfl_xor_sync(all_lanes, x, o);
+    }
+    return x;
+}
+
+// of all threads, in all threads; tmp: a float per warp, shared
+template <int n_warps>
+static __device__ __forceinline__ float block_sum(float x, float * tmp) {
+    x = warp_sum(x);
+    __syncthreads(); // tmp may still be read
+    if (threadIdx.x % warp_size == 0) {
+        tmp[threadIdx.x/warp_size] = x;
+    }
+    __syncthreads();
+    float all = 0.0f;
+#pragma unroll
+    for (int w = 0; w < n_warps; ++w) {
+        all += tmp[w];
+    }
+    return all;
+}
+
+// True in all threads of the block that finishes last among n; the writes of the others are visible to it then.
+static __device__ __forceinline__ bool is_last_block(unsigned * counter, unsigned n) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) { // after the barrier one thread's fence is that of all
+        __threadfence();
+        last = atomicAdd(counter, 1u) == n - 1;
+        if (last) {
+            *counter = 0; // for the next launch
+        }
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}
+
+// ---- rows of K and V -------------------------------------------------------------------------------------------------
+
+// Eight values of a row as they are stored: loading them is one thing, using them another, so that many loads can be
+// under way. Part i of a row has its values 8i .. 8i + 7. They are get() times scale(), which is 1 if not is_scaled.
+template <ggml_type T> struct octet;
+
+// Byte j of a word as a float, plus 2^23: its bits are put below the exponent, which is faster than a conversion.
+static __device__ __forceinline__ float byte_and_2_23(uint32_t word, int j) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540 | j));
+}
+
+struct unscaled {
+    static constexpr bool is_scaled = false;
+    __device__ __forceinline__ float scale() const { return 1.0f; }
+};
+
+template <> struct octet<GGML_TYPE_F16> : unscaled {
+    uint4 raw;
+    __device__ __forceinline__ void load(const char * row, int i) { raw = ((const uint4 *) row)[i]; }
+    __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
+    __device__ __forceinline__ void get(float * x) const {
+        const uint32_t w[4] = { raw.x, raw.y, raw.z, raw.w };
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 f = f16x2_to_f32(w[j]);
+            x[2*j]     = f.x;
+            x[2*j + 1] = f.y;
+        }
+    }
+};
+
+template <> struct octet<GGML_TYPE_BF16> : unscaled {
+    uint4 raw;
+    __device__ __forceinline__ void load(const char * row, int i) { raw = ((const uint4 *) row)[i]; }
+    __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
+    __device__ __forceinline__ void get(float * x) const {
+        const uint32_t w[4] = { raw.x, raw.y, raw.z, raw.w };
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            x[2*j]     = __uint_as_float(w[j] << 16);
+            x[2*j + 1] = __uint_as_float(w[j] & 0xffff0000u);
+        }
+    }
+};
+
+template <> struct octet<GGML_TYPE_F32> : unscaled {
+    float4 lo, hi;
+    __device__ __forceinline__ void load(const char * row, int i) {
+        lo = ((const float4 *) row)[2*i];
+        hi = ((const float4 *) row)[2*i + 1];
+    }
+    __device__ __forceinline__ void clear() { lo = hi = make_float4(0, 0, 0, 0); }
+    __device__ __forceinline__ void get(float * x) const {
+        x[0] = lo.x; x[1] = lo.y; x[2] = lo.z; x[3] = lo.w;
+        x[4] = hi.x; x[5] = hi.y; x[6] = hi.z; x[7] = hi.w;
+    }
+};
+
+// blocks of 32 values: an F16 scale and 32 int8, on even addresses
+template <> struct octet<GGML_TYPE_Q8_0> {
+    static constexpr bool is_scaled = true;
+    uint32_t raw[2];
+    uint16_t d;
+    __device__ __forceinline__ float scale() const { return f16x2_to_f32(d).x; }
+    __device__ __forceinline__ void load(const char * row, int i) {
+        const uint16_t * block = (const uint16_t *) (row + (i/4)*34), * p = block + 1 + 4*(i % 4);
+        d      = block[0];
+        raw[0] = p[0] | (uint32_t) p[1] << 16;
+        raw[1] = p[2] | (uint32_t) p[3] << 16;
+    }
+    __device__ __forceinline__ void clear() { d = 0; raw[0] = raw[1] = 0; }
+    __device__ __forceinline__ void get(float * x) const {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            x[j] = byte_and_2_23(raw[j/4] ^ 0x80808080u, j % 4) - (float) ((1 << 23) + 128);
+        }
+    }
+};
+
+// blocks of 32 values: an F16 scale and 16 bytes, value j in the low half of byte j, value 16 + j in the high half
+template <> struct octet<GGML_TYPE_Q4_0> {
+    static constexpr bool is_scaled = true;
+    uint32_t raw[2];
+    uint16_t d;
+    __device__ __forceinline__ float scale() const { return f16x2_to_f32(d).x; }
+    __device__ __forceinline__ void load(const char * row, int i) {
+        const uint16_t * block = (const uint16_t *) (row + (i/4)*18), * p = block + 1 + 4*(i % 2);
+        const int shift = i % 4 < 2 ? 0 : 4;
+        d      = block[0];
+        raw[0] = (p[0] | (uint32_t) p[1] << 16) >> shift & 0x0f0f0f0fu;
+        raw[1] = (p[2] | (uint32_t) p[3] << 16) >> shift & 0x0f0f0f0fu;
+    }
+    __device__ __forceinline__ void clear() { d = 0; raw[0] = raw[1] = 0; }
+    __device__ __forceinline__ void get(float * x) const {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            x[j] = byte_and_2_23(raw[j/4], j % 4) - (float) ((1 << 23) + 8);
+        }
+    }
+};
+
+// rows can be read with the loads above
+static inline bool has_aligned_rows(const ggml_tensor * t) {
+    const size_t n = t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0 ? 2 : 16;
+    return t->nb[1] % n == 0 && t->nb[2] % n == 0 && t->nb[3] % n == 0 && t->view_offs % n == 0;
+}
+
+static inline bool is_kv_type(ggml_type type) {
+    return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+}
+
+// Takes scratch apart; of none (null) it says how much is needed.
+struct scratch_parts {
+    char * base;
+    size_t used = 0;
+
+    template <class T> void take(T *& part, int64_t n) {
+        part  = (T *) (base + used);
+        used += (n*sizeof(T) + 15)/16*16;
+    }
+};
+
+static inline float float_param(const ggml_tensor * dst, int i) {
+    float x;
+    memcpy(&x, (const char *) dst->op_params + i*sizeof(x), sizeof(x));
+    return x;
+}
+
+static inline int64_t n_chunks(int64_t n, int64_t size) { return (n + size - 1)/size; }
+
+} // namespace sfi_cuda

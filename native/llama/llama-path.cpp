@@ -1,0 +1,106 @@
+#include "llama-path.h"
+
+#include "llama-portable.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <set>
+
+static constexpr int64_t n_cells = 256, n_list = 16; // of the instances that devices are asked about
+
+ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
+    if (!dev && ggml_backend_buffer_is_host(buffer)) {
+        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // whose own buffers do not name it
+    }
+    return dev;
+}
+
+// K: as many bits as the head has values, V: half as many; 1/21 of F16. Chosen by the divergence from dense decoding at equal
+// bytes: of the bits of K many go to weak components, those of V hardly matter, and exact cells are worth more than either.
+ggml_sketch_format llama_path_format(const ggml_sketch_format & chosen, int64_t n_embd_k, int64_t n_embd_v) {
+    if (chosen.n_k4 + chosen.n_k2 + chosen.n_k1 > 0) {
+        return chosen;
+    }
+    const int32_t k = std::max<int32_t>(1, n_embd_k/64), v = std::max<int32_t>(1, n_embd_v/64);
+    return { 4*k, 12*k, 24*k, 0, 16*v };
+}
+
+// The sketch operations of a layer, on tensors without data.
+static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml_sketch_format & format, ggml_tensor * q, ggml_tensor * k,
+                                                    ggml_tensor * v, ggml_tensor * cells) {
+    const int64_t n_head_kv = k->ne[2];
+    ggml_tensor * codes = ggml_new_tensor_3d(c, GGML_TYPE_I8, 16*ggml_sketch_cell_bytes(&format), n_cells/16, n_head_kv);
+    ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(&format, k->ne[0], v->ne[0]), n_head_kv);
+    ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
+    ggml_tensor * selected = ggml_new_tensor_2d(c, GGML_TYPE_I32, n_list, n_head_kv);
+    return {
+        ggml_sketch_encode(c, codes, basis, k, v, cells, &format),
+        ggml_sketch_scan(c, q, codes, basis, cells, plan, nullptr, selected, n_cells, v->ne[0], 1.0f, 0.0f, &format),
+    };
+}
+
+static std::vector<ggml_tensor *> native_operations(ggml_context * c, const llama_path_shape & s, const llama_support_params & p) {
+    ggml_tensor * q     = ggml_new_tensor_4d(c, GGML_TYPE_F32, s.n_embd_head_k, 1, s.n_head, 1);
+    ggml_tensor * k     = ggml_new_tensor_4d(c, s.type_k, s.n_embd_head_k, n_cells, s.n_head_kv, 1);
+    ggml_tensor * v     = ggml_new_tensor_4d(c, s.type_v, s.n_embd_head_v, n_cells, s.n_head_kv, 1);
+    ggml_tensor * cells = ggml_new_tensor_1d(c, GGML_TYPE_I32, n_cells);
+    ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
+    ggml_tensor * last  = ggml_new_tensor_3d(c, GGML_TYPE_F32, s.n_embd_head_k, s.n_head, 1);
+
+    ggml_tensor * attn = ggml_sparse_attn(c, q, k, v, cells, nullptr, nullptr, nullptr, 1.0f, 0.0f);
+    ggml_sparse_attn_set_visible(attn, ggml_new_tensor_1d(c, GGML_TYPE_I32, 1));
+    ggml_tensor * evidence = ggml_support_evidence(c, last, k, cells, plan, 1.0f, 0.0f, 1.0f, GGML_SUPPORT_SOFTMAX_VISIBLE);
+    ggml_tensor * selected = ggml_support_select(c, evidence, cells, plan,
+            p.selector.kind == GGML_SUPPORT_SELECTOR_PAPER ? k : nullptr, std::max(p.n_selected, 1), &p.selector);
+    ggml_tensor * stability = ggml_support_stability(c, evidence, cells, plan, selected, selected);
+    std::vector<ggml_tensor *> ops = { attn, evidence, selected, stability };
+    if (p.policy == LLAMA_SUPPORT_SKETCH) {
+        const auto more = sketch_operations(c, llama_path_format(p.format, s.n_embd_head_k, s.n_embd_head_v), last, k, v, cells);
+        ops.insert(ops.end(), more.begin(), more.end());
+    }
+    return ops;
+}
+
+// The names of those that a device lacks, "" if it has all.
+static std::string lacking(ggml_backend_dev_t dev, const std::vector<ggml_tensor *> & ops) {
+    std::set<std::string> names;
+    for (const ggml_tensor * op : ops) {
+        if (!ggml_backend_dev_supports_op(dev, op)) {
+            names.insert(ggml_op_name(op->op));
+        }
+    }
+    std::string text;
+    for (const auto & name : names) {
+        text += (text.empty() ? "" : ", ") + name;
+    }
+    return text;
+}
+
+static bool portable_forced() {
+    const char * value = getenv("SFI_PORTABLE_PATH");
+    return value && *value && strcmp(value, "0") != 0;
+}
+
+llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_shape & shape, const llama_support_params & params,
+                                     std::string * lacks) {
+    ggml_context_ptr ctx(ggml_init({ 128*ggml_tensor_overhead() + ggml_graph_overhead_custom(128, false), nullptr, true }));
+    if (!ctx || !dev) {
+        return LLAMA_PATH_NONE;
+    }
+    const std::string native = portable_forced() ? "" : lacking(dev, native_operations(ctx.get(), shape, params));
+    if (native.empty() && !portable_forced()) {
+        return LLAMA_PATH_NATIVE;
+    }
+    if (!llama_portable_has(params)) {
+        if (lacks) {
+            *lacks = native;
+        }
+        return LLAMA_PATH_NONE;
+    }
+    const std::string portable = lacking(dev, llama_portable_operations(ctx.get(), shape, params));
+    if (lacks) {
+        *lacks = portable;
+    }
+    return portable.empty() ? LLAMA_PATH_PORTABLE : LLAMA_PATH_NONE;
+}

@@ -1,0 +1,23 @@
+// Which operations compute the support of a layer: ours, ggml's own, or none that its device has.
+
+#pragma once
+
+#include "llama-support.h"
+
+// What the operations of a layer depend on.
+struct llama_path_shape {
+    int64_t   n_head, n_head_kv, n_embd_head_k, n_embd_head_v;
+    ggml_type type_k, type_v;
+    bool      sinks = false; // learned ones
+};
+
+// The path of a layer on this device. NONE: *lacks, if it is not null, names the operations that the preferred path
+// misses there ("" where no operations could help). SFI_PORTABLE_PATH=1 in the environment: never native.
+llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_shape & shape, const llama_support_params & params,
+                                     std::string * lacks = nullptr);
+
+// The device that computes on a buffer; null if there is none.
+ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer);
+
+// The format of a sketch where none was chosen.
+ggml_sketch_format llama_path_format(const ggml_sketch_format & chosen, int64_t n_embd_k, int64_t n_embd_v);

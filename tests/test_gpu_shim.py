@@ -1,0 +1,53 @@
+"""The GPUs' kernels, run on the CPU by native/tests/gpu-shim, against ggml's reference, what each case expects, and numpy's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_native import program
+
+OPERATIONS = "SPARSE_ATTN,SUPPORT_.*,SKETCH_.*"
+LEAST_CASES = {"SPARSE_ATTN": 60, "SUPPORT_EVIDENCE": 20, "SUPPORT_SELECT": 12, "SUPPORT_STABILITY": 12, "SKETCH_ENCODE": 15,
+               "SKETCH_SCAN": 60}
+
+
+def run_operations(backend: str, operations: str = OPERATIONS, **env: str) -> list[str]:
+    """The lines of the cases that ran, all of which passed; a case that is not supported passes too, but did not run."""
+    done = subprocess.run([program("test-backend-ops"), "test", "-b", backend, "-o", operations], capture_output=True, text=True,
+                          env={**os.environ, **env})
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr[-1000:] + "\n".join(line for line in lines if "FAIL" in line)[:4000]
+    return [line.strip() for line in lines if "OK" in line and "not supported" not in line]
+
+
+def check_ran(lines: list[str]) -> None:
+    for operation, least in LEAST_CASES.items():
+        ran = [line for line in lines if line.startswith(f"{operation}(")]
+        assert len(ran) >= least, f"{operation}: {len(ran)} cases ran"
+
+
+@pytest.mark.parametrize("name", ["cuda", "metal"])
+def test_kernels_match_the_reference(name):
+    check_ran(run_operations(f"{name.upper()}-shim", GGML_BACKEND_PATH=program(f"libsfi-{name}-shim.so")))
+
+
+@pytest.mark.parametrize("name", ["cuda", "metal"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_selection_does_not_depend_on_the_order_of_blocks(name, seed):
+    """Nor on the evidence, which is another every time: once the number of listed cells was just that of the wanted ones."""
+    shim = program(f"libsfi-{name}-shim.so")
+    assert run_operations(f"{name.upper()}-shim", "SUPPORT_SELECT", GGML_BACKEND_PATH=shim, SFI_SHIM_SEED=str(seed))
+
+
+def test_cuda_kernels_match_the_reference_of_numpy():
+    """Selection to the cell, large logits, empty lists, the bits of tokens that see different lengths of a list."""
+    folder = Path(program("libsfi-cuda-shim.so")).parent
+    tests = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests / "test_ops.py", tests / "test_sketch_ops.py",
+                           tests / "test_visible.py",
+                           "-k", "TestCore or pads or mass"], capture_output=True, text=True, cwd=tests.parent,
+                          env={**os.environ, "SFI_TEST_DEVICE": "CUDA-shim", "SFI_LIB_DIR": str(folder)})
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
