@@ -205,10 +205,8 @@ def _today() -> str:
 
 def _key(model: "Model", params: SfiParams, type_k: str, type_v: str) -> dict[str, Any]:
     """What a measurement depends on."""
-    from sfi_local.gpu import gpus
     from sfi_local.machine import cpu_name
 
-    held = [] if model.gpu_layers == 0 else [g.description for g in gpus()]
-    on_gpu = {"gpu": held, "gpu_layers": model.gpu_layers} if held else {}
+    on_gpu = {"gpu": model.gpus, "gpu_layers": model.gpu_layers} if model.gpus else {}
     return {**remembered.model_key(model.path), "cpu": cpu_name(), "threads": model.n_threads, "type_k": type_k,
             "type_v": type_v, "budget": params.budget, "params": {**asdict(params), "auto_depth": 0}, **on_gpu}

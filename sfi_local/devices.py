@@ -44,7 +44,7 @@ def proof_of(name: str, native: bool) -> str:
 
 def devices() -> list[Device]:
     """All devices of the loaded library."""
-    ggml = _Ggml(open_library().llama_cpp.llama_cpp._lib)
+    ggml = Ggml()
     context = ggml.init(_InitParams(_ARENA, None, True))
     try:
         nodes = _nodes(ggml, context)
@@ -53,7 +53,7 @@ def devices() -> list[Device]:
         ggml.free(context)
 
 
-def _device(ggml: "_Ggml", number: int, nodes: dict[str, int]) -> Device:
+def _device(ggml: "Ggml", number: int, nodes: dict[str, int]) -> Device:
     device, paths = ggml.backend_dev_get(number), {policy: _path(number, policy) for policy in POLICIES}
     native = tuple(name for name, node in nodes.items() if ggml.backend_dev_supports_op(device, node))
     name = ggml.backend_dev_name(device).decode()
@@ -65,7 +65,7 @@ def _path(number: int, policy: str) -> str:
     return path if path != "none" else f"refused ({lacks})" if lacks else "refused"
 
 
-def _nodes(ggml: "_Ggml", context: int) -> dict[str, int]:
+def _nodes(ggml: "Ggml", context: int) -> dict[str, int]:
     """One small instance of each operation: 2 query heads of size 64 on 1 KV head, 64 cells, lists of 16."""
     def tensor(kind: int, *ne: int) -> int:
         return ggml.new_tensor_4d(context, kind, *ne, *[1] * (4 - len(ne)))
@@ -111,6 +111,8 @@ _SIGNATURES: dict[str, tuple[Any, list]] = {
     "backend_dev_get": (_P, [c_size_t]),
     "backend_dev_name": (c_char_p, [_P]),
     "backend_dev_description": (c_char_p, [_P]),
+    "backend_dev_type": (c_int, [_P]),
+    "backend_dev_memory": (None, [_P, POINTER(c_size_t), POINTER(c_size_t)]),
     "backend_dev_supports_op": (c_bool, [_P, _P]),
     "sparse_attn": (_P, [_P] * 8 + [_F, _F]),
     "support_evidence": (_P, [_P] * 5 + [_F, _F, _F, c_int]),
@@ -123,9 +125,10 @@ _SIGNATURES: dict[str, tuple[Any, list]] = {
 }
 
 
-class _Ggml:
+class Ggml:
     """The ggml functions above, without their prefix."""
 
-    def __init__(self, lib: ctypes.CDLL):
+    def __init__(self) -> None:
+        lib = open_library().llama_cpp.llama_cpp._lib
         for name, (result, arguments) in _SIGNATURES.items():
             setattr(self, name, ctypes.CFUNCTYPE(result, *arguments)((f"ggml_{name}", lib)))

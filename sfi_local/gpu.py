@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
+from ctypes import byref, c_size_t
 from dataclasses import dataclass
 
+from sfi_local.devices import Ggml
 from sfi_local.errors import ArgumentError, OutOfMemoryError
-from sfi_local.library import LIB_DIR, open_library
+from sfi_local.library import LIB_DIR
 from sfi_local.machine import human_bytes
 
 _GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU
@@ -36,21 +36,15 @@ class Need:
 
 def gpus() -> list[Gpu]:
     """GPUs of the loaded library; none of a build without a GPU backend."""
-    lib = open_library().llama_cpp.llama_cpp._lib
-    found = []
-    for i in range(_call(lib, "count", c_size_t, [])()):
-        device = _call(lib, "get", c_void_p, [c_size_t])(i)
-        if _call(lib, "type", c_int, [c_void_p])(device) in _GPU_TYPES:
+    ggml, found = Ggml(), []
+    for device in map(ggml.backend_dev_get, range(ggml.backend_dev_count())):
+        if ggml.backend_dev_type(device) in _GPU_TYPES:
             free, total = c_size_t(), c_size_t()
-            _call(lib, "memory", None, [c_void_p, POINTER(c_size_t), POINTER(c_size_t)])(device, byref(free), byref(total))
-            texts = [_call(lib, part, c_char_p, [c_void_p])(device).decode(errors="replace").strip()
-                     for part in ("name", "description")]
-            found.append(Gpu(*texts, free.value, total.value))
+            ggml.backend_dev_memory(device, byref(free), byref(total))
+            name, description = (text(device).decode(errors="replace").strip()
+                                 for text in (ggml.backend_dev_name, ggml.backend_dev_description))
+            found.append(Gpu(name, description, free.value, total.value))
     return found
-
-
-def _call(lib: ctypes.CDLL, name: str, result, arguments: list):
-    return CFUNCTYPE(result, *arguments)((f"ggml_backend_dev_{name}", lib))
 
 
 def backends() -> list[str]:

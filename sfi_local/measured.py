@@ -61,13 +61,11 @@ def facts(name: str, model: Any) -> dict[str, Any]:
     """Model, machine, source, date and command of a measurement."""
     from datetime import datetime, timezone
 
-    from sfi_local.gpu import gpus
     from sfi_local.library import source_id
     from sfi_local.machine import cpu_name, physical_cores
 
-    held = [] if model.gpu_layers == 0 else [g.description for g in gpus()]
     return {
-        "model": name, "threads": model.n_threads, "machine": ", ".join([cpu_name(), f"{physical_cores()} cores", *held]),
+        "model": name, "threads": model.n_threads, "machine": ", ".join([cpu_name(), f"{physical_cores()} cores", *model.gpus]),
         "source_id": source_id(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["sfi-local", *sys.argv[1:]]),
     }

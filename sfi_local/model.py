@@ -55,8 +55,8 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     _check_options(mode, n_ctx, n_threads, type_k, type_v, params, gpu_layers)
     file = read_gguf(resolve(os.fspath(model)))
     gpus, no_gpu = gpu.usable(gpu_layers)
-    room = _check_memory(file, kv_layout.layers(file), n_ctx or MIN_CTX, type_k, type_v, gpu.share_of(len(kv_layout.layers(file)),
-                         gpu_layers, gpus), gpus)
+    layers = kv_layout.layers(file)
+    room = _check_memory(file, layers, n_ctx or MIN_CTX, type_k, type_v, gpu.share_of(len(layers), gpu_layers, gpus), gpus)
     _check_generates(file)
     settled, note = _settle(file, mode, type_k, type_v, params, fidelity)
     native = open_library()
@@ -88,6 +88,11 @@ class Model:
     @property
     def path(self) -> Path:
         return self.file.path
+
+    @property
+    def gpus(self) -> list[str]:
+        """Descriptions of the GPUs that hold its layers."""
+        return [] if self.gpu_layers == 0 else [g.description for g in gpu.gpus()]
 
     @property
     def name(self) -> str:

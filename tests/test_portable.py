@@ -10,7 +10,8 @@ import pytest
 import reference as ref
 from contexts import (ROW_KINDS, Watch, attend_to, load_weights, node_rows, open_context, tiny_weights,  # noqa: F401
                       values_of, write_sliding)
-from test_support import EDITS, HEADS, LAYERS, N, prompts, ready, small, took  # noqa: F401
+from test_support import (EDITS, HEADS, LAYERS, N, prompts, ready, small,  # noqa: F401
+                          test_interleaved_sequences_decode_as_each_would_alone, took)  # the test runs here with our `opened`
 
 # Of logits, to a step of another kernel over the same cells: stock on a CPU rounds q to the type of K, or to Q8_0. With the
 # cells of another KV head they differ by several times as much.
@@ -282,21 +283,6 @@ def test_an_edit_of_the_cache_makes_the_next_step_slow(ready, opened, edit):
     for token in (3, 4):
         assert ready.step(token).kind == "fast" == fresh.step(token).kind
         assert np.abs(ready.logits() - fresh.logits()).max() < CLOSE["f16"]
-
-
-def test_interleaved_sequences_decode_as_each_would_alone(opened, prompts):
-    def decode(context, seq):
-        context.prefill(prompts[seq][30 * seq:], seq=seq)
-        logits = context.logits()
-        for i in range(20):
-            info = context.step(int(logits.argmax()), "slow" if i == 5 * seq else "auto", seq)
-            logits = context.logits()
-            yield (info.kind, info.reason, info.pos, info.depth, info.n_cells), logits
-
-    together = opened(n_seq=3)
-    for row in zip(*[zip(decode(together, seq), decode(opened(n_seq=3), seq)) for seq in range(3)]):
-        for (one, logits), (other, expected) in row:
-            assert one == other and np.abs(logits - expected).max() < 1e-3
 
 
 @pytest.mark.parametrize("pinned, n, kept", [(True, 3, True), (True, 36, True), (True, 37, False), (False, 3, True), (False, 9, False)])

@@ -17,6 +17,8 @@ constexpr int sketch_max_components = 256; // of K, and of V
 // V: byte 4*d + r has component 16*g + d of cell 4*s + r, for the fields [g][s].
 struct sketch_field {
     int plane, shift, mask;
+
+    int bits() const { return mask == 15 ? 4 : mask == 3 ? 2 : 1; }
 };
 
 struct sketch_layout {

@@ -64,6 +64,20 @@ int64_t llama_support::sketch_bytes(uint32_t s) const {
     return size;
 }
 
+// A graph of our own, on the devices that hold its tensors.
+bool llama_support::compute(llama_context & lctx, ggml_cgraph * graph, const std::function<void()> & set_inputs) {
+    ggml_backend_sched_t sched = lctx.get_sched();
+    scheduler_used = true;
+    ggml_backend_sched_reset(sched);
+    if (!ggml_backend_sched_alloc_graph(sched, graph)) {
+        return false;
+    }
+    set_inputs();
+    const bool ok = lctx.graph_compute(graph, true) == GGML_STATUS_SUCCESS;
+    ggml_backend_sched_synchronize(sched);
+    return ok;
+}
+
 // ---- fitting -------------------------------------------------------------------------------------------------------------
 
 // rows [n_embd] of some cells in one stream of a tensor that the host can read, in F32
@@ -83,7 +97,7 @@ static std::vector<float> host_rows(const ggml_tensor * cache, uint32_t stream, 
 
 // The same of several tensors of one device: gathered there, because a copy for every row takes longer than the fit.
 // Empty if computing failed.
-static std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted) {
+std::vector<std::vector<float>> llama_support::device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted) {
     const size_t n_tensors = 4*wanted.size();
     ggml_context_ptr ctx(ggml_init({ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false), nullptr, true }));
     if (!ctx) {
@@ -99,16 +113,11 @@ static std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_
         ggml_set_output(gathered.back());
         ggml_build_forward_expand(graph, gathered.back());
     }
-    ggml_backend_sched_t sched = lctx.get_sched();
-    ggml_backend_sched_reset(sched);
-    if (!ggml_backend_sched_alloc_graph(sched, graph)) {
-        return {};
-    }
-    for (size_t i = 0; i < wanted.size(); ++i) {
-        ggml_backend_tensor_set(lists[i], wanted[i].second->data(), 0, ggml_nbytes(lists[i]));
-    }
-    const bool ok = lctx.graph_compute(graph, true) == GGML_STATUS_SUCCESS;
-    ggml_backend_sched_synchronize(sched);
+    const bool ok = compute(lctx, graph, [&] {
+        for (size_t i = 0; i < wanted.size(); ++i) {
+            ggml_backend_tensor_set(lists[i], wanted[i].second->data(), 0, ggml_nbytes(lists[i]));
+        }
+    });
     std::vector<std::vector<float>> out;
     for (size_t i = 0; i < wanted.size() && ok; ++i) {
         out.emplace_back(ggml_nelements(gathered[i]));
@@ -137,7 +146,6 @@ bool llama_support::fit_rows(llama_context & lctx, uint32_t s, int32_t il, const
                 host_rows(layer.queries, s, layer.queries->ne[0], queries) };
         return true;
     }
-    scheduler_used = true;
     auto rows = device_rows(lctx, s, { { k, &cells }, { layer.v, &cells }, { layer.queries, &queries } });
     if (rows.empty()) {
         return false;
@@ -223,16 +231,7 @@ bool llama_support::encode(llama_context & lctx, uint32_t s, int32_t from, int32
             ggml_build_forward_expand(graph, encode_layer(ctx.get(), s, (int32_t) il, cells));
         }
     }
-    ggml_backend_sched_t sched = lctx.get_sched();
-    scheduler_used = true;
-    ggml_backend_sched_reset(sched);
-    if (!ggml_backend_sched_alloc_graph(sched, graph)) {
-        return false;
-    }
-    ggml_backend_tensor_set(cells, &streams[s].cells[from], 0, ggml_nbytes(cells));
-    const bool ok = lctx.graph_compute(graph, true) == GGML_STATUS_SUCCESS;
-    ggml_backend_sched_synchronize(sched);
-    return ok;
+    return compute(lctx, graph, [&] { ggml_backend_tensor_set(cells, &streams[s].cells[from], 0, ggml_nbytes(cells)); });
 }
 
 ggml_tensor * llama_support::encode_layer(ggml_context * ctx, uint32_t s, int32_t il, ggml_tensor * cells) {

@@ -112,6 +112,7 @@ void llama_support::allocate(const llama_model & model) {
     };
 
     const int64_t n_stream = streams.size();
+    std::map<ggml_context *, std::vector<int32_t>> sketched;
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
         if (!is_sparse(il) || layers[il].path == LLAMA_PATH_NONE) {
             continue;
@@ -133,10 +134,11 @@ void llama_support::allocate(const llama_model & model) {
         layer.stability = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 4, n_head_kv, n_stream);
         if (params.policy == LLAMA_SUPPORT_SKETCH) {
             allocate_sketch(ctx, model, il);
+            sketched[ctx].push_back(il);
         }
     }
-    if (params.policy == LLAMA_SUPPORT_SKETCH) {
-        allocate_results(model);
+    for (const auto & [ctx, ils] : sketched) {
+        allocate_results(ctx, model, ils);
     }
     for (auto & [kind, ctx] : contexts) {
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, kind.first);
@@ -159,7 +161,6 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     const int64_t n_stream = streams.size(), n_blocks = ((int64_t) kv->get_size() + 15)/16;
 
     auto & layer = layers[il];
-    layer.ctx      = ctx;
     layer.n_embd_k = d_k;
     layer.n_embd_v = d_v;
     layer.n_head_kv = n_head_kv;
@@ -180,33 +181,23 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
 }
 
 // What every fast step with a sketch says of itself lies together, so that a device is asked once for all of its layers.
-void llama_support::allocate_results(const llama_model & model) {
+void llama_support::allocate_results(ggml_context * ctx, const llama_model & model, const std::vector<int32_t> & ils) {
     const int64_t n_stream = streams.size();
-    for (const auto & buffer : buffers) {
-        ggml_context * ctx = buffer.first.get();
-        std::vector<int32_t> mine;
-        int64_t n_selected = 0, n_mass = 0;
-        for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
-            if (layers[il].codes && layers[il].ctx == ctx) {
-                mine.push_back(il);
-                n_selected += params.n_selected*layers[il].n_head_kv;
-                n_mass     += 2*model.hparams.n_head(il);
-            }
-        }
-        if (mine.empty()) {
-            continue;
-        }
-        ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_stream);
-        ggml_tensor * mass     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_mass, n_stream);
-        size_t at_selected = 0, at_mass = 0;
-        for (const int32_t il : mine) {
-            auto & layer = layers[il];
-            layer.selected = ggml_view_3d(ctx, selected, params.n_selected, layer.n_head_kv, n_stream, params.n_selected*sizeof(int32_t),
-                    selected->nb[1], at_selected);
-            layer.mass = ggml_view_3d(ctx, mass, 2, model.hparams.n_head(il), n_stream, 2*sizeof(float), mass->nb[1], at_mass);
-            at_selected += params.n_selected*layer.n_head_kv*sizeof(int32_t);
-            at_mass     += 2*model.hparams.n_head(il)*sizeof(float);
-        }
+    int64_t n_selected = 0, n_mass = 0;
+    for (const int32_t il : ils) {
+        n_selected += params.n_selected*layers[il].n_head_kv;
+        n_mass     += 2*model.hparams.n_head(il);
+    }
+    ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_stream);
+    ggml_tensor * mass     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_mass, n_stream);
+    size_t at_selected = 0, at_mass = 0;
+    for (const int32_t il : ils) {
+        auto & layer = layers[il];
+        layer.selected = ggml_view_3d(ctx, selected, params.n_selected, layer.n_head_kv, n_stream, params.n_selected*sizeof(int32_t),
+                selected->nb[1], at_selected);
+        layer.mass = ggml_view_3d(ctx, mass, 2, model.hparams.n_head(il), n_stream, 2*sizeof(float), mass->nb[1], at_mass);
+        at_selected += params.n_selected*layer.n_head_kv*sizeof(int32_t);
+        at_mass     += 2*model.hparams.n_head(il)*sizeof(float);
     }
 }
 

@@ -83,7 +83,6 @@ struct llama_support_layer {
     ggml_tensor * selected  = nullptr; // I32 [n_selected, n_head_kv, n_stream]
     ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
     // policy sketch; selected and mass are parts of tensors that all layers of a device share
-    ggml_context * ctx = nullptr;      // of these tensors
     ggml_sketch_format format = {};
     int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
     float         kq_scale = 0.0f;
@@ -240,11 +239,13 @@ private:
 
     void    allocate(const llama_model & model);
     void    allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il);
-    void    allocate_results(const llama_model & model);
+    void    allocate_results(ggml_context * ctx, const llama_model & model, const std::vector<int32_t> & ils);
     void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
     void    find_holes(stream_state & st);
     std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is cells[0 .. first) and cells[second ..)
     struct layer_rows { std::vector<float> k, v, q; }; // that a basis is fitted to, [n, n_embd] of all heads
+    bool    compute(llama_context & lctx, ggml_cgraph * graph, const std::function<void()> & set_inputs);
+    std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted);
     bool    fit(llama_context & lctx, uint32_t stream);
     bool    fit_rows(llama_context & lctx, uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries, layer_rows & out);
     void    fit_layer(uint32_t stream, int32_t il, const layer_rows & rows);

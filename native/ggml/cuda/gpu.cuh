@@ -3,10 +3,9 @@
 
 #pragma once
 
-#include "ggml-sfi.h"
+#include "gpu-host.h"
 
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #ifdef SFI_GPU_SHIM
 #include "cuda-shim.h"
@@ -24,6 +23,12 @@ static __device__ __forceinline__ float2 f16x2_to_f32(uint32_t bits) {
 #endif
 
 namespace sfi_cuda {
+
+using sfi::evidence_rows;
+using sfi::float_param;
+using sfi::has_aligned_rows;
+using sfi::n_chunks;
+using sfi::selector_of;
 
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int      warp_size = 32;
@@ -83,6 +88,17 @@ static __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int o = warp_size/2; o > 0; o >>= 1) {
         x += __shfl_xor_sync(all_lanes, x, o);
+    }
+    return x;
+}
+
+// over the lanes up to this one
+template <class T>
+static __device__ __forceinline__ T warp_prefix_sum(T x) {
+#pragma unroll
+    for (int o = 1; o < warp_size; o <<= 1) {
+        const T other = __shfl_up_sync(all_lanes, x, o);
+        x += (int) (threadIdx.x % warp_size) >= o ? other : T(0);
     }
     return x;
 }
@@ -221,14 +237,19 @@ template <> struct octet<GGML_TYPE_Q4_0> {
     }
 };
 
-// rows can be read with the loads above
-static inline bool has_aligned_rows(const ggml_tensor * t) {
-    const size_t n = t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0 ? 2 : 16;
-    return t->nb[1] % n == 0 && t->nb[2] % n == 0 && t->nb[3] % n == 0 && t->view_offs % n == 0;
-}
-
 static inline bool is_kv_type(ggml_type type) {
     return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+}
+
+// f(std::integral_constant of the type), for is_kv_type()
+template <class F>
+static void with_kv_type(ggml_type type, F f) {
+    switch (type) {
+        case GGML_TYPE_F16:  f(std::integral_constant<ggml_type, GGML_TYPE_F16>());  break;
+        case GGML_TYPE_BF16: f(std::integral_constant<ggml_type, GGML_TYPE_BF16>()); break;
+        case GGML_TYPE_Q8_0: f(std::integral_constant<ggml_type, GGML_TYPE_Q8_0>()); break;
+        default:             f(std::integral_constant<ggml_type, GGML_TYPE_Q4_0>()); break;
+    }
 }
 
 // Takes scratch apart; of none (null) it says how much is needed.
@@ -241,13 +262,5 @@ struct scratch_parts {
         used += (n*sizeof(T) + 15)/16*16;
     }
 };
-
-static inline float float_param(const ggml_tensor * dst, int i) {
-    float x;
-    memcpy(&x, (const char *) dst->op_params + i*sizeof(x), sizeof(x));
-    return x;
-}
-
-static inline int64_t n_chunks(int64_t n, int64_t size) { return (n + size - 1)/size; }
 
 } // namespace sfi_cuda

@@ -132,6 +132,11 @@ size_t sketch_encode_scratch(const ggml_tensor *, int) {
     return 0;
 }
 
+template <ggml_type T>
+static void launch_encode(const gpu & g, const encode_args & a, dim3 grid) {
+    SFI_LAUNCH(sketch_encode_kernel<T>, grid, dim3(encode_threads), g.stream, a);
+}
+
 void sketch_encode(const gpu & g, ggml_tensor * dst) {
     const ggml_tensor * codes = dst->src[0], * basis = dst->src[1], * k = dst->src[2], * v = dst->src[3], * cells = dst->src[4];
     const ggml_sketch_format f = sfi::sketch_layout::format_of(dst);
@@ -159,12 +164,7 @@ void sketch_encode(const gpu & g, ggml_tensor * dst) {
         return;
     }
     const dim3 grid((unsigned) n_chunks(a.n_listed, encode_cells), (unsigned) k->ne[2]);
-    switch (k->type) {
-        case GGML_TYPE_F16:  SFI_LAUNCH(sketch_encode_kernel<GGML_TYPE_F16>,  grid, dim3(encode_threads), g.stream, a); break;
-        case GGML_TYPE_BF16: SFI_LAUNCH(sketch_encode_kernel<GGML_TYPE_BF16>, grid, dim3(encode_threads), g.stream, a); break;
-        case GGML_TYPE_Q8_0: SFI_LAUNCH(sketch_encode_kernel<GGML_TYPE_Q8_0>, grid, dim3(encode_threads), g.stream, a); break;
-        default:             SFI_LAUNCH(sketch_encode_kernel<GGML_TYPE_Q4_0>, grid, dim3(encode_threads), g.stream, a); break;
-    }
+    with_kv_type(k->type, [&](auto type) { launch_encode<decltype(type)::value>(g, a, grid); });
 }
 
 } // namespace sfi_cuda

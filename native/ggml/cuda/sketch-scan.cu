@@ -284,10 +284,10 @@ static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const sc
     }
     __syncthreads();
     const float least = a.least ? a.least[h_kv] : 0.0f;
-    uint32_t key[C], number[C];
+    uint2 item[C];
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-        number[c] = begin + c*scan_threads + threadIdx.x;
+        const int cell = begin + c*scan_threads + threadIdx.x;
         float score = 0.0f, most = 0.0f;
         bool  in = false;
 #pragma unroll
@@ -299,8 +299,8 @@ static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const sc
                 most  = fmaxf(most, share);
             }
         }
-        key[c] = in && most >= least ? __float_as_uint(score) + 1 : 0;
-        if (key[c] != 0 && score < tiny_score) {
+        uint32_t key = in && most >= least ? __float_as_uint(score) + 1 : 0;
+        if (key != 0 && score < tiny_score) {
             float top = -INFINITY, sum = 0.0f;
 #pragma unroll
             for (int g = 0; g < G; ++g) {
@@ -310,16 +310,17 @@ static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const sc
             for (int g = 0; g < G; ++g) {
                 sum += g < a.group ? expf(x[c][g] - lse[g] - top) : 0.0f;
             }
-            key[c] = key_of_log(top + logf(sum));
+            key = key_of_log(top + logf(sum));
         }
-        if (key[c] != 0) {
-            atomicAdd(&a.digits[h_kv*key_digits + digit_of(key[c])], 1u);
+        if (key != 0) {
+            atomicAdd(&a.digits[h_kv*key_digits + digit_of(key)], 1u);
         }
-        if ((int) number[c] < a.n_list) {
-            a.keys[(int64_t) h_kv*a.n_list + number[c]] = key[c];
+        if (cell < a.n_list) {
+            a.keys[(int64_t) h_kv*a.n_list + cell] = key;
         }
+        item[c] = make_uint2(key, cell);
     }
-    append_listed<C>(key, number, a.listed + (int64_t) h_kv*a.n_list, &a.n_listed[h_kv]);
+    append_listed<C>(item, a.listed + (int64_t) h_kv*a.n_list, &a.n_listed[h_kv], a.n_list);
 }
 
 // ---- pass 4: a block for each KV head ----------------------------------------------------------------------------------------
@@ -549,7 +550,7 @@ static scan_args args_of(const ggml_tensor * dst) {
     a.scale       = float_param(dst, 0);
     a.softcap     = float_param(dst, 1);
     const auto field = [](const sfi::sketch_field & f) {
-        return scan_field { (uint8_t) f.plane, (uint8_t) f.shift, (uint8_t) (f.mask == 15 ? 4 : f.mask == 3 ? 2 : 1) };
+        return scan_field { (uint8_t) f.plane, (uint8_t) f.shift, (uint8_t) f.bits() };
     };
     for (int i = 0; i < a.n_k_fields && i < max_k_fields; ++i) {
         a.k[i] = field(layout.k[i]);

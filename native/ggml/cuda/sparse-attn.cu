@@ -442,14 +442,14 @@ bool sparse_attn_supported(const ggml_tensor * dst) {
         && q->nb[1] % 16 == 0 && q->nb[2] % 16 == 0 && q->nb[3] % 16 == 0 && n_done <= n_counters && q->ne[1]*q->ne[3] <= 65535;
 }
 
-static int64_t n_partials(const ggml_tensor * dst, int n_sm) {
+static int64_t n_partials(const ggml_tensor * dst, const split & s) {
     const ggml_tensor * q = dst->src[0];
-    return q->ne[1]*q->ne[2]*q->ne[3]*split_of(dst, n_sm).n;
+    return q->ne[1]*q->ne[2]*q->ne[3]*s.n;
 }
 
 size_t sparse_attn_scratch(const ggml_tensor * dst, int n_sm) {
     const int64_t n_head = dst->src[0]->ne[2];
-    return (n_partials(dst, n_sm)*(dst->src[2]->ne[0] + 2) + (ggml_sparse_attn_has_evidence(dst) ? n_head*(dst->src[3]->ne[0] + 1) : 0))*sizeof(float);
+    return (n_partials(dst, split_of(dst, n_sm))*(dst->src[2]->ne[0] + 2) + (ggml_sparse_attn_has_evidence(dst) ? n_head*(dst->src[3]->ne[0] + 1) : 0))*sizeof(float);
 }
 
 template <ggml_type T, int D, int G>
@@ -487,7 +487,9 @@ void sparse_attn(const gpu & g, ggml_tensor * dst) {
     const ggml_tensor * always = dst->src[3], * selected = dst->src[4], * tail = dst->src[5], * sinks = dst->src[6];
     const ggml_tensor * visible = dst->src[7] && dst->src[7]->type == GGML_TYPE_I32 ? dst->src[7] : nullptr;
     const ggml_tensor * mass    = dst->src[7] && dst->src[7]->type == GGML_TYPE_F32 ? dst->src[7] : nullptr;
-    const bool evidence = ggml_sparse_attn_has_evidence(dst);
+    const bool    evidence = ggml_sparse_attn_has_evidence(dst);
+    const split   s = split_of(dst, g.n_sm);
+    const int64_t n = n_partials(dst, s);
 
     attn_args a = {};
     a.q = (const char *) q->data; a.q_nb1 = q->nb[1]; a.q_nb2 = q->nb[2]; a.q_nb3 = q->nb[3];
@@ -525,24 +527,19 @@ void sparse_attn(const gpu & g, ggml_tensor * dst) {
     a.n_head_kv = (int) k->ne[2];
     a.group     = a.n_head/a.n_head_kv;
     a.n_group_parts = (int) n_chunks(a.group, group_part(a.group));
-    a.n_split   = split_of(dst, g.n_sm).n;
-    a.per_split = split_of(dst, g.n_sm).length;
+    a.n_split   = s.n;
+    a.per_split = s.length;
     a.scale     = float_param(dst, 0);
     a.softcap   = float_param(dst, 1);
     a.partials  = (float *) g.scratch;
-    a.stats     = a.partials + n_partials(dst, g.n_sm)*v->ne[0];
+    a.stats     = a.partials + n*v->ne[0];
     a.counters  = g.counters;
     if (evidence) {
-        a.logits    = a.stats + 2*n_partials(dst, g.n_sm);
+        a.logits    = a.stats + 2*n;
         a.cells_lse = a.logits + (int64_t) a.n_head*a.n_always;
     }
 
-    switch (k->type) {
-        case GGML_TYPE_F16:  launch_size<GGML_TYPE_F16> (g, a, (int) q->ne[3], k->ne[0]); break;
-        case GGML_TYPE_BF16: launch_size<GGML_TYPE_BF16>(g, a, (int) q->ne[3], k->ne[0]); break;
-        case GGML_TYPE_Q8_0: launch_size<GGML_TYPE_Q8_0>(g, a, (int) q->ne[3], k->ne[0]); break;
-        default:             launch_size<GGML_TYPE_Q4_0>(g, a, (int) q->ne[3], k->ne[0]); break;
-    }
+    with_kv_type(k->type, [&](auto type) { launch_size<decltype(type)::value>(g, a, (int) q->ne[3], k->ne[0]); });
     if (evidence) {
         constexpr int threads = 256;
         SFI_LAUNCH(own_evidence_kernel, dim3((unsigned) n_chunks(a.n_always, threads), a.n_head_kv), dim3(threads), g.stream,

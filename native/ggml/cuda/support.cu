@@ -186,10 +186,6 @@ static __global__ void evidence_lse_kernel(const evidence_args a) {
     a.lse[(int64_t) h_kv*a.n_rows + r] = sum > 0.0f ? max + logf(sum) : 0.0f;
 }
 
-static int64_t evidence_rows(const ggml_tensor * dst) {
-    return dst->src[0]->ne[1]/dst->src[1]->ne[2]*dst->src[0]->ne[2];
-}
-
 bool support_evidence_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1];
     return is_kv_type(k->type) && k->ne[0] % 16 == 0 && k->ne[0] % ggml_blck_size(k->type) == 0 && k->ne[0] <= max_head_size
@@ -231,12 +227,7 @@ void support_evidence(const gpu & g, ggml_tensor * dst) {
     a.softcap   = float_param(dst, 1);
     a.alpha     = float_param(dst, 2);
     a.candidates_only = dst->op_params[3] == GGML_SUPPORT_SOFTMAX_CANDIDATES;
-    switch (k->type) {
-        case GGML_TYPE_F16:  launch_evidence<GGML_TYPE_F16> (g, a, n_head_kv); break;
-        case GGML_TYPE_BF16: launch_evidence<GGML_TYPE_BF16>(g, a, n_head_kv); break;
-        case GGML_TYPE_Q8_0: launch_evidence<GGML_TYPE_Q8_0>(g, a, n_head_kv); break;
-        default:             launch_evidence<GGML_TYPE_Q4_0>(g, a, n_head_kv); break;
-    }
+    with_kv_type(k->type, [&](auto type) { launch_evidence<decltype(type)::value>(g, a, n_head_kv); });
 }
 
 // ---- selection ---------------------------------------------------------------------------------------------------------
@@ -305,14 +296,14 @@ static __global__ void __launch_bounds__(select_threads) select_keys_kernel(cons
 static __global__ void __launch_bounds__(select_threads) select_list_kernel(const select_args a) {
     const int h_kv = blockIdx.y;
     const unsigned least = least_digit<select_threads>(a.digits + h_kv*key_digits, a.n_selected);
-    uint32_t key[select_items], number[select_items];
+    uint2 item[select_items];
 #pragma unroll
     for (int c = 0; c < select_items; ++c) {
-        number[c] = blockIdx.x*select_chunk + c*select_threads + threadIdx.x;
-        key[c]    = (int) number[c] < a.n_list ? a.keys[(int64_t) h_kv*a.n_list + number[c]] : 0;
-        key[c]    = digit_of(key[c]) >= least ? key[c] : 0;
+        const int j = blockIdx.x*select_chunk + c*select_threads + threadIdx.x;
+        const uint32_t key = j < a.n_list ? a.keys[(int64_t) h_kv*a.n_list + j] : 0;
+        item[c] = make_uint2(digit_of(key) >= least ? key : 0, j);
     }
-    append_listed<select_items>(key, number, a.listed + (int64_t) h_kv*a.n_list, &a.n_listed[h_kv]);
+    append_listed<select_items>(item, a.listed + (int64_t) h_kv*a.n_list, &a.n_listed[h_kv], a.n_list);
 }
 
 static __global__ void __launch_bounds__(best_threads) select_best_kernel(const select_args a) {
@@ -340,12 +331,6 @@ static __global__ void __launch_bounds__(select_threads) select_write_kernel(con
             a.selected[h_kv*a.selected_ld + place[c]] = a.cells[begin + c*select_threads + threadIdx.x];
         }
     }
-}
-
-static ggml_support_selector selector_of(const ggml_tensor * dst) {
-    ggml_support_selector s;
-    memcpy(&s, dst->op_params, sizeof(s));
-    return s;
 }
 
 bool support_select_supported(const ggml_tensor * dst) {

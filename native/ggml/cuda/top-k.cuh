@@ -34,10 +34,9 @@ struct top_k_shared {
     bool     done;
 };
 
-// The least rank among the k best of n items; key(i) and number(i) are those of item i. All threads of the block call it.
-// Digit by digit from the top: of the digits seen so far those of the k-th best are known.
-template <class Key, class Number>
-static __device__ uint64_t least_rank_of_best(int n, unsigned k, Key key, Number number, top_k_shared & sh) {
+// The least rank among the k best of n items (key, number). All threads of the block call it. Digit by digit from the top: of
+// the digits seen so far those of the k-th best are known.
+static __device__ uint64_t least_rank_of_best(const uint2 * items, int n, unsigned k, top_k_shared & sh) {
     if (threadIdx.x == 0) {
         sh.prefix = 0;
         sh.wanted = k;
@@ -51,17 +50,16 @@ static __device__ uint64_t least_rank_of_best(int n, unsigned k, Key key, Number
         const uint64_t prefix = sh.prefix;
         const int      copy   = threadIdx.x % digit_copies;
         for (int i0 = threadIdx.x; i0 < n; i0 += keys_at_once*blockDim.x) {
-            uint32_t x[keys_at_once], m[keys_at_once];
+            uint2 item[keys_at_once];
 #pragma unroll
             for (int j = 0; j < keys_at_once; ++j) { // all loads before the first use
                 const int i = i0 + j*blockDim.x;
-                x[j] = i < n ? key(i)    : 0;
-                m[j] = i < n ? number(i) : 0;
+                item[j] = i < n ? items[i] : make_uint2(0, 0);
             }
 #pragma unroll
             for (int j = 0; j < keys_at_once; ++j) {
-                const uint64_t rank = rank_of(x[j], m[j]);
-                if (x[j] != 0 && (shift == 56 || rank >> (shift + 8) == prefix)) {
+                const uint64_t rank = rank_of(item[j].x, item[j].y);
+                if (item[j].x != 0 && (shift == 56 || rank >> (shift + 8) == prefix)) {
                     atomicAdd(&sh.bins[(rank >> shift & 255)*digit_copies + copy], 1u);
                 }
             }
@@ -80,13 +78,8 @@ static __device__ uint64_t least_rank_of_best(int n, unsigned k, Key key, Number
             for (int j = 0; j < 8; ++j) {
                 mine += sh.of_digit[255 - 8*threadIdx.x - j];
             }
-            unsigned above = mine; // inclusive sum over the lanes before
-            for (int o = 1; o < warp_size; o <<= 1) {
-                const unsigned other = __shfl_up_sync(all_lanes, above, o);
-                above += (int) threadIdx.x >= o ? other : 0;
-            }
-            const unsigned all = __shfl_sync(all_lanes, above, warp_size - 1), wanted = sh.wanted;
-            above -= mine;
+            const unsigned sum = warp_prefix_sum(mine), above = sum - mine;
+            const unsigned all = __shfl_sync(all_lanes, sum, warp_size - 1), wanted = sh.wanted;
             __syncwarp();
             if (all <= wanted) { // shift 56: fewer than k; later: exactly k
                 if (threadIdx.x == 0) {
@@ -121,15 +114,16 @@ static __device__ uint64_t least_rank_of_best(int n, unsigned k, Key key, Number
 
 // ---- selecting in chunks: what may be selected is listed in any order, and written in the order of the cells --------------
 
-// Appends the keys of a thread's items that are not 0 to a list, in which they get the numbers of their items.
+// Appends a thread's items (key, number) whose key is not 0 to a list, which keeps `most` of them and counts all. One addition
+// for a warp, as all add to the same.
 template <int C>
-static __device__ __forceinline__ void append_listed(const uint32_t * key, const uint32_t * number, uint2 * listed, unsigned * n_listed) {
+static __device__ __forceinline__ void append_listed(const uint2 * item, uint2 * listed, unsigned * n_listed, int most) {
     const int lane = threadIdx.x % warp_size;
     unsigned has[C];
     int n = 0, at = 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-        has[c] = __ballot_sync(all_lanes, key[c] != 0);
+        has[c] = __ballot_sync(all_lanes, item[c].x != 0);
         n += __popc(has[c]);
     }
     if (lane == 0 && n > 0) {
@@ -138,15 +132,15 @@ static __device__ __forceinline__ void append_listed(const uint32_t * key, const
     at = __shfl_sync(all_lanes, at, 0);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-        if (key[c] != 0) {
-            listed[at + __popc(has[c] & ((1u << lane) - 1))] = make_uint2(key[c], number[c]);
+        const int place = at + __popc(has[c] & ((1u << lane) - 1));
+        if (item[c].x != 0 && place < most) {
+            listed[place] = item[c];
         }
         at += __popc(has[c]);
     }
 }
 
 constexpr int max_chunks = 2048;
-
 constexpr int key_digits = 4096;
 constexpr int max_few    = 3072; // items that are ranked in shared memory
 
@@ -165,12 +159,7 @@ static __device__ unsigned least_digit(const unsigned * digits, unsigned n) {
         counts[i] = digits[top - i];
         mine += counts[i];
     }
-    unsigned sum = mine;
-#pragma unroll
-    for (int o = 1; o < warp_size; o <<= 1) {
-        const unsigned other = __shfl_up_sync(all_lanes, sum, o);
-        sum += lane >= o ? other : 0;
-    }
+    const unsigned sum = warp_prefix_sum(mine);
     if (lane == warp_size - 1) {
         of_warp[warp] = sum;
     }
@@ -226,12 +215,7 @@ static __device__ void place_chunks(const uint2 * items, int n, uint64_t best, i
     int before = 0;
     for (int c0 = 0; c0 < n_chunks; c0 += warp_size) {
         const int c = c0 + threadIdx.x, mine = c < n_chunks ? of_chunk[c] : 0;
-        int sum = mine;
-#pragma unroll
-        for (int o = 1; o < warp_size; o <<= 1) {
-            const int other = __shfl_up_sync(all_lanes, sum, o);
-            sum += (int) threadIdx.x >= o ? other : 0;
-        }
+        const int sum = warp_prefix_sum(mine);
         if (c < n_chunks) {
             first[c] = before + sum - mine;
         }
@@ -253,42 +237,24 @@ static __device__ void choose_listed(const uint2 * listed, int n, int n_selected
     for (int i = threadIdx.x; i < key_digits; i += n_threads) {
         digits[i] = 0;
     }
-    constexpr int at_once = 8;
-    for (int i0 = 0; i0 < n; i0 += at_once*n_threads) {
-        uint2 item[at_once];
+    for (int i0 = 0; i0 < n; i0 += keys_at_once*n_threads) {
+        uint2 item[keys_at_once];
 #pragma unroll
-        for (int j = 0; j < at_once; ++j) {
+        for (int j = 0; j < keys_at_once; ++j) {
             const int i = i0 + j*n_threads + threadIdx.x;
             item[j] = i < n ? listed[i] : make_uint2(0, 0);
         }
-        // one addition for a warp, as all add to the same
-        unsigned has[at_once];
-        int n_has = 0, at = 0;
 #pragma unroll
-        for (int j = 0; j < at_once; ++j) {
-            has[j] = __ballot_sync(all_lanes, item[j].x != 0 && digit_of(item[j].x) >= least);
-            n_has += __popc(has[j]);
+        for (int j = 0; j < keys_at_once; ++j) {
+            item[j].x = digit_of(item[j].x) >= least ? item[j].x : 0;
         }
-        const int lane = threadIdx.x % warp_size;
-        if (lane == 0 && n_has > 0) {
-            at = (int) atomicAdd(&sh.n_few, (unsigned) n_has);
-        }
-        at = __shfl_sync(all_lanes, at, 0);
-#pragma unroll
-        for (int j = 0; j < at_once; ++j) {
-            const int place = at + __popc(has[j] & ((1u << lane) - 1));
-            if ((has[j] >> lane & 1) && place < max_few) {
-                sh.few[place] = item[j];
-            }
-            at += __popc(has[j]);
-        }
+        append_listed<keys_at_once>(item, sh.few, &sh.n_few, max_few);
     }
     __syncthreads();
     const bool    few   = sh.n_few <= max_few;
     const uint2 * items = few ? sh.few : listed;
     const int     n_items = few ? (int) sh.n_few : n;
-    const uint64_t best = n_items <= n_selected ? 0 : least_rank_of_best(n_items, n_selected,
-            [&](int i) { return items[i].x; }, [&](int i) { return items[i].y; }, sh.top);
+    const uint64_t best = n_items <= n_selected ? 0 : least_rank_of_best(items, n_items, n_selected, sh.top);
     // what has a smaller digit is no item here, so that all of these may be the best
     const uint64_t best_of_all = best > 0 ? best : (uint64_t) least << 52;
     place_chunks(items, n_items, best_of_all, chunk, n_chunks, first, sh.of_chunk);

@@ -5,14 +5,19 @@
 
 #include "args.h"
 #include "ggml-metal-device.h"
-#include "ggml-sfi.h"
+#include "gpu-host.h"
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <initializer_list>
 
 namespace sfi_metal {
+
+using sfi::evidence_rows;
+using sfi::float_param;
+using sfi::has_aligned_rows;
+using sfi::n_chunks;
+using sfi::selector_of;
 
 // Memory of a tensor, or of the operation's scratch if there is no tensor.
 struct place {
@@ -113,8 +118,6 @@ private:
     size_t used = 0;
 };
 
-inline int64_t n_chunks(int64_t n, int64_t size) { return (n + size - 1)/size; }
-
 // in the names of kernels; null: there are none for this type of K and V
 inline const char * kv_type_name(ggml_type type) {
     switch (type) {
@@ -124,18 +127,6 @@ inline const char * kv_type_name(ggml_type type) {
         case GGML_TYPE_Q4_0: return "q4_0";
         default:             return nullptr;
     }
-}
-
-// rows can be read by the loads of gpu.metal
-inline bool has_aligned_rows(const ggml_tensor * t) {
-    const size_t n = t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0 ? 2 : 16;
-    return t->nb[1] % n == 0 && t->nb[2] % n == 0 && t->nb[3] % n == 0 && t->view_offs % n == 0;
-}
-
-inline float float_param(const ggml_tensor * dst, int i) {
-    float x;
-    memcpy(&x, (const char *) dst->op_params + i*sizeof(x), sizeof(x));
-    return x;
 }
 
 } // namespace sfi_metal

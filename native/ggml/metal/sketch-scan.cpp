@@ -12,7 +12,7 @@ static int chunk_size(int64_t n_list) {
 }
 
 static scan_field field(const sfi::sketch_field & f) {
-    return { (uint8_t) f.plane, (uint8_t) f.shift, (uint8_t) (f.mask == 15 ? 4 : f.mask == 3 ? 2 : 1) };
+    return { (uint8_t) f.plane, (uint8_t) f.shift, (uint8_t) f.bits() };
 }
 
 static void set_fields(scan_args & a, const sfi::sketch_layout & layout) {

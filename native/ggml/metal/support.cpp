@@ -8,10 +8,6 @@ namespace sfi_metal {
 
 // ---- evidence ----------------------------------------------------------------------------------------------------------
 
-static int64_t evidence_rows(const ggml_tensor * dst) {
-    return dst->src[0]->ne[1]/dst->src[1]->ne[2]*dst->src[0]->ne[2];
-}
-
 bool support_evidence_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1];
     return kv_type_name(k->type) && k->ne[0] % 16 == 0 && k->ne[0] % ggml_blck_size(k->type) == 0 && k->ne[0] <= 256
@@ -76,12 +72,6 @@ void support_evidence(encoder & e, const ggml_tensor * dst) {
 }
 
 // ---- selection ---------------------------------------------------------------------------------------------------------
-
-static ggml_support_selector selector_of(const ggml_tensor * dst) {
-    ggml_support_selector s;
-    memcpy(&s, dst->op_params, sizeof(s));
-    return s;
-}
 
 bool support_select_supported(const ggml_tensor * dst) {
     return selector_of(dst).kind == GGML_SUPPORT_SELECTOR_TOPK && dst->ne[1] <= 65535;
