@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Sequence
 
 from sfi_local.errors import SfiError
 
@@ -43,9 +44,14 @@ def only(decoded: "Decoded", kind: str) -> None:
         raise CheckError(f"No numbers are shown: the steps of mode {kind} were {', '.join(sorted(set(decoded.kinds)))}.")
 
 
+def first_difference(tokens: Sequence[int], dense: Sequence[int]) -> int | None:
+    """How many tokens of mode exact are those of dense steps, before the first that is not; None: all are."""
+    return next((i for i, (a, b) in enumerate(zip_longest(tokens, dense)) if a != b), None)
+
+
 def same_tokens(decoded: "Decoded", dense: list[int]) -> None:
     """Mode exact gave the tokens of dense steps, up to a tie if there is one."""
-    apart = next((i for i, (a, b) in enumerate(zip(decoded.tokens, dense)) if a != b), None)
+    apart = first_difference(decoded.tokens, dense)
     if apart is not None and not decoded.ties[apart]:
         raise CheckError(f"No times are shown: token {apart + 1} of mode exact is not that of dense steps, and no tie. Please "
                          f"report this.")
@@ -69,6 +75,12 @@ def slow_and_fast(decoded: "Decoded", budget: int, depth: int, slow_every: int |
 def sparse(name: str, kinds: list[str]) -> None:
     """The steps of a row or mode were slow and fast ones, and there were fast ones unless a single step was taken."""
     if set(kinds) - {"slow", "fast"} or len(kinds) > 1 and "fast" not in kinds:
+        raise CheckError(f"No numbers are shown: the steps of {name} were {', '.join(sorted(set(kinds)))}.")
+
+
+def drafted_or_dense(name: str, kinds: list[str]) -> None:
+    """The steps of a row of mode exact were kept drafts, verifying passes (dense, or slow with a refresh) and dense steps."""
+    if set(kinds) - {"slow", "fast", "dense"}:
         raise CheckError(f"No numbers are shown: the steps of {name} were {', '.join(sorted(set(kinds)))}.")
 
 

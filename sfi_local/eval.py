@@ -16,8 +16,10 @@ from sfi_local.rows_report import FORMATS
 if TYPE_CHECKING:
     from sfi_local.eval_prompts import Prompt
     from sfi_local.eval_rows import Row
+    from sfi_local.sampling import Sampling
 
-MODES = ("dense", "stock", "sfi", "auto")  # in the order in which they are shown
+MODES = ("dense", "stock", "sfi", "exact", "auto")  # in the order in which they are shown
+DEFAULT_MODES = ("dense", "stock", "sfi")
 
 
 @click.command("eval", short_help="Measure fidelity: how close modes and policies are to dense decoding.")
@@ -25,17 +27,24 @@ MODES = ("dense", "stock", "sfi", "auto")  # in the order in which they are show
 @click.option("--text", metavar="FILE", help="The text that is decoded, or what pass keys are hidden in; - reads stdin "
               "[default: Python's own help topics].")
 @click.option("--depth", "depths", default="2000", show_default=True, callback=depth_list, metavar="A,B",
-              help="Tokens in the KV cache before the first step; length of the prompts with --passkey and --copy.")
+              help="Tokens in the KV cache before the first step; length of the prompts with --passkey, --copy and --exact.")
 @click.option("-n", "--n", "n", type=click.IntRange(1), default=256, show_default=True, metavar="N",
-              help="Tokens of the text that are decoded at each depth.")
-@click.option("--modes", default="dense,stock,sfi", show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
-              help=f"Of {', '.join(MODES)}; dense is measured in any case.")
+              help="Tokens of the text that are decoded at each depth; with --exact tokens that are generated for each prompt.")
+@click.option("--modes", default=",".join(DEFAULT_MODES), show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
+              help=f"Of {', '.join(MODES)}; dense is measured in any case, exact on prompts.")
 @click.option("--reference", is_flag=True, help="Also the rows a policy is judged against: stock, the policies, frozen as in "
               "the paper and with a fixed period, sink + recent of the same bytes, the oracle, KV in q8_0 and q4_0.")
 @click.option("--row", "own_rows", multiple=True, metavar="NAME:FIELD=VALUE,...",
-              help="A row of your own: mode, kv_type, slow_every, and what --support to --pool-before set.")
+              help="A row of your own: mode, kv_type, slow_every, draft (mode exact: tokens per span), and what --support to "
+              "--pool-before set.")
 @click.option("--greedy", "n_greedy", type=click.IntRange(1), metavar="N",
               help="Also compare with N tokens of dense's own greedy output.")
+@click.option("--exact", "n_exact", type=click.IntRange(1), metavar="N",
+              help="Compare mode exact with dense, token by token, on N prompts cut from the text at even distances.")
+@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X",
+              help="Temperature of --exact; the other settings of the sampler are those of a run.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, metavar="N",
+              help="Seed of --exact for the first prompt, N + 1 for the second and so on; the same in both modes.")
 @click.option("--passkey", type=click.IntRange(1), metavar="N", help="N prompts with a pass key at ten places in a text.")
 @click.option("--copy", "copy_length", type=click.IntRange(2), metavar="N", help="Copy passages of N tokens from ten places.")
 @click.option("--tasks", metavar="FILE", help="Prompts of a JSONL file: LongEval lines, key-value retrieval, or prompt and "
@@ -59,6 +68,7 @@ def command(**options: Any) -> None:
     sfi-local eval smollm2-135m --depth 6000 --reference --plot fidelity.png
     sfi-local eval smollm2-135m --depth 6000 --row small:n_selected=512 --row window:support=window --greedy 200
     sfi-local eval smollm2-135m --passkey 20 --depth 6000
+    sfi-local eval smollm2-135m --exact 20 --depth 2300 -n 200 --temp 0.8
     sfi-local eval smollm2-135m --tasks lines.jsonl --limit 20 -o json
 
     The text up to the depth is prefilled once. Then every row decodes the tokens that follow, from the same state, and its
@@ -67,6 +77,10 @@ def command(**options: Any) -> None:
     the bytes of the cache that were read, over those of dense; the row stock is the noise of two dense implementations.
 
     With --passkey, --copy or --tasks the rows answer prompts instead, greedily, and are counted on the same prompts.
+
+    With --exact mode exact generates from each prompt what mode dense does, with the same random numbers. equal counts the
+    tokens before the first difference of each prompt, ties the tokens that rounding might have decided otherwise, kept the
+    drafts per span that verification kept. A difference that is no tie is said in the row, and the exit code is 1.
     """
     params, fit = take_params(options)
     output, save, plot = options.pop("output"), options.pop("save"), options.pop("plot")
@@ -85,6 +99,7 @@ def command(**options: Any) -> None:
     if plot:
         eval_report.plot(rows, plot)
     click.echo(eval_report.show(output, rows))
+    eval_report.check(rows)
 
 
 @dataclass(frozen=True)
@@ -95,10 +110,13 @@ class Request:
     text: str | None = None
     depths: tuple[int, ...] = (2000,)
     n: int = 256
-    modes: tuple[str, ...] = ("dense", "stock", "sfi")
+    modes: tuple[str, ...] = DEFAULT_MODES
     reference: bool = False
     own_rows: tuple[str, ...] = ()
     n_greedy: int | None = None
+    n_exact: int | None = None
+    temp: float = 0.0
+    seed: int = 0
     passkey: int | None = None
     copy_length: int | None = None
     tasks: str | None = None
@@ -111,24 +129,50 @@ class Request:
     fit_budget: bool = True
     fidelity: float | str | None = None
 
+    def sampling(self, number: int) -> "Sampling":
+        """Of a prompt of --exact, by its number from 0."""
+        from sfi_local.sampling import Sampling
+
+        return Sampling(temp=self.temp, seed=self.seed + number)
+
     @property
     def is_tasks(self) -> bool:
         return bool(self.passkey or self.copy_length or self.tasks)
 
     def check(self, plot: str | None) -> None:
         """Refuse combinations that cannot be meant."""
+        self._check_exact(plot)
         if self.is_tasks and (self.n_greedy or plot):
             raise UsageError("--greedy and --plot belong to the fidelity on a text: leave out --passkey, --copy and --tasks.")
         if self.limit and not self.tasks:
             raise UsageError("--limit takes the first tasks of a file: give one with --tasks.")
         if self.tasks == "-" == self.text:
             raise UsageError("stdin can be read once: give a file to --text or to --tasks.")
+        if not self.is_tasks and not self.n_exact and any(row.mode == "exact" for row in self.rows()):
+            raise UsageError("Mode exact generates what dense does and has no distributions of its own on a given text: measure it with "
+                             "--exact N, or on prompts with --passkey, --copy or --tasks.")
         self.rows()
+
+    def _check_exact(self, plot: str | None) -> None:
+        if not self.n_exact and (self.temp or self.seed):
+            raise UsageError("--temp and --seed are of --exact: everything else is greedy, or a text that is given.")
+        if not self.n_exact:
+            return
+        if self.is_tasks or self.n_greedy or self.reference or plot or self.modes not in (DEFAULT_MODES, ("exact",)):
+            raise UsageError("--exact compares mode exact with dense and nothing else: leave out --passkey, --copy, --tasks, --greedy, "
+                             "--reference, --plot and --modes.")
+        if self.fidelity not in (None, "default"):
+            raise UsageError("--fidelity is about the fast steps of modes auto and sfi; those of mode exact are verified: leave it out.")
+        if any(row.mode != "exact" for row in self.rows()[1:]):
+            raise UsageError("--exact compares rows of mode exact with dense: give every --row mode=exact.")
 
     def rows(self) -> list["Row"]:
         """All rows, dense first. Raises UsageError, ArgumentError."""
         from sfi_local import eval_rows
 
+        if self.n_exact:
+            rows = eval_rows.mode_rows(("dense", "exact"), self.fit_budget)
+            return eval_rows.unique(rows + [eval_rows.parse_row(text) for text in self.own_rows])
         rows = eval_rows.mode_rows(tuple(dict.fromkeys(("dense", *self.modes))), self.fit_budget)
         rows += eval_rows.reference_rows(self.modes, self.kv_type, self.params) if self.reference else []
         return eval_rows.unique(rows + [eval_rows.parse_row(text) for text in self.own_rows])
@@ -139,9 +183,12 @@ def measure(request: Request) -> list[dict[str, Any]]:
     from sfi_local.measured import check_depth, fetch, settled_params
 
     path = fetch(request.model)
-    request = replace(request, params=settled_params(request.params, path, request.kv_type, request.fidelity))
+    if not request.n_exact:
+        request = replace(request, params=settled_params(request.params, path, request.kv_type, request.fidelity))
     if not request.tasks or request.passkey or request.copy_length:
         check_depth(path, request.depths[-1], 0 if request.is_tasks else max(request.n, request.n_greedy or 0))
+    if request.n_exact:
+        return measure_exact(request, path)
     return measure_tasks(request, path) if request.is_tasks else measure_text(request, path)
 
 
@@ -167,7 +214,7 @@ def measure_text(request: Request, path: Any) -> list[dict[str, Any]]:
 
 def measure_tasks(request: Request, path: Any) -> list[dict[str, Any]]:
     """Answers to prompts."""
-    from sfi_local import eval_report, eval_tasks
+    from sfi_local import eval_exact, eval_report, eval_tasks
     from sfi_local.bar import Bar
     from sfi_local.model import load
 
@@ -180,7 +227,30 @@ def measure_tasks(request: Request, path: Any) -> list[dict[str, Any]]:
             for task, depth, prompts in sets:
                 label = f"{task} @ {depth}" if depth else task
                 scores = eval_tasks.answer_all(model, prompts, request.rows(), params, request.kv_type, bar, label)
+                eval_exact.refuse(scores)
                 found += eval_report.task_rows(scores, task, depth, request, model)
+    return found
+
+
+def measure_exact(request: Request, path: Any) -> list[dict[str, Any]]:
+    """Mode exact beside dense."""
+    from sfi_local import eval_exact, eval_report, eval_tasks
+    from sfi_local.bar import Bar
+    from sfi_local.eval_prompts import excerpts
+    from sfi_local.model import load
+    from sfi_local.text_input import measured_text
+
+    eval_exact.check_depth(request.rows(), request.params, request.depths[0], request.n)
+    text, source = measured_text(request.text)
+    found = []
+    with load(path, mode="stock", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
+              gpu_layers=request.gpu_layers, verbose=request.verbose) as model, Bar(len(request.depths) * request.n_exact) as bar:
+        sets = [(depth, excerpts(model, text, source, depth, request.n_exact, request.n)) for depth in request.depths]
+        for depth, prompts in sets:
+            scores = eval_tasks.answer_all(model, prompts, request.rows(), request.params, request.kv_type, bar, f"exact @ {depth}",
+                                           request.sampling)
+            eval_exact.check_drafted(scores)
+            found += eval_report.exact_rows(scores, depth, request, model)
     return found
 
 

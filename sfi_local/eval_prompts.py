@@ -1,5 +1,5 @@
-"""Prompts whose answer is known: a pass key in prose, lines of LongEval, key-value pairs, a passage to copy. Pure but for
-the model's tokenizer and chat template."""
+"""Prompts whose answer is known: a pass key in prose, lines of LongEval, key-value pairs, a passage to copy; and prompts that are
+just text. Pure but for the model's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ N_SLACK = 8        # tokens that an answer may be longer than the right one
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, at most n tokens of answer, and the right one: a text, or the tokens themselves."""
+    """A prompt, at most n tokens of answer, and the right one: a text, or the tokens themselves; None: no answer is right."""
 
     tokens: list[int]
     n: int
-    answer: str | list[int]
+    answer: str | list[int] | None
 
     def score(self, tokens: Sequence[int], text: str) -> float:
         """1.0 if the text has the answer as a word of its own, else 0.0; of tokens the share before the first wrong one."""
+        if self.answer is None:
+            return 0.0
         if isinstance(self.answer, str):
             return float(bool(re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", text)))
         equal = [a == b for a, b in zip(tokens, self.answer)] + [False]
@@ -104,6 +106,23 @@ def copies(model: Any, tokens: list[int], depth: int, n: int) -> list[Prompt]:
                          f"{depth}: raise it, or lower --copy.")
     starts = dict.fromkeys(round(i * (room - n) / (N_PLACES - 1)) for i in range(N_PLACES))
     return [Prompt(tokens[:room] + line + tokens[at:at + head], n - head, tokens[at + head:at + n]) for at in starts]
+
+
+# ---- just text --------------------------------------------------------------------------------------------------------
+
+def excerpts(model: Any, text: str, source: str, depth: int, n_prompts: int, n: int) -> list[Prompt]:
+    """n_prompts prompts of depth tokens, cut from a text at even distances, each to go on for n tokens.
+
+    They overlap where the text is short. No chat template. Raises InputError where the text has no so many.
+    """
+    bos = model.tokenize("", add_bos=model.vocabulary.add_bos)
+    tokens, length = model.tokenize(text), depth - len(bos)
+    last = len(tokens) - length
+    if length < 1 or last < n_prompts - 1:
+        raise InputError(f"The text ({source}) has {len(tokens) + len(bos)} tokens, and {n_prompts} prompts of --depth {depth} take "
+                         f"{max(depth, 1 + len(bos)) + n_prompts - 1}: give a longer one with --text, or lower --depth.")
+    starts = [round(i * last / max(1, n_prompts - 1)) for i in range(n_prompts)]
+    return [Prompt(bos + tokens[at:at + length], n, None) for at in starts]
 
 
 # ---- task files ------------------------------------------------------------------------------------------------------

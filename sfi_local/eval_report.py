@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,39 @@ def task_rows(scores: list["Score"], task: str, depth: int | None, request: "Req
     } for one in scores]
 
 
+def exact_rows(scores: list["Score"], depth: int, request: "Request", model: Any) -> Rows:
+    """A row per Score of mode exact; the first score is dense's.
+
+    n: tokens per prompt at most; n_tokens, n_equal, verdict, complaint and differences see eval_exact.Comparison; n_ties: tokens
+    that noise could have changed, whether it did or not; noise: the largest difference of a logit between a batch and a dense
+    step; kept_per_span: mean number of drafts that verification kept; n_dense: steps without drafts
+    """
+    from sfi_local.eval_exact import compare
+    from sfi_local.text_input import DEFAULT_TEXT
+
+    common, rows = _common(request, model), []
+    for one in (score for score in scores if score.row.mode == "exact"):
+        found = compare(one, scores[0])
+        rows.append({
+            "task": "exact", **_names(one, request), "depth": depth, "n_prompts": found.n_prompts, "n": request.n,
+            "n_tokens": found.n_tokens, "n_equal": found.n_equal, "verdict": found.verdict, "complaint": found.complaint,
+            "n_ties": sum(map(sum, one.ties)), "differences": [asdict(d) for d in found.differences], "noise": one.noise,
+            "draft": one.row.draft, "n_spans": one.n_spans, "n_drafted": one.n_drafted, "n_accepted": one.n_accepted,
+            "kept_per_span": one.n_accepted / one.n_spans, "n_dense": len(one.kinds) - one.kinds.count("fast") - one.n_spans,
+            "temp": request.temp, "seed": request.seed, "kv_read_share": one.kv_read_share, "kv_bytes": mean(one.bytes_per_step),
+            "steps": _steps(one.kinds), "reasons": dict(one.reasons), "text": request.text or DEFAULT_TEXT, **_params(one), **common})
+    return rows
+
+
+def check(rows: Rows) -> None:
+    """Raise CheckError where a row says that mode exact is not dense."""
+    from sfi_local.bench_check import CheckError
+
+    complaints = [row["complaint"] for row in rows if row.get("complaint")]
+    if complaints:
+        raise CheckError(" ".join(complaints))
+
+
 def quantile(values: list[float], share: float) -> float:
     """The smallest value that at least a share of the values do not exceed."""
     return sorted(values)[max(0, -(-round(share * len(values) * 1000) // 1000) - 1)]
@@ -110,11 +144,17 @@ _GREEDY: Columns = {"first": ("greedy_first", _first), "gap": ("greedy_gap", _ga
 _TASKS: Columns = {"task": ("task", str), **_NAMES, "passed": ("passed", str), "of": ("total", str),
                    "of dense's": ("passed_of_dense", str), "- dense": ("minus_dense", lambda v: f"{100 * v:+.1f} points"),
                    "score": ("mean_score", number(3)), **_COST}
+_EXACT: Columns = {
+    **_NAMES, "prompts": ("n_prompts", str), "tokens": ("n_tokens", str), "equal": ("n_equal", str), "is": ("verdict", str),
+    "ties": ("n_ties", str), "spans": ("n_spans", str), "drafted": ("n_drafted", str), "kept": ("n_accepted", str),
+    "per span": ("kept_per_span", number(2)), "KV read": ("kv_read_share", lambda v: percent(v, 1)), "not drafted": ("n_dense", str)}
 
 
 def show(output: str, rows: Rows) -> str:
     """The rows in one of rows_report.FORMATS."""
-    if rows[0]["task"] != "text":
+    if rows[0]["task"] == "exact":
+        columns = _EXACT
+    elif rows[0]["task"] != "text":
         columns = _TASKS
     else:
         columns = {**_TEXT, **(_GREEDY if rows[0]["greedy_n"] else {})}
@@ -126,6 +166,10 @@ def context(rows: Rows) -> list[str]:
     r = rows[0]
     sentences = [f"{r['model']}, {r['threads']} threads, {_what(rows)}.",
                  f"{r['machine']}; {r['date']}; {r['source_id']}; `{r['command']}`"]
+    if r["task"] == "exact":
+        sentences[1:1] = ["equal: tokens before the first difference of each prompt; ties: tokens that noise could have changed; kept: "
+                          "drafts that verification kept; not drafted: dense steps where drafting does not pay.",
+                          *(row["complaint"] for row in rows if row["complaint"])]
     if r["task"] == "text" and r["greedy_n"]:
         from sfi_local.eval_greedy import NEAR_TIE
 
@@ -139,6 +183,9 @@ def _what(rows: Rows) -> str:
     r = rows[0]
     if r["task"] == "text":
         return f"{r['n']} steps on {r['text']}, each compared with dense"
+    if r["task"] == "exact":
+        drawn = f"temperature {r['temp']:g}, seeds from {r['seed']}" if r["temp"] else "greedy"
+        return f"{r['n_prompts']} prompts of {r['text']}, {r['n']} tokens each, {drawn}, beside dense steps"
     skipped = f"; {r['skipped']} prompts are longer than the context and were skipped" if r["skipped"] else ""
     passed = "; ".join(f"dense passes {one['dense_passed']} of {one['total']} ({one['task']} @ {one['depth']})" for one in rows
                        if one["name"] == "dense")

@@ -10,6 +10,7 @@ from sfi_local.kv_layout import KV_TYPES
 from sfi_local.options import meant
 from sfi_local.params import SfiParams
 from sfi_local.session import MODES, Schedule
+from sfi_local.span import MAX_DRAFTS
 
 ORACLE_BUDGETS = (32, 128, 512)  # cells selected, of the oracle's rows
 
@@ -23,6 +24,7 @@ class Row:
     changes:    fields of SfiParams that differ from the run's; with ``support`` among them, from that policy's defaults
     kv_type:    of its own context; None: the run's
     slow_every: every n-th step is slow instead of the schedule; steps
+    draft:      mode ``exact``: tokens drafted per span; None: as many as pay
     same, like: ``bytes`` or ``refreshes`` are to be those of the earlier row ``like``
     fit:        a budget larger than the context is made smaller instead of refused
     """
@@ -32,6 +34,7 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)
     kv_type: str | None = None
     slow_every: int | None = None
+    draft: int | None = None
     same: str = ""
     like: str = ""
     fit: bool = True
@@ -125,7 +128,9 @@ def spread(n: int, n_slow: int) -> Schedule:
 
 
 def settings(row: Row, base: SfiParams) -> SfiParams:
-    """The parameters of a row that is like no other."""
+    """The parameters of a row that is like no other. Mode ``exact`` takes the depth of the rule, as in a run, not a measured one."""
+    if row.mode == "exact":
+        base = base.replace(auto_depth=0)
     if "support" not in row.changes:
         return base.replace(**row.changes)
     unused = {"n_selected": 1} if row.changes["support"] == "window" else {}  # so that the budget is what is read
@@ -140,7 +145,8 @@ def window_of(params: SfiParams, n: int, spent: Spent) -> SfiParams:
 
 # ---- rows that are typed ---------------------------------------------------------------------------------------------
 
-_OWN = ("mode", "kv_type", "slow_every")
+_OWN = ("mode", "kv_type", "slow_every", "draft")
+_COUNTS = ("slow_every", "draft")
 _TYPES = {f.name: type(f.default) for f in fields(SfiParams)}
 
 
@@ -155,9 +161,20 @@ def parse_row(text: str) -> Row:
     _one_of(name, "mode", mode, MODES)
     if "kv_type" in own:
         _one_of(name, "kv_type", own["kv_type"], KV_TYPES)
+    _check_exact(name, mode, own)
     settings(Row(name, mode, given), SfiParams()).validate()
     budget = any(key in given for key in ("n_sink", "n_recent", "n_selected"))
-    return Row(name.strip(), mode, given, own.get("kv_type"), own.get("slow_every"), fit=not budget)
+    return Row(name.strip(), mode, given, own.get("kv_type"), own.get("slow_every"), own.get("draft"), fit=not budget)
+
+
+def _check_exact(name: str, mode: str, own: dict[str, Any]) -> None:
+    """Refuse what mode exact does not have, and what no other mode has."""
+    if mode == "exact" and "kv_type" in own:
+        raise UsageError(f"--row {name}: mode exact is compared with dense in the run's own KV type: take --kv-type for both.")
+    if mode == "exact" and "slow_every" in own:
+        raise UsageError(f"--row {name}: in mode exact every step is a draft or a verification: leave slow_every out.")
+    if "draft" in own and (mode != "exact" or own["draft"] > MAX_DRAFTS):
+        raise UsageError(f"--row {name}: draft is of mode exact, from 1 to {MAX_DRAFTS}: add mode=exact, or leave it out.")
 
 
 def _setting(name: str, item: str) -> tuple[str, Any]:
@@ -165,11 +182,11 @@ def _setting(name: str, item: str) -> tuple[str, Any]:
     if key not in _TYPES and key not in _OWN:
         raise UsageError(f"--row {name}: there is no field {key!r}:{meant(key, [*_OWN, *_TYPES])} There are "
                          f"{', '.join([*_OWN, *_TYPES])}.")
-    kind = int if key == "slow_every" else str if key in _OWN else _TYPES[key]
+    kind = int if key in _COUNTS else str if key in _OWN else _TYPES[key]
     try:
         if not equals or not value:
             raise ValueError
-        return key, _bool(value) if kind is bool else _positive(value) if key == "slow_every" else kind(value)
+        return key, _bool(value) if kind is bool else _positive(value) if key in _COUNTS else kind(value)
     except ValueError:
         wanted = {int: "a whole number", float: "a number", bool: "on or off", str: "a name"}[kind]
         raise UsageError(f"--row {name}: {key} takes {wanted}, not {value!r}.") from None

@@ -1,16 +1,17 @@
-"""Prompts whose answer is known, answered greedily by every row: one prefill per prompt, then each from the same state."""
+"""Prompts that every row answers: one prefill per prompt, then each row from the same state."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from sfi_local import kv_layout
 from sfi_local.errors import InputError
 from sfi_local.eval_kl import Quiet, bytes_read
 from sfi_local.eval_prompts import Prompt
 from sfi_local.eval_rows import Plan, Row, Spent, plan
+from sfi_local.exact import generate_exact
 from sfi_local.generate import generate
 from sfi_local.params import SfiParams
 from sfi_local.sampling import Sampling
@@ -25,6 +26,9 @@ class Score:
     scores: 1.0 where the answer is right; of a copy the share before the first wrong token
     n_skipped: prompts that are longer than the context
     kv_read_share: as in Fidelity
+    tokens, ties: of each answer, see Step
+    n_spans, n_drafted, n_accepted: mode exact: spans, tokens drafted in them, and those that were kept
+    noise: mode exact: the largest difference of a logit that was seen between a batch and a dense step
     """
 
     row: Row
@@ -37,6 +41,12 @@ class Score:
     shares: list[float] = field(default_factory=list)
     bytes_per_step: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    ties: list[list[bool]] = field(default_factory=list)
+    n_spans: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    noise: float = 0.0
 
     @property
     def passed(self) -> list[bool]:
@@ -52,12 +62,16 @@ class Score:
         return sum(self.shares) / len(self.shares)
 
 
+def greedy(number: int) -> Sampling:
+    return Sampling(temp=0)
+
+
 def answer_all(model: Any, prompts: Sequence[Prompt], rows: Sequence[Row], params: SfiParams, kv_type: str = "f16",
-               bar: Any = None, label: str = "prompts") -> list[Score]:
+               bar: Any = None, label: str = "prompts", sampling: Callable[[int], Sampling] = greedy) -> list[Score]:
     """A Score per row; contexts of its own are made on the weights of ``model`` and freed.
 
-    rows: the first is dense; label: of the prompts, for the bar. Raises InputError where every prompt is too long, CheckError where a row did other steps
-    than it stands for.
+    rows: the first is dense; label: of the prompts, for the bar; sampling: of a prompt, by its number from 0
+    Raises InputError where every prompt is too long, CheckError where a row did other steps than it stands for.
     """
     fitting = fit(model, prompts)
     n_ctx, bar = max(len(p.tokens) + p.n for p in fitting), bar or Quiet()
@@ -70,7 +84,7 @@ def answer_all(model: Any, prompts: Sequence[Prompt], rows: Sequence[Row], param
                 bar.say(f"{label}: {i} of {len(fitting)}, {score.row.name}")
                 session = sessions.at(score.row.kv_type, prompt.tokens, bar.filling)
                 planned = plan(score.row, params, prompt.n, n_ctx, spent)
-                tally = answer(model, session, prompt, score.row, planned)
+                tally = answer(model, session, prompt, score.row, planned, sampling(i - 1).chain())
                 spent[score.row.name] = add(score, tally, session, prompt, planned.params, layers, kv_type)
             bar.advance()
     for score in scores:
@@ -89,12 +103,15 @@ def fit(model: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
     return fitting
 
 
-def answer(model: Any, session: SwitchSession, prompt: Prompt, row: Row, planned: Plan) -> Tally:
-    """One answer, by the loop that `run` and `load` generate with."""
+def answer(model: Any, session: SwitchSession, prompt: Prompt, row: Row, planned: Plan, sampler: Any) -> Tally:
+    """One answer, by the loops that `run` and `load` generate with."""
     tally = Tally(n_prompt=len(prompt.tokens))
     session.cut_back(row.mode, planned.params)
-    for step in generate(session, model.vocabulary, prompt.tokens, Sampling(temp=0).chain(), prompt.n,
-                         schedule=planned.schedule()):
+    if row.mode == "exact":
+        steps = generate_exact(session, model.vocabulary, prompt.tokens, sampler, prompt.n, draft=row.draft)
+    else:
+        steps = generate(session, model.vocabulary, prompt.tokens, sampler, prompt.n, schedule=planned.schedule())
+    for step in steps:
         tally.add(step)
     return tally
 
@@ -113,6 +130,12 @@ def add(score: Score, tally: Tally, session: SwitchSession, prompt: Prompt, para
     score.shares.append(share)
     score.bytes_per_step.append(n_bytes)
     score.depths.append(depth)
+    score.tokens.append(tally.tokens)
+    score.ties.append(tally.ties)
+    score.n_spans += tally.reasons["verify"]
+    score.n_drafted += tally.n_drafted
+    score.n_accepted += tally.n_accepted
+    score.noise = session.noise.largest if score.row.mode == "exact" else 0.0
     return Spent(max(1, len(kinds)), kinds.count("slow"), depth + len(kinds) / 2, share)
 
 
@@ -124,3 +147,5 @@ def check(score: Score) -> None:
         bench_check.only(score, score.row.mode)
     elif score.row.mode == "sfi":
         bench_check.sparse(score.row.name, score.kinds)
+    elif score.row.mode == "exact":
+        bench_check.drafted_or_dense(score.row.name, score.kinds)

@@ -12,7 +12,8 @@ numbers from nearly those probabilities nearly always gets it right. This needs 
 that can be cloned will do.
 
 Where the kernels round a batch as they round single tokens, K, V and logits are those of dense steps bit for bit. Where
-they do not, two tokens closer than that difference may change places: ties, counted in the stream.
+they do not, a draw that this difference of the logits could change is a tie, counted in the stream; with temperature 0 that is
+a token with another as near.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def decode_span(session: "Session", vocabulary: "Vocabulary", sampler: Any, toke
         length.dense(info.t_ms)
         session.n_since_refresh = 0 if info.kind == "slow" else session.n_since_refresh + 1
         session.noise.remember(session.context, len(session.tokens))
-        return [(sampler.sample(session.context), info, {})]
+        token, tie = session.noise.draw(session.context, -1, sampler)
+        return [(token, info, {"tie": tie})]
     known = session.tokens[-1:] if session.noise.has_step_at(len(session.tokens)) else []  # its logits, by a dense step
     drafts = _draft(session, vocabulary, sampler.clone(), token, n_drafts)
     refresh = _refresh_is_due(session, length)
@@ -118,8 +120,9 @@ def _keep(session: "Session", sampler: Any, drafts: list[_Draft], first: int) ->
     """Tokens drawn from the rows of the batch from `first` on, up to the first that is not its draft; which are ties."""
     tokens, ties = [], []
     for i in range(len(drafts) + 1):
-        ties.append(session.noise.is_tie(session.context, first + i))
-        tokens.append(sampler.sample(session.context, first + i))
+        token, tie = session.noise.draw(session.context, first + i, sampler)
+        tokens.append(token)
+        ties.append(tie)
         if i == len(drafts) or tokens[-1] != drafts[i].token:
             break
     return tokens, ties

@@ -27,14 +27,45 @@ class Noise:
         self.largest = max(self.largest, float(abs(logits(context, row) - self._step[1]).max()))
         self._step = None
 
-    def is_tie(self, context: Any, row: int) -> bool:
-        """Whether the two most likely tokens of a row could change places."""
-        if not self.largest:
-            return False
+    def draw(self, context: Any, row: int, sampler: Any) -> tuple[int, bool]:
+        """(the token that the sampler draws from a row, whether it is a tie: the same random numbers could have drawn another).
+
+        sampler: see exact.generate_exact; the logits are changed for a moment
+        """
+        before = sampler.clone() if self.largest else None
+        token = sampler.sample(context, row)
+        if before is None:
+            return token, False
+        try:
+            return token, self._could_differ(context, row, before, token)
+        finally:
+            before.close()
+
+    def _could_differ(self, context: Any, row: int, before: Any, token: int) -> bool:
+        """Whether the draw changes in one of the two extreme cases: the token and all that are more likely lose half of the margin
+        and the others gain it; all that are more likely gain it, and the token and the others lose it."""
         import numpy as np
 
-        second, first = np.partition(logits(context, row), -2)[-2:]
-        return bool(first - second <= MARGIN * self.largest)
+        values, half = logits(context, row), np.float32(MARGIN / 2 * self.largest)
+        original = values.copy()
+        try:
+            for gains in (original <= original[token], original >= original[token]):
+                gains[token] = False
+                values[:] = np.where(gains, original + half, original - half)
+                if _drawn(before, context, row) != token:
+                    return True
+            return False
+        finally:
+            values[:] = original
+
+
+def _drawn(before: Any, context: Any, row: int) -> int:
+    """What a copy of the sampler draws."""
+    sampler = before.clone()
+    try:
+        return sampler.sample(context, row)
+    finally:
+        sampler.close()
 
 
 def logits(context: Any, row: int) -> Any:

@@ -23,7 +23,7 @@ class Step:
     n_cells: cells that each KV head of a sparse layer did attend to
     finish:  "" or why this is the last item: ``stop`` (stop string), ``end`` (end of answer), ``length`` (n reached),
              ``context`` (context full)
-    tie:     mode exact: another token was as likely but for noise, so that dense steps might have taken it
+    tie:     mode exact: but for noise another token would have been drawn, so that dense steps might have taken it
     n_drafted, n_accepted: mode exact: tokens that were drafted for the span which ends here, and those of them that
              verification kept
     """
@@ -92,7 +92,7 @@ class Tally:
     finish: str = ""
     n_drafted: int = 0
     n_accepted: int = 0
-    n_ties: int = 0
+    ties: list[bool] = field(default_factory=list)
 
     def add(self, step: Step) -> None:
         """Count one item."""
@@ -101,7 +101,7 @@ class Tally:
         self.finish = step.finish
         self.n_drafted += step.n_drafted
         self.n_accepted += step.n_accepted
-        self.n_ties += step.tie
+        self.ties.append(step.tie)
         if step.kind == "prefill":
             self.ms_prefill += step.t_ms
             return
@@ -109,6 +109,10 @@ class Tally:
         self.ms_steps += step.t_ms
         if step.reason:
             self.reasons[step.reason] += 1
+
+    @property
+    def n_ties(self) -> int:
+        return sum(self.ties)
 
     @property
     def text(self) -> str:

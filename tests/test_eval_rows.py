@@ -61,13 +61,21 @@ def test_a_typed_row():
     assert (row.name, row.mode, row.kv_type, row.slow_every, row.fit) == ("small", "sfi", "q8_0", 6, False)
     assert row.changes == {"n_selected": 128, "support": "window", "boundary": False, "alpha": 0.25}
     assert parse_row("all:mode=dense").mode == "dense"
+    assert parse_row("x:mode=exact,draft=8").draft == 8
+
+
+def test_mode_exact_has_the_depth_of_the_rule_unless_it_is_typed():
+    measured = BASE.replace(auto_depth=700)
+    depth = lambda text: plan(parse_row(text), measured, 10, 4096, {}).params.auto_depth
+    assert [depth(text) for text in ("x:mode=auto", "x:mode=exact", "x:mode=exact,auto_depth=5")] == [700, 0, 5]
 
 
 @pytest.mark.parametrize("text, said", [
     ("small", "NAME:FIELD=VALUE"), (":n_selected=3", "NAME:FIELD=VALUE"), ("x:n_select=3", "did you mean n_selected?"),
     ("x:n_selected=many", "a whole number"), ("x:n_selected", "a whole number"), ("x:alpha=a", "a number"),
     ("x:boundary=maybe", "on or off"), ("x:mode=dens", "did you mean dense?"), ("x:kv_type=q8", "did you mean q8_0?"),
-    ("x:slow_every=0", "slow_every"), ("x:support=windo", "window"), ("x:n_recent=0", "n_recent")])
+    ("x:slow_every=0", "slow_every"), ("x:draft=4", "mode=exact"), ("x:mode=exact,draft=33", "1 to 32"),
+    ("x:mode=exact,slow_every=3", "leave slow_every out"), ("x:mode=exact,kv_type=q8_0", "--kv-type"), ("x:support=windo", "window"), ("x:n_recent=0", "n_recent")])
 def test_a_row_that_cannot_be_is_a_sentence(text, said):
     with pytest.raises((UsageError, ArgumentError), match=said.replace("?", r"\?")):
         parse_row(text)

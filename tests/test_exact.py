@@ -1,12 +1,15 @@
 """Mode exact gives what dense decoding gives, and survives every ending."""
 
+import ctypes
 import signal
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from sfi_local import Sampling, SfiParams, Tally, load
 from sfi_local.errors import ArgumentError, BusyError
+from sfi_local.noise import MARGIN, Noise
 from sfi_local.session import Session
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog. " * 8, "A list: [1, 2, 3]; and more of it. " * 10, "1234567890, " * 25]
@@ -188,17 +191,70 @@ def test_options_that_the_mode_does_not_have_are_refused(models, mode, options):
         run(models(mode), **options)
 
 
-def test_noise_that_was_seen_makes_ties_and_none_makes_none(models):
+class Logits:
+    """A context of one row."""
+
+    def __init__(self, *values):
+        self.values = np.array(values, np.float32)
+        self.model, self.n_vocab = self, lambda: len(values)
+
+    def get_logits_ith(self, row):
+        return self.values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+class Draw:
+    """A sampler whose next random number is known; None: it is greedy."""
+
+    def __init__(self, number=None):
+        self.number = number
+
+    def clone(self):
+        return Draw(self.number)
+
+    def close(self):
+        pass
+
+    def sample(self, context, row=-1):
+        if self.number is None:
+            return int(context.values.argmax())
+        order = np.argsort(-context.values, kind="stable")
+        share = np.exp(context.values[order].astype(float))
+        return int(order[np.searchsorted(share.cumsum() / share.sum(), self.number)])
+
+
+@pytest.mark.parametrize("gap, tie", [(0.0, True), (0.039, True), (0.041, False)])
+def test_a_greedy_tie_is_a_gap_below_the_margin(gap, tie):
+    noise, context = Noise(), Logits(1.0, 3.0, 3.0 - gap)
+    noise.largest = 0.01
+    assert noise.draw(context, 0, Draw()) == (1, tie) and MARGIN * noise.largest == pytest.approx(0.04)
+    assert context.values.tolist() == Logits(1.0, 3.0, 3.0 - gap).values.tolist()
+    noise.largest = 0.0
+    assert noise.draw(context, 0, Draw()) == (1, False)
+
+
+@pytest.mark.parametrize("number, tie", [(0.1, False), (0.485, True), (0.515, True), (0.65, False), (0.79, True), (0.9, False)])
+def test_a_tie_of_sampled_tokens_is_a_random_number_near_the_border_of_two(number, tie):
+    """Tokens of 0.5, 0.3 and 0.2: two equally likely ones are no tie, if the number lies far from where they meet."""
+    noise, context = Noise(), Logits(*np.log([0.2, 0.5, 0.3]))
+    noise.largest = 0.05
+    assert noise.draw(context, 0, Draw(number)) == (1 if number < 0.5 else 2 if number < 0.8 else 0, tie)
+
+
+def test_noise_is_seen_by_drafting_and_is_little(models):
     model = models("exact", MUCH)
     run(model, draft=4)
-    noise = model.session.noise
-    context, seen = model.session.context, noise.largest
-    noise.largest = 0.0
-    assert not noise.is_tie(context, -1)
-    noise.largest = 1e6
-    assert noise.is_tie(context, -1)
-    noise.largest = seen
-    assert seen < 1e-2
+    assert model.session.noise.largest < 1e-2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temp=0.8, seed=3)], ids=["greedy", "sampled"])
+def test_dense_steps_between_spans_can_be_ties_too(models, sampling):
+    """Their K and V come from batches; with noise as large as this everything is a tie."""
+    model = models("exact", MUCH)
+    model.close_session()
+    run(model, n=2)
+    model.session.noise.largest = 1e6
+    assert all(run(model, n=20, draft=0, sampling=sampling).ties[1:])
+    model.close_session()
 
 
 def test_slowfastllama_says_where_exact_decoding_is(tiny):
