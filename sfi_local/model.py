@@ -58,7 +58,7 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     layers = kv_layout.layers(file)
     room = _check_memory(file, layers, n_ctx or MIN_CTX, type_k, type_v, gpu.share_of(len(layers), gpu_layers, gpus), gpus)
     _check_generates(file)
-    settled, note = _settle(file, mode, type_k, type_v, params, fidelity)
+    settled, note = settle(file, mode, type_k, type_v, params, fidelity)
     native = open_library()
     log.verbose = verbose
     weights = _load_weights(native.llama_cpp, file.path, gpu_layers, progress)
@@ -165,17 +165,20 @@ class Model:
             raise too_long(n_prompt, self.n_ctx_limit)
         need = min(self.n_ctx_limit, n_prompt + n if n else self.n_ctx_limit)
         self._settle_policy()
-        self._tune_auto(n_prompt + (n or 0))
+        self.tune_auto(n_prompt + (n or 0))
         if self.session is None or self.session.n_ctx < need:
             grown = 2 * self.session.n_ctx if self.session else FIRST_CTX
             self.close_session()
             self.session = self._new_session(self._n_ctx or min(self.n_ctx_limit, max(grown, _round_up(need))))
         return self.session
 
-    def _tune_auto(self, n_tokens: int) -> None:
-        """Find the depth from which ``auto`` is slow-fast, once, and only where the text may get longer than the budget."""
+    def tune_auto(self, n_tokens: int) -> SfiParams:
+        """Find the depth from which ``auto`` is slow-fast, once, and only where the text may get longer than the budget.
+
+        Returns the parameters; their auto_depth is 0 as long as there was no reason to look.
+        """
         if self.mode != "auto" or self._params.auto_depth or n_tokens <= self._params.budget:
-            return
+            return self._params
         from sfi_local.calibrate import auto_depth_of
 
         params = self._fit_params(self.n_ctx_limit)
@@ -187,6 +190,7 @@ class Model:
             self._note(f"Mode auto is slow-fast from a depth of {depth} tokens ({self.auto_found}).")
         if self.session and self.session.engine:
             self.session.engine.params = self.session.engine.params.replace(auto_depth=depth)
+        return self._params
 
     def close_session(self) -> None:
         """Free the context; the weights stay."""
@@ -306,14 +310,16 @@ def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: 
         params.validate()
 
 
-def _settle(file: GgufFile, mode: str, type_k: str, type_v: str, params: SfiParams | None,
-            fidelity: float | str | None) -> tuple[SfiParams, str]:
+def settle(file: GgufFile, mode: str, type_k: str, type_v: str, params: SfiParams | None,
+           fidelity: float | str | None) -> tuple[SfiParams, str]:
     """(parameters, note), see fidelity.settle; without fast steps there is nothing to settle."""
-    from sfi_local.fidelity import DEFAULT, settle
+    from sfi_local import fidelity as calibrated
 
     if mode not in ("auto", "sfi"):
         return params or SfiParams(), ""
-    return settle(params or SfiParams(), file.path, type_k, type_v, DEFAULT if fidelity is None and params is None else fidelity)
+    if fidelity is None and params is None:
+        fidelity = calibrated.DEFAULT
+    return calibrated.settle(params or SfiParams(), file.path, type_k, type_v, fidelity)
 
 
 def _check_generates(file: GgufFile) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("native")
 
-from sfi_local import SfiParams  # noqa: E402
-from sfi_local.errors import ArgumentError, BusyError, ModelFileError  # noqa: E402
+from sfi_local import SfiParams, calibrate  # noqa: E402
+from sfi_local.errors import ArgumentError, BusyError, InputError, ModelFileError  # noqa: E402
+from sfi_local.fidelity import Setting, remember  # noqa: E402
 
 SMALL = SfiParams.of("frozen", n_recent=32, n_selected=40, max_span=12, min_span=2)
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -109,6 +110,69 @@ def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
         SlowFastLlama(str(tiny), mode="quick")
     with pytest.raises(ModelFileError):
         SlowFastLlama(str(tmp_path / "none.gguf"))
+
+
+# ---- what is measured once, as by load -------------------------------------------------------------------------------
+
+TIMES = [calibrate.Timing(100, 6.0, 6.0, 5.8), calibrate.Timing(200, 7.0, 7.0, 5.8)]
+DEPTH = calibrate.break_even(TIMES, SMALL)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A cache of its own, and measurements that take no time; a list of the calls."""
+    calls = []
+    monkeypatch.delenv(calibrate.ENV, raising=False)
+    monkeypatch.setenv("SFI_LOCAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibrate, "measure", lambda model, params, *types: calls.append((params.budget, types)) or TIMES)
+    return calls
+
+
+def test_auto_begins_where_it_was_measured_to_pay_and_load_knows_it(llama, measured, tiny):
+    from sfi_local import Sampling, load
+
+    llm, again = llama(mode="auto"), llama(mode="auto")
+    assert llm.engine.params == SMALL.replace(auto_depth=DEPTH) == again.engine.params and 76 < DEPTH < 200
+    assert (llm.auto_found, again.auto_found, measured) == ("measured", "measured before", [(76, ("f16", "f16"))])
+    assert f"pays from a depth of {DEPTH} tokens" in llm.notes[0] and not again.notes
+    with load(tiny, n_threads=1, params=SMALL) as model:
+        list(model.generate("x" * 100, n=2, sampling=Sampling(temp=0)))
+        assert model.auto_found == "measured before"
+    llm.eval([65] * (DEPTH - 5))
+    kinds = [(llm.eval([65]), llm.last_step.kind)[1] for _ in range(20)]
+    assert set(kinds[:5]) == {"dense"} and "fast" in kinds[5:] and "dense" not in kinds[6:]
+
+
+@pytest.mark.parametrize("options, depth", [
+    ({"sfi_params": SMALL.replace(auto_depth=333)}, 333), ({"n_ctx": 256, "sfi_params": SMALL.replace(n_selected=220)}, 512),
+    ({"mode": "sfi"}, 0), ({"mode": "dense"}, 0)], ids=["given", "short", "sfi", "dense"])
+def test_nothing_is_measured_where_it_decides_nothing(llama, measured, options, depth):
+    llm = llama(**{"mode": "auto", **options})
+    assert (llm.engine.params.auto_depth, llm.auto_found, llm.notes, measured) == (depth, "", [], [])
+
+
+def test_the_types_of_k_and_v_are_measured_each(llama, measured):
+    llama(mode="auto", type_k=8, type_v=8)
+    assert measured == [(76, ("q8_0", "q8_0"))]
+
+
+def test_the_environment_overrules_a_measurement(llama, measured, monkeypatch):
+    monkeypatch.setenv(calibrate.ENV, "123")
+    assert llama(mode="auto").engine.params.auto_depth == 123 and not measured
+
+
+def test_a_calibrated_tolerance_is_taken_and_what_was_given_is_kept(llama, measured, tiny):
+    given, options = SfiParams(n_selected=40, tolerance=0.3), {"n_ctx": 512, "sfi_params": None}
+    with pytest.raises(InputError, match="sfi-local calibrate"):
+        llama(fidelity="floor", **options)
+    remember(tiny, "f16", SfiParams(), 0.005, [Setting(4e-3, 0.02, 0.1), Setting(1e-3, 0.004, 0.2), Setting(1e-4, 0.001, 0.3)])
+    tolerance = lambda **more: llama(**{**options, **more}).engine.params.tolerance
+    assert tolerance() == tolerance(mode="auto") == tolerance(fidelity="floor") == 1e-3 and tolerance(fidelity=0.03) == 4e-3
+    assert tolerance(sfi_params=given) == 0.3 and tolerance(sfi_params=given, fidelity=0.002) == 1e-4
+    assert "No calibrated tolerance" in llama(fidelity=1e-9, **options).notes[0]
+    copy = pickle.loads(pickle.dumps(llama(fidelity=0.03, **options)))
+    assert copy.engine.params.tolerance == 4e-3
+    copy.close()
 
 
 def test_another_thread_is_refused(llama):
