@@ -80,7 +80,8 @@ def command(**options: Any) -> None:
 
     With --exact mode exact generates from each prompt what mode dense does, with the same random numbers. equal counts the
     tokens before the first difference of each prompt, ties the tokens that rounding might have decided otherwise, kept the
-    drafts per span that verification kept. A difference that is no tie is said in the row, and the exit code is 1.
+    drafts per span that verification kept. A difference that rounding does not explain is said in the row, and the exit code is 1:
+    one that is no tie, and that the same dense passes without drafts do not give.
     """
     params, fit = take_params(options)
     output, save, plot = options.pop("output"), options.pop("save"), options.pop("plot")

@@ -168,7 +168,7 @@ def context(rows: Rows) -> list[str]:
                  f"{r['machine']}; {r['date']}; {r['source_id']}; `{r['command']}`"]
     if r["task"] == "exact":
         sentences[1:1] = ["equal: tokens before the first difference of each prompt; ties: tokens that noise could have changed; kept: "
-                          "drafts that verification kept; not drafted: dense steps where drafting does not pay.",
+                          "drafts that verification kept; not drafted: dense steps, where drafting does not pay or is not possible.",
                           *(row["complaint"] for row in rows if row["complaint"])]
     if r["task"] == "text" and r["greedy_n"]:
         from sfi_local.eval_greedy import NEAR_TIE

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Callable, Sequence
 
-from sfi_local import kv_layout
+from sfi_local import eval_exact, kv_layout
 from sfi_local.errors import InputError
 from sfi_local.eval_kl import Quiet, bytes_read
 from sfi_local.eval_prompts import Prompt
@@ -27,6 +27,7 @@ class Score:
     n_skipped: prompts that are longer than the context
     kv_read_share: as in Fidelity
     tokens, ties: of each answer, see Step
+    rounding: mode exact: whether each answer differs from dense's, and by rounding alone, see eval_exact.from_rounding
     n_spans, n_drafted, n_accepted: mode exact: spans, tokens drafted in them, and those that were kept
     noise: mode exact: the largest difference of a logit that was seen between a batch and a dense step
     """
@@ -43,6 +44,7 @@ class Score:
     depths: list[int] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     ties: list[list[bool]] = field(default_factory=list)
+    rounding: list[bool] = field(default_factory=list)
     n_spans: int = 0
     n_drafted: int = 0
     n_accepted: int = 0
@@ -84,8 +86,11 @@ def answer_all(model: Any, prompts: Sequence[Prompt], rows: Sequence[Row], param
                 bar.say(f"{label}: {i} of {len(fitting)}, {score.row.name}")
                 session = sessions.at(score.row.kv_type, prompt.tokens, bar.filling)
                 planned = plan(score.row, params, prompt.n, n_ctx, spent)
-                tally = answer(model, session, prompt, score.row, planned, sampling(i - 1).chain())
+                draw = sampling(i - 1)
+                tally = answer(model, session, prompt, score.row, planned, draw.chain())
                 spent[score.row.name] = add(score, tally, session, prompt, planned.params, layers, kv_type)
+                score.rounding.append(score.row.mode == "exact" and eval_exact.from_rounding(
+                    session, planned.params, tally, scores[0].tokens[-1], draw.chain()))
             bar.advance()
     for score in scores:
         check(score)
@@ -132,7 +137,7 @@ def add(score: Score, tally: Tally, session: SwitchSession, prompt: Prompt, para
     score.depths.append(depth)
     score.tokens.append(tally.tokens)
     score.ties.append(tally.ties)
-    score.n_spans += tally.reasons["verify"]
+    score.n_spans += len(tally.spans)
     score.n_drafted += tally.n_drafted
     score.n_accepted += tally.n_accepted
     score.noise = session.noise.largest if score.row.mode == "exact" else 0.0

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 from sfi_local.engine import StepInfo
 from sfi_local.generate import Ending, begin, check_turn
-from sfi_local.span import SpanLength
+from sfi_local.noise import STEPS
+from sfi_local.span import FIRST, SpanLength
 from sfi_local.step import Step
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def decode_span(session: "Session", vocabulary: "Vocabulary", sampler: Any, toke
 
     Returns [(token, its step, more fields of its Step)], one at least; the last is not in the cache yet.
     """
-    n_drafts = min(length.next(), room, _window_room(session))
+    n_known = session.noise.n_steps(len(session.tokens))
+    n_drafts = min(_n_wanted(session, length, n_known), room, _window_room(session))
     if n_drafts < 1 or not session.can_draft(token):
         info = session.step(token)
         length.dense(info.t_ms)
@@ -70,16 +72,24 @@ def decode_span(session: "Session", vocabulary: "Vocabulary", sampler: Any, toke
         session.noise.remember(session.context, len(session.tokens))
         token, tie = session.noise.draw(session.context, -1, sampler)
         return [(token, info, {"tie": tie})]
-    known = session.tokens[-1:] if session.noise.has_step_at(len(session.tokens)) else []  # its logits, by a dense step
+    known = session.tokens[len(session.tokens) - n_known:]  # their logits came by dense steps
     drafts = _draft(session, vocabulary, sampler.clone(), token, n_drafts)
     refresh = _refresh_is_due(session, length)
-    info, first = session.verify([*known, token, *(d.token for d in drafts)], refresh), len(known)
+    info = session.verify([*known, token, *(d.token for d in drafts)], refresh)
     if known:
-        session.noise.compare(session.context, 0)
-    kept, ties = _keep(session, sampler, drafts, first)
+        session.noise.compare(session.context)
+    kept, ties = _keep(session, sampler, drafts, n_known)
     session.rollback(len(drafts) - len(kept) + 1)
     session.n_since_refresh = 0 if refresh else session.n_since_refresh + len(kept)
-    return _items(kept, ties, drafts, info, length)
+    length.verified(len(drafts), len(kept) - 1, sum(d.info.t_ms for d in drafts), info.t_ms, n_known)
+    return _items(kept, ties, drafts, info)
+
+
+def _n_wanted(session: "Session", length: SpanLength, n_known: int) -> int:
+    """Tokens to draft: as many as pay; none while dense steps are collected in which noise can be seen, then some in any case."""
+    if not (length.begun and session.noise.wants_steps):
+        return length.next()
+    return length.next() or FIRST if n_known == STEPS else 0
 
 
 def _window_room(session: "Session") -> int:
@@ -128,11 +138,9 @@ def _keep(session: "Session", sampler: Any, drafts: list[_Draft], first: int) ->
     return tokens, ties
 
 
-def _items(kept: list[int], ties: list[bool], drafts: list[_Draft], info: StepInfo,
-           length: SpanLength) -> list[tuple[int, StepInfo, dict[str, Any]]]:
+def _items(kept: list[int], ties: list[bool], drafts: list[_Draft], info: StepInfo) -> list[tuple[int, StepInfo, dict[str, Any]]]:
     """The items of a span; `kept` ends with the token that the pass gave."""
     n_accepted, pos = len(kept) - 1, drafts[0].info.pos
-    length.verified(len(drafts), n_accepted, sum(d.info.t_ms for d in drafts), info.t_ms)
     ms = info.t_ms + sum(d.info.t_ms for d in drafts[n_accepted:])
     last = replace(info, pos=pos + n_accepted, depth=pos + n_accepted + 1, n_cells=pos + n_accepted + 1, t_ms=ms)
     items = [(d.token, d.info, {"tie": tie}) for d, tie in zip(drafts[:n_accepted], ties)]

@@ -89,6 +89,7 @@ class Session:
             raise ContextFullError(f"The context has {self.n_ctx} tokens and {len(self.tokens) + len(tokens)} are "
                                    f"needed: shorten the prompt or raise --ctx.")
         start = time.perf_counter()
+        self.noise.forget()
         with self._exclusive(), self._interruptible() as flag:
             self._settle()
             self.tokens += tokens

@@ -36,9 +36,14 @@ class SpanLength:
             return 0
         if self.fixed is not None:
             return self.fixed
-        if not self._passes[0] or self._n_dense >= PROBE_EVERY:
+        if not self.begun or self._n_dense >= PROBE_EVERY:
             return FIRST
         return max(range(MAX_DRAFTS + 1), key=self.rate)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a span was verified."""
+        return self._passes[0] > 0
 
     def rate(self, n_drafts: int) -> float:
         """Expected tokens per millisecond of a span of n_drafts."""
@@ -59,15 +64,15 @@ class SpanLength:
         ms = max(LEAST_MS, ms)
         self.ms_dense = ms if not self.ms_dense else min(ms, FORGET * self.ms_dense + (1 - FORGET) * ms)
 
-    def verified(self, n_drafted: int, n_accepted: int, ms_drafts: float, ms_pass: float) -> None:
-        """A span of n_drafted tokens was verified, n_accepted of them kept."""
+    def verified(self, n_drafted: int, n_accepted: int, ms_drafts: float, ms_pass: float, n_known: int = 0) -> None:
+        """A span of n_drafted tokens was verified, n_accepted of them kept, by a pass over n_known tokens more."""
         self._n_dense, self.poor = 0, 2 * n_accepted < n_drafted
         self.right = FORGET * self.right + n_accepted
         self.wrong = FORGET * self.wrong + (n_accepted < n_drafted)
         if n_drafted:
             ms = ms_drafts / n_drafted
             self.ms_draft = ms if not self.ms_draft else FORGET * self.ms_draft + (1 - FORGET) * ms
-        n = n_drafted + 1
+        n = n_known + 1 + n_drafted
         self._passes = [FORGET * old + new for old, new in zip(self._passes, (1, n, n * n, ms_pass, n * ms_pass))]
 
     def _line(self) -> tuple[float, float]:

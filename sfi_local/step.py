@@ -79,7 +79,10 @@ class TextStream:
 
 @dataclass
 class Tally:
-    """Sums over the items of one generation. Times in milliseconds; rates in tokens per second."""
+    """Sums over the items of one generation. Times in milliseconds; rates in tokens per second.
+
+    spans: mode exact: (index of the last token, n_drafted, n_accepted) of each
+    """
 
     n_prompt: int = 0
     n_prefilled: int = 0
@@ -90,8 +93,7 @@ class Tally:
     ms_prefill: float = 0.0
     ms_steps: float = 0.0
     finish: str = ""
-    n_drafted: int = 0
-    n_accepted: int = 0
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
     ties: list[bool] = field(default_factory=list)
 
     def add(self, step: Step) -> None:
@@ -99,8 +101,8 @@ class Tally:
         self.tokens.append(step.token)
         self.texts.append(step.text)
         self.finish = step.finish
-        self.n_drafted += step.n_drafted
-        self.n_accepted += step.n_accepted
+        if step.n_drafted:
+            self.spans.append((len(self.tokens) - 1, step.n_drafted, step.n_accepted))
         self.ties.append(step.tie)
         if step.kind == "prefill":
             self.ms_prefill += step.t_ms
@@ -109,6 +111,14 @@ class Tally:
         self.ms_steps += step.t_ms
         if step.reason:
             self.reasons[step.reason] += 1
+
+    @property
+    def n_drafted(self) -> int:
+        return sum(n_drafted for _, n_drafted, _ in self.spans)
+
+    @property
+    def n_accepted(self) -> int:
+        return sum(n_accepted for _, _, n_accepted in self.spans)
 
     @property
     def n_ties(self) -> int:

@@ -6,14 +6,15 @@ import sys
 import pytest
 
 from command_line import sentence
-from sfi_local import SfiParams, cli as command_line, eval_report
+from sfi_local import Sampling, SfiParams, cli as command_line, eval_exact, eval_report
 from sfi_local.bench_check import CheckError
 from sfi_local.errors import InputError
 from sfi_local.eval import Request, measure
-from sfi_local.eval_exact import Difference, compare
+from sfi_local.eval_exact import Difference, compare, from_rounding
 from sfi_local.eval_prompts import excerpts
-from sfi_local.eval_rows import Row
-from sfi_local.eval_tasks import Score
+from sfi_local.eval_rows import Row, plan
+from sfi_local.eval_tasks import Score, answer
+from sfi_local.switch_session import Sessions
 from sfi_local.text_input import measured_text
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
@@ -21,6 +22,8 @@ OPTIONS = ("--support", "frozen", "--n-recent", 32, "--n-selected", 40, "--max-s
 FIELDS = {"mode", "depth", "n_prompts", "n", "n_tokens", "n_equal", "n_ties", "verdict", "complaint", "differences", "noise", "draft",
           "n_spans", "n_drafted", "n_accepted", "kept_per_span", "n_dense", "temp", "seed", "kv_read_share", "steps", "reasons", "params",
           "model", "machine", "source_id", "command", "text"}
+
+DRAWN = Sampling(temp=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_formats_agree(request_of):
 
 
 def test_the_tokens_are_those_of_the_mode_itself_and_each_prompt_has_its_seed(model, tiny, request_of, monkeypatch):
-    from sfi_local import Sampling, eval_tasks, load
+    from sfi_local import eval_tasks, load
 
     found, real = [], eval_tasks.answer_all
     monkeypatch.setattr(eval_tasks, "answer_all", lambda *args: found.append(real(*args)) or found[-1])
@@ -99,8 +102,8 @@ def test_prompts_are_cut_at_even_distances(model):
 
 # ---- equal or not ----------------------------------------------------------------------------------------------------
 
-def scores(dense, exact, ties):
-    return Score(Row("exact", "exact"), 0, tokens=exact, ties=ties), Score(Row("dense", "dense"), 0, tokens=dense)
+def scores(dense, exact, ties, rounding=(False, False)):
+    return Score(Row("exact", "exact"), 0, tokens=exact, ties=ties, rounding=list(rounding)), Score(Row("dense", "dense"), 0, tokens=dense)
 
 
 def test_tokens_are_counted_up_to_the_first_difference_of_their_prompt():
@@ -108,9 +111,11 @@ def test_tokens_are_counted_up_to_the_first_difference_of_their_prompt():
     same = compare(*scores([[1, 2, 3, 4]], [[1, 2, 3, 4]], [no]))
     assert (same.n_tokens, same.n_equal, same.verdict, same.complaint) == (4, 4, "dense", "")
     tie = compare(*scores([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]], [[False, False, True, False], no]))
-    assert (tie.n_tokens, tie.n_equal, tie.verdict, tie.complaint) == (6, 4, "dense but for ties", "")
+    assert (tie.n_tokens, tie.n_equal, tie.verdict, tie.complaint) == (6, 4, "dense but for rounding", "")
+    rounded = compare(*scores([[1, 2], [5, 6]], [[1, 3], [5, 6]], [no, no], (True, False)))
+    assert (rounded.n_equal, rounded.verdict, rounded.differences) == (3, "dense but for rounding", (Difference(1, 2, False, True),))
     wrong = compare(*scores([[1, 2], [1, 2, 3, 4]], [[1, 2], [1, 9, 3, 4]], [no, [True, False, True, True]]))
-    assert (wrong.n_equal, wrong.verdict, wrong.differences) == (3, "NOT DENSE", (Difference(2, 2, False),))
+    assert (wrong.n_equal, wrong.verdict, wrong.differences) == (3, "NOT DENSE", (Difference(2, 2, False, False),))
     assert "in 1 of 2 prompts" in wrong.complaint and "token 2 of prompt 2" in wrong.complaint
 
 
@@ -118,6 +123,39 @@ def test_tokens_are_counted_up_to_the_first_difference_of_their_prompt():
 def test_an_answer_that_ends_elsewhere_is_a_difference(dense, exact):
     found = compare(*scores([dense], [exact], [[False] * len(exact)]))
     assert (found.n_equal, found.verdict, found.differences[0].token) == (2, "NOT DENSE", 3)
+
+
+@pytest.fixture
+def replayed(model):
+    """An answer of mode exact, and the session that gave it, with 4 drafts per span."""
+    prompt, row = excerpts(model, *measured_text(None), 300, 3, 40)[1], Row("exact", "exact", draft=4)
+    with Sessions(model, 340, SMALL, "f16") as sessions:
+        session, planned = sessions.at(None, prompt.tokens), plan(row, SMALL, 40, 340, {})
+        answered = lambda: answer(model, session, prompt, row, planned, DRAWN.chain())
+        yield session, planned.params, answered
+
+
+def other_than(tokens, at):
+    return [*tokens[:at], tokens[at] + 1, *tokens[at + 1:]]
+
+
+def test_a_difference_that_the_passes_give_without_drafts_is_rounding(replayed, monkeypatch):
+    session, params, answered = replayed
+    tally = answered()
+    assert 0 < tally.n_accepted < tally.n_drafted and len(tally.tokens) > 20
+    for at in (0, 1, 2, 9, len(tally.tokens) - 1):
+        assert from_rounding(session, params, tally, other_than(tally.tokens, at), DRAWN.chain())
+    assert not from_rounding(session, params, tally, tally.tokens, DRAWN.chain())  # there is none
+    assert not from_rounding(session, params, tally, [*tally.tokens, 1], DRAWN.chain())  # an answer that ended earlier
+    monkeypatch.setattr(eval_exact, "MAX_KL", -1.0)  # logits that are not near
+    assert not from_rounding(session, params, tally, other_than(tally.tokens, 9), DRAWN.chain())
+
+
+def test_a_difference_that_drafts_made_is_not(replayed, monkeypatch):
+    session, params, answered = replayed
+    dense = answered().tokens
+    monkeypatch.setattr("sfi_local.exact._keep", keep_all)
+    assert not from_rounding(session, params, answered(), dense, DRAWN.chain())
 
 
 def test_drafts_that_are_not_verified_are_shown_as_wrong_and_the_exit_code_is_1(tiny, monkeypatch, capsys, tmp_path):

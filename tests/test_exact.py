@@ -1,6 +1,7 @@
 """Mode exact gives what dense decoding gives, and survives every ending."""
 
 import ctypes
+import itertools
 import signal
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 
 from sfi_local import Sampling, SfiParams, Tally, load
 from sfi_local.errors import ArgumentError, BusyError
-from sfi_local.noise import MARGIN, Noise
+from sfi_local.noise import GROWTH, MARGIN, STEPS, Noise
 from sfi_local.session import Session
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog. " * 8, "A list: [1, 2, 3]; and more of it. " * 10, "1234567890, " * 25]
@@ -222,12 +223,14 @@ class Draw:
         return int(order[np.searchsorted(share.cumsum() / share.sum(), self.number)])
 
 
-@pytest.mark.parametrize("gap, tie", [(0.0, True), (0.039, True), (0.041, False)])
+@pytest.mark.parametrize("gap, tie", [(0.0, True), (0.99, True), (1.01, False)])
 def test_a_greedy_tie_is_a_gap_below_the_margin(gap, tie):
-    noise, context = Noise(), Logits(1.0, 3.0, 3.0 - gap)
-    noise.largest = 0.01
-    assert noise.draw(context, 0, Draw()) == (1, tie) and MARGIN * noise.largest == pytest.approx(0.04)
-    assert context.values.tolist() == Logits(1.0, 3.0, 3.0 - gap).values.tolist()
+    """gap: of the two most likely tokens, in margins"""
+    noise, context = Noise(), Logits(1.0, 3.0, 3.0 - gap * MARGIN * 0.01)
+    before, noise.largest, noise.settled = context.values.tolist(), 0.01, True
+    assert noise.draw(context, 0, Draw()) == (1, tie) and context.values.tolist() == before
+    noise.settled = False
+    assert noise.draw(context, 0, Draw()) == (1, gap * MARGIN < MARGIN * GROWTH)
     noise.largest = 0.0
     assert noise.draw(context, 0, Draw()) == (1, False)
 
@@ -236,14 +239,35 @@ def test_a_greedy_tie_is_a_gap_below_the_margin(gap, tie):
 def test_a_tie_of_sampled_tokens_is_a_random_number_near_the_border_of_two(number, tie):
     """Tokens of 0.5, 0.3 and 0.2: two equally likely ones are no tie, if the number lies far from where they meet."""
     noise, context = Noise(), Logits(*np.log([0.2, 0.5, 0.3]))
-    noise.largest = 0.05
+    noise.largest, noise.settled = 0.2 / MARGIN, True
     assert noise.draw(context, 0, Draw(number)) == (1 if number < 0.5 else 2 if number < 0.8 else 0, tie)
 
 
 def test_noise_is_seen_by_drafting_and_is_little(models):
+    """Over STEPS dense steps in a row, the drafts of the first span before them, where a batch rounds otherwise at all."""
     model = models("exact", MUCH)
-    run(model, draft=4)
-    assert model.session.noise.largest < 1e-2
+    model.close_session()
+    kinds = [step.kind for step in run(model, draft=4, n=40).items]
+    noise = model.session.noise
+    assert noise.largest < 1e-2 and not noise.wants_steps
+    if noise.largest:
+        longest = max(len(list(group)) for dense, group in itertools.groupby(kinds, "dense".__eq__) if dense)
+        assert longest >= STEPS and kinds[:4].count("fast") and kinds[-10:].count("fast")
+
+
+def test_what_dense_steps_gave_is_compared_once_and_only_in_a_row():
+    noise, context = Noise(), Logits(1.0, 2.0)
+    for depth in (7, 9, 10):
+        noise.remember(context, depth)
+    assert [noise.n_steps(depth) for depth in (9, 10, 11)] == [0, 2, 0]
+    context.values += 0.25
+    noise.compare(context)
+    assert (noise.largest, noise.n_steps(10), noise.wants_steps) == (0.25, 0, True)
+    for depth in range(100, 100 + 2 * STEPS):
+        noise.remember(context, depth)
+    assert noise.n_steps(99 + 2 * STEPS) == STEPS
+    noise.compare(context)
+    assert (noise.largest, noise.wants_steps) == (0.25, False)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temp=0.8, seed=3)], ids=["greedy", "sampled"])

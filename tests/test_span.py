@@ -36,6 +36,15 @@ def test_spans_are_longer_where_more_is_kept(acceptance, least, most):
     assert least <= follow(acceptance, ms_dense=100, ms_draft=10, height=100, slope=2) <= most
 
 
+def test_tokens_that_a_pass_computes_again_are_part_of_its_time():
+    plain, again = SpanLength(), SpanLength()
+    for length, n_known in ((plain, 0), (again, 16)):
+        length.dense(100)
+        for n in (4, 8, 4, 8):
+            length.verified(n, n, 10 * n, 100 + 2 * (n_known + 1 + n), n_known)
+    assert plain.next() == again.next() > 8
+
+
 def test_where_drafting_does_not_pay_there_are_dense_steps_and_now_and_then_a_span():
     assert follow(0.9, ms_dense=10, ms_draft=9, height=10, slope=5) == 0
     length = SpanLength()
