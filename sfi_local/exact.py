@@ -12,8 +12,8 @@ numbers from nearly those probabilities nearly always gets it right. This needs 
 that can be cloned will do.
 
 Where the kernels round a batch as they round single tokens, K, V and logits are those of dense steps bit for bit. Where
-they do not, a draw that this difference of the logits could change is a tie, counted in the stream; with temperature 0 that is
-a token with another as near.
+they do not, a draw that the difference could change is a tie, with temperature 0 a token with another as near; the stream counts
+them by what was seen of the difference (noise.py).
 """
 
 from __future__ import annotations
