@@ -33,9 +33,9 @@ ggml_ops.MEM_SIZE = 1536 << 20
 class Layers:
     """A graph context with the inputs of some layers."""
 
-    def __init__(self, g, shape, form, n_selected, least):
+    def __init__(self, g, shape, form, n_selected, least, second_look):
         self.n_list, self.n_head, self.n_head_kv, self.n_embd, self.n_model, self.n = SHAPES[shape]
-        self.g, self.form, self.n_selected = g, form, n_selected
+        self.g, self.form, self.n_selected, self.second_look = g, form, n_selected, second_look
         rng = np.random.default_rng(ops.SEED)
         self.bases = ops.draw_bases(rng, form, self.n_head_kv, self.n_embd, self.n_embd)
         self.codes = ops.draw_codes(rng, form, self.n_head_kv, self.n_list // 16)
@@ -48,18 +48,25 @@ class Layers:
         self.t_q, self.t_skip, self.t_plan = g.tensor(self.q), g.tensor(self.skip), g.tensor(np.array([self.n_list]))
 
     def scan(self, i):
-        """(tail, selected) of a layer"""
+        """(tail, selected, looked) of a layer; looked is None if there is one look"""
         selected = self.g.new("i32", self.n_selected, self.n_head_kv)
+        looked = self.g.new("i32", self.n_head_kv) if self.form.n_first else None
         return self.g.sketch_scan(self.t_q, self.t_codes[i], self.basis, self.t_skip, self.t_plan, self.t_least, selected,
-                                  self.n_list, self.n_embd, self.form, self.scale), selected
+                                  self.n_list, self.n_embd, self.form, self.scale, 0.0, looked, self.second_look), selected, looked
 
     def check(self, tail, selected):
         """The outermost heads against the reference."""
         for h in (0, self.n_head - 1):
             h_kv = h * self.n_head_kv // self.n_head
             basis, codes = ops.in_double(self.bases[h_kv]), self.codes[h_kv]
-            x = ref.sketch_logits(self.form, basis, codes, self.q[h].astype(float), self.skip, self.n_list, self.n_list, self.scale)
-            expected = ref.sketch_tail(self.form, basis, codes, x, selected[h_kv][selected[h_kv] >= 0])
+            group = range(h_kv * self.n_head // self.n_head_kv, (h_kv + 1) * self.n_head // self.n_head_kv)
+            logits = [[ref.sketch_logits(self.form, basis, codes, self.q[i].astype(float), self.skip, self.n_list, self.n_list, self.scale,
+                                         first=first) for i in group] for first in (True, False)]
+            first, x, others = np.array(logits[0]), logits[1][h - group[0]], -np.inf
+            if self.form.n_first:
+                looked = ref.sketch_looked(first, self.second_look, self.n_list)
+                x[~looked], others = -np.inf, ref.log_sum_exp(first[h - group[0]][~looked])
+            expected = ref.sketch_tail(self.form, basis, codes, x, selected[h_kv][selected[h_kv] >= 0], others)
             np.testing.assert_allclose(tail[h], expected, rtol=0, atol=2e-3)
 
 
@@ -106,7 +113,8 @@ def read_bandwidth(n_threads, n_bytes=320 << 20):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--form", default="4,12,24,0,16", help="n_k4,n_k2,n_k1,n_v4,n_v2")
+    parser.add_argument("--form", default="4,40,0,0,16,1", help="n_k4,n_k2,n_k1,n_v4,n_v2,n_first")
+    parser.add_argument("--second-look", type=float, default=1.5, help="of random codes, which fall less steeply than real ones")
     parser.add_argument("-k", "--n-selected", type=int, default=1024)
     parser.add_argument("--least", type=float, default=0.0008, help="least share of a selected cell (0: the best n)")
     parser.add_argument("-t", "--threads", type=int, default=2)
@@ -115,14 +123,15 @@ def main():
     form = ref.SketchFormat(*map(int, args.form.split(",")))
 
     with ggml_ops.Graph() as g:
-        a = Layers(g, args.shape, form, args.n_selected, args.least)
+        a = Layers(g, args.shape, form, args.n_selected, args.least, args.second_look)
         scans = [a.scan(i) for i in range(a.n)]
         tail, selected = g.compute(scans[0][0], args.threads)[0, 0], g.read(scans[0][1])[0, 0]
         a.check(tail, selected)
         bandwidth = read_bandwidth(args.threads)
         print(f"{args.shape}: {a.n_list} cells, {a.n_head_kv} KV heads, {a.n_head} query heads, form {args.form}, "
-              f"{np.mean(selected >= 0) * a.n_selected:.0f} selected, {args.threads} threads, reading {bandwidth / 1e9:.1f} GB/s")
-        wall, cpu = timed(g, graph_of(g, [tail for tail, _ in scans]), args.reps, args.threads)
+              f"{np.mean(selected >= 0) * a.n_selected:.0f} selected, {args.threads} threads, reading {bandwidth / 1e9:.1f} GB/s"
+              + (f", {100 * np.mean(g.read(scans[0][2])) / a.n_list:.0f} % looked at again" if form.n_first else ""))
+        wall, cpu = timed(g, graph_of(g, [scan[0] for scan in scans]), args.reps, args.threads)
         cells = a.n_list * a.n_head_kv * a.n
         gbps = form.cell_bytes * cells / wall / 1e9
         print(f"scan  wall {wall / a.n * a.n_model * 1e3:7.2f} ms/token  cpu {cpu / a.n * a.n_model * 1e3:7.2f}  "

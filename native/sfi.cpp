@@ -22,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -182,7 +183,8 @@ struct sfi_params sfi_policy_params(enum sfi_policy policy) {
     p.pinned      = true;
     p.n_selected  = policy == SFI_POLICY_SKETCH ? 1024 : follows ? 256 : 2048;
     p.tolerance   = 5e-4f;
-    p.max_span    = follows ? 0 : 64;
+    p.second_look = 0.5f;
+    p.max_span    = follows ? 0 : 32;
     p.min_span    = 16;
     p.boundary    = !follows;
     p.repair      = false;
@@ -237,6 +239,7 @@ static int check_params(const sfi_params & p) {
         { "sketch_k1",   p.sketch_k1,   0, 512 },
         { "sketch_v4",   p.sketch_v4,   0, 512 },
         { "sketch_v2",   p.sketch_v2,   0, 512 },
+        { "sketch_first", p.sketch_first, 0, 64 },
     };
     for (const auto & r : ranges) {
         if (const int err = check_range(r.name, r.value, r.min, r.max)) {
@@ -246,13 +249,16 @@ static int check_params(const sfi_params & p) {
     if (p.sketch_k4 % 4 || p.sketch_k2 % 4 || p.sketch_k1 % 4 || (4*p.sketch_k4 + 2*p.sketch_k2 + p.sketch_k1) % 32) {
         return fail(SFI_ERR_ARGUMENT, "sketch_k4, sketch_k2 and sketch_k1 must be multiples of 4, and their bits together a multiple of 32.");
     }
+    if (p.sketch_first > 0 && 32*p.sketch_first >= 4*p.sketch_k4 + 2*p.sketch_k2 + p.sketch_k1) {
+        return fail(SFI_ERR_ARGUMENT, "sketch_first must be less than the bits of sketch_k4, sketch_k2 and sketch_k1 over 32.");
+    }
     if (p.sketch_v4 % 16 || p.sketch_v2 % 16) {
         return fail(SFI_ERR_ARGUMENT, "sketch_v4 and sketch_v2 must be multiples of 16.");
     }
     const struct { const char * name; float value; } constants[] = {
         { "alpha", p.alpha }, { "gamma", p.gamma }, { "beta", p.beta }, { "p", p.p }, { "eta", p.eta },
         { "lambda_clip", p.lambda_clip }, { "a_soft", p.a_soft }, { "a_cross", p.a_cross }, { "temperature", p.temperature }, { "tolerance", p.tolerance },
-        { "max_tail_mass", p.max_tail_mass },
+        { "max_tail_mass", p.max_tail_mass }, { "second_look", p.second_look },
     };
     for (const auto & c : constants) {
         if (!std::isfinite(c.value)) {
@@ -262,8 +268,8 @@ static int check_params(const sfi_params & p) {
     if (!(p.alpha > 0.0f) || !(p.temperature > 0.0f) || !(p.lambda_clip >= 0.0f && p.lambda_clip <= 1.0f)) {
         return fail(SFI_ERR_ARGUMENT, "alpha and temperature must be above 0, lambda_clip from 0 to 1.");
     }
-    if (p.tolerance < 0.0f || p.max_tail_mass < 0.0f) {
-        return fail(SFI_ERR_ARGUMENT, "tolerance and max_tail_mass must be 0 or more.");
+    if (p.tolerance < 0.0f || p.max_tail_mass < 0.0f || p.second_look < 0.0f) {
+        return fail(SFI_ERR_ARGUMENT, "tolerance, max_tail_mass and second_look must be 0 or more.");
     }
     return SFI_OK;
 }
@@ -292,7 +298,8 @@ static llama_support_params support_params(const sfi_params & p) {
     sp.pinned     = p.pinned || sketch;
     sp.n_queries  = sketch ? sketch_queries : p.n_queries;
     sp.tolerance  = p.tolerance;
-    sp.format     = { p.sketch_k4, p.sketch_k2, p.sketch_k1, p.sketch_v4, p.sketch_v2 };
+    sp.second_look = p.second_look;
+    sp.format     = { p.sketch_k4, p.sketch_k2, p.sketch_k1, p.sketch_v4, p.sketch_v2, p.sketch_first };
     sp.n_slow_evidence = paper ? 1 : std::min(p.n_slow_queries, p.n_queries);
     sp.n_evidence = paper ? 1 : p.n_queries; // the paper: the slow step's query alone
     sp.selector.kind        = p.selector == SFI_SELECTOR_PAPER ? GGML_SUPPORT_SELECTOR_PAPER : GGML_SUPPORT_SELECTOR_TOPK;
@@ -696,6 +703,11 @@ static attended attended_by_sketch(const sfi * s, const llama_support & support,
         sum.n_heads += selected->ne[1];
         sum.n_cells += n;
         sum.bytes   += n*(int64_t) (ggml_row_size(kv->type_k(), hparams.n_embd_head_k(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_head_v(il)));
+        if (const ggml_tensor * looked = support.layer(il).looked) {
+            const int32_t * of_head = results.of<int32_t>(looked);
+            const auto & format = support.layer(il).format;
+            sum.bytes += std::accumulate(of_head, of_head + looked->ne[0], (int64_t) 0)*(ggml_sketch_cell_bytes(&format) - 4*format.n_first);
+        }
     }
     return sum;
 }

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sfi_local.kv_layout import KV_TYPES
-from sfi_local.options import sketch_option
+from sfi_local.options import sketch_options
 from sfi_local.params import SfiParams
 from sfi_local.rows_report import FORMATS
 
@@ -20,11 +20,11 @@ from sfi_local.rows_report import FORMATS
 @click.option("-n", "--n", "n", type=click.IntRange(1), default=128, show_default=True, metavar="N",
               help="Tokens of the text that are decoded with each tolerance.")
 @click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of K and V.")
-@sketch_option
+@sketch_options
 @click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core].")
 @click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
-def command(model: str, depth: int, sketch_bits: dict[str, int] | None, output: str, **options: Any) -> None:
+def command(model: str, depth: int, sketch_bits: dict[str, int] | None, second_look: float | None, output: str, **options: Any) -> None:
     """Measure MODEL's divergence from dense at several tolerances, and keep the result in the cache for --fidelity.
 
     \b
@@ -38,7 +38,8 @@ def command(model: str, depth: int, sketch_bits: dict[str, int] | None, output: 
     """
     from sfi_local import eval as evaluation
 
-    params = SfiParams(**sketch_bits or {}).validate()
+    sketch = {**(sketch_bits or {}), **({} if second_look is None else {"second_look": second_look})}
+    params = SfiParams(**sketch).validate()
     request = evaluation.Request(model, depths=(depth,), modes=("dense", "stock"), own_rows=tuple(_rows()), params=params,
                                  **options)
     click.echo(_show(output, calibrate(request)))

@@ -74,7 +74,7 @@ def _nodes(ggml: "Ggml", context: int) -> dict[str, int]:
     always, selected, plan = tensor(_I32, 16), tensor(_I32, 16, 1), tensor(_I32, 3)
     cells, evidence = tensor(_I32, 64), tensor(_F32, 64, 1)
     q, queries = tensor(_F32, 64, 1, 2), tensor(_F32, 64, 2, 1)
-    sketch = ctypes.byref(_SketchFormat(4, 12, 24, 0, 16))
+    sketch = ctypes.byref(_SketchFormat(4, 12, 24, 0, 16, 0))
     codes = tensor(_I8, 16 * ggml.sketch_cell_bytes(sketch), 4, 1)
     basis, used = tensor(_F32, ggml.sketch_basis_size(sketch, 64, 64), 1), tensor(_I32, 1)
     selector = ctypes.byref(_Selector(0, 16, 2, 16, *[0.5] * 9))
@@ -84,8 +84,8 @@ def _nodes(ggml: "Ggml", context: int) -> dict[str, int]:
         "support_select": ggml.support_select(context, evidence, cells, plan, None, 16, selector),
         "support_stability": ggml.support_stability(context, evidence, cells, plan, selected, selected),
         "sketch_encode": ggml.sketch_encode(context, codes, basis, k, v, cells, sketch),
-        "sketch_scan": ggml.sketch_scan(context, tensor(_F32, 64, 2), codes, basis, always, used, None, selected, 64, 64, 0.125, 0.0,
-                                        sketch),
+        "sketch_scan": ggml.sketch_scan(context, tensor(_F32, 64, 2), codes, basis, always, used, None, selected, None, 64, 64, 0.125,
+                                        0.0, 0.0, sketch),
     }
 
 
@@ -99,7 +99,7 @@ class _Selector(ctypes.Structure):  # struct ggml_support_selector
 
 
 class _SketchFormat(ctypes.Structure):  # struct ggml_sketch_format
-    _fields_ = [(n, c_int32) for n in ("n_k4", "n_k2", "n_k1", "n_v4", "n_v2")]
+    _fields_ = [(n, c_int32) for n in ("n_k4", "n_k2", "n_k1", "n_v4", "n_v2", "n_first")]
 
 
 _P, _F = c_void_p, c_float
@@ -121,7 +121,7 @@ _SIGNATURES: dict[str, tuple[Any, list]] = {
     "sketch_cell_bytes": (c_int64, [_P]),
     "sketch_basis_size": (c_int64, [_P, c_int64, c_int64]),
     "sketch_encode": (_P, [_P] * 7),
-    "sketch_scan": (_P, [_P] * 8 + [c_int64, c_int64, _F, _F, _P]),
+    "sketch_scan": (_P, [_P] * 9 + [c_int64, c_int64, _F, _F, _F, _P]),
 }
 
 

@@ -14,7 +14,9 @@ from sfi_local.span import MAX_DRAFTS
 
 ORACLE_BUDGETS = (32, 128, 512)  # cells selected, of the oracle's rows
 
-PAPER = {"support": "frozen", "selector": "paper", "n_queries": 1, "pool_after": 0, "pool_before": 0, "pinned": False}
+# everything that the paper gives, whatever the defaults are
+PAPER = {"support": "frozen", "selector": "paper", "n_sink": 4, "n_recent": 256, "n_selected": 2048, "n_queries": 1, "pool_after": 0,
+         "pool_before": 0, "pinned": False, "boundary": True, "min_span": 16, "max_span": 64}
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ def command_for(path: Path, kv_type: str, params: SfiParams) -> str:
         command += ["--kv-type", kv_type]
     bits = [str(getattr(params, name)) for name in SKETCH_BITS]
     if set(bits) != {"0"}:
-        command += ["--sketch-bits", f"{','.join(bits[:3])}:{','.join(bits[3:])}"]
+        command += ["--sketch-bits", f"{','.join(bits[:3])}:{','.join(bits[3:5])}:{bits[5]}"]
+    if params.second_look != SfiParams.second_look:
+        command += ["--second-look", f"{params.second_look:g}"]
     return shlex.join(command)
 
 
@@ -143,7 +145,7 @@ def remember(path: Path, kv_type: str, params: SfiParams, floor: float, settings
 def _key(path: Path, type_k: str, type_v: str, params: SfiParams) -> dict[str, Any]:
     """What a calibration depends on; not the machine, whose rounding is within the noise floor."""
     return {**remembered.model_key(path), "type_k": type_k, "type_v": type_v,
-            "sketch": {name: getattr(params, name) for name in SKETCH_BITS}}
+            "sketch": {name: getattr(params, name) for name in (*SKETCH_BITS, "second_look")}}
 
 
 def _budget(params: SfiParams) -> tuple[int, int, int]:

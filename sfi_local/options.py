@@ -96,17 +96,21 @@ def sfi_options(command: Callable) -> Callable:
         click.option("--max-tail-mass", type=click.FloatRange(0, 1), metavar="X",
                      help="Policy sketch: slow step and a new fit after a step that left more of the attention to the sketch; 0: never "
                           "[default: 0]."),
-        sketch_option,
+        sketch_options,
     )):
         command = option(command)
     return command
 
 
-def sketch_option(command: Callable) -> Callable:
-    """--sketch-bits: the fields of SfiParams that differ, None where not given."""
-    return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2",
+def sketch_options(command: Callable) -> Callable:
+    """--sketch-bits: the fields of SfiParams that differ, and --second-look; each None where not given."""
+    command = click.option("--second-look", type=click.FloatRange(0), metavar="X",
+                           help="Policy sketch, --sketch-bits with N: the rest of a cell's sketch is read if that gives it X times "
+                                f"the mean share of the attention [default: {_DEFAULT.second_look:g}].")(command)
+    return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2[:N]",
                         help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
-                             "[default: 4,12,24:0,16 per 64 values of a head].")(command)
+                             "[default: 4,12,24:0,16 per 64 values of a head]. With N, on CPUs, N times 4 bytes of K are read of every "
+                             "cell, the rest only of cells that seem to matter: 4,40,0:0,16:1 reads least.")(command)
 
 
 def fidelity_option(command: Callable) -> Callable:
@@ -128,11 +132,11 @@ def _sketch_bits(ctx: click.Context, option: click.Parameter, text: str | None) 
     """The fields of SfiParams that K4,K2,K1:V4,V2 names. Raises UsageError."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}):(\d{1,3}),(\d{1,3})", text.strip())
+    match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}):(\d{1,3}),(\d{1,3})(?::(\d{1,2}))?", text.strip())
     if not match:
-        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 (components of K with 4, 2 and 1 "
-                         f"bits, then of V with 4 and 2).")
-    return dict(zip(SKETCH_BITS, map(int, match.groups())))
+        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 or 4,40,0:0,16:1 (components of K with "
+                         f"4, 2 and 1 bits, of V with 4 and 2, and how many times 4 bytes of K are read of every cell).")
+    return dict(zip(SKETCH_BITS, (int(n or 0) for n in match.groups())))
 
 
 def _fidelity(ctx: click.Context, option: click.Parameter, text: str | None) -> float | str | None:
@@ -164,7 +168,7 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, Fit]:
     where the command has it, stays ``fidelity``: what fidelity.settle takes. Raises ArgumentError, UsageError.
     """
     names = ("support", "selector", *BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "n_slow_queries", "pool_after",
-             "pool_before", "tolerance", "max_tail_mass")
+             "pool_before", "tolerance", "max_tail_mass", "second_look")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
     portable = None if "support" in given else SfiParams.of(PORTABLE_POLICY, **given)

@@ -11,7 +11,7 @@ from sfi_local.errors import ArgumentError
 POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
 BUDGET = ("n_sink", "n_recent", "n_selected")  # the fields of a budget ...
-SKETCH_BITS = ("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2")  # ... and of a sketch's format
+SKETCH_BITS = ("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2", "sketch_first")  # ... and of a sketch's format
 PORTABLE_POLICY = "frozen"  # needs no operations of ours, so that every device can have it
 MAX_QUERIES = 64
 SKETCH_DEPTH = 1024  # cells from which policy sketch is faster than dense, where nothing was measured
@@ -43,6 +43,9 @@ class SfiParams:
                 step is slow and the sketch is fitted anew to the latest queries; a share, 0: never
     sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 4, 12, 24 per 64 values of a head
     sketch_v4, sketch_v2: ... of its V; all 0 with components of K given: the tail is dropped; else 0, 16
+    sketch_first: a step reads so many 4 bytes of the sketch's K of every cell, and the rest of it only of cells that seem to
+                matter; 0: all of every cell; CPUs only
+    second_look: ... which are those that have, by what is read of all, at least so many times the mean share of the attention
     alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
     """
 
@@ -68,6 +71,8 @@ class SfiParams:
     sketch_k1: int = 0
     sketch_v4: int = 0
     sketch_v2: int = 0
+    sketch_first: int = 0
+    second_look: float = 0.5
     alpha: float = 0.5
     gamma: float = 0.5
     beta: float = 0.568
@@ -120,6 +125,9 @@ class SfiParams:
                 4 * self.sketch_k4 + 2 * self.sketch_k2 + self.sketch_k1) % 32:
             raise ArgumentError(f"sketch_k4, sketch_k2 and sketch_k1 are {self.sketch_k4}, {self.sketch_k2}, {self.sketch_k1}: give "
                                 f"multiples of 4 whose bits together are a multiple of 32, e.g. 4, 16, 16.")
+        if self.sketch_first and 32 * self.sketch_first >= 4 * self.sketch_k4 + 2 * self.sketch_k2 + self.sketch_k1:
+            raise ArgumentError(f"sketch_first is {self.sketch_first}, but the bits of K fill no more than as many 4 bytes: lower it, "
+                                f"or give more components.")
         if self.sketch_v4 % 16 or self.sketch_v2 % 16:
             raise ArgumentError(f"sketch_v4 and sketch_v2 are {self.sketch_v4} and {self.sketch_v2}: give multiples of 16.")
         for name in ("alpha", "temperature"):
@@ -145,11 +153,11 @@ class SfiParams:
 
 _REFRESHING = ("frozen", "window")
 # they need more cells to last from one refresh to the next
-_REFRESHED = {"n_recent": 256, "n_selected": 2048, "max_span": 64, "boundary": True}
+_REFRESHED = {"n_recent": 256, "n_selected": 2048, "max_span": 32, "boundary": True}
 
 _LEAST = {
     "n_sink": 0, "n_recent": 1, "n_selected": 1, "max_span": 0, "min_span": 0, "auto_depth": 0,
-    "n_queries": 1, "n_slow_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
+    "sketch_first": 0, "second_look": 0, "n_queries": 1, "n_slow_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
 }
 
 

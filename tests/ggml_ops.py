@@ -42,7 +42,7 @@ class Selector(ctypes.Structure):  # struct ggml_support_selector
 
 
 class SketchFormat(ctypes.Structure):  # struct ggml_sketch_format
-    _fields_ = [(name, c_int32) for name in ("n_k4", "n_k2", "n_k1", "n_v4", "n_v2")]
+    _fields_ = [(name, c_int32) for name in ("n_k4", "n_k2", "n_k1", "n_v4", "n_v2", "n_first")]
 
 
 class Stranger(Exception):
@@ -85,7 +85,7 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sketch_cell_bytes": (c_int64, [POINTER(SketchFormat)]),
     "ggml_sketch_basis_size": (c_int64, [POINTER(SketchFormat), c_int64, c_int64]),
     "ggml_sketch_encode": (T, [c_void_p, T, T, T, T, T, POINTER(SketchFormat)]),
-    "ggml_sketch_scan": (T, [c_void_p, T, T, T, T, T, T, T, c_int64, c_int64, F, F, POINTER(SketchFormat)]),
+    "ggml_sketch_scan": (T, [c_void_p, T, T, T, T, T, T, T, T, c_int64, c_int64, F, F, F, POINTER(SketchFormat)]),
 }
 
 
@@ -244,9 +244,10 @@ class Graph:
     def sketch_encode(self, codes, basis, k, v, cells, form):
         return self.lib.ggml_sketch_encode(self.ctx, codes, basis, k, v, cells, SketchFormat(*form))
 
-    def sketch_scan(self, q, codes, basis, skip, plan, least, selected, n_list, n_embd_v, form, scale=1.0, logit_softcap=0.0):
-        return self.lib.ggml_sketch_scan(self.ctx, q, codes, basis, skip, plan, least, selected, n_list, n_embd_v, scale,
-                                         logit_softcap, SketchFormat(*form))
+    def sketch_scan(self, q, codes, basis, skip, plan, least, selected, n_list, n_embd_v, form, scale=1.0, logit_softcap=0.0,
+                    looked=None, second_look=0.0):
+        return self.lib.ggml_sketch_scan(self.ctx, q, codes, basis, skip, plan, least, selected, looked, n_list, n_embd_v, scale,
+                                         logit_softcap, second_look, SketchFormat(*form))
 
     def flash_attn(self, q, k, v, mask=None, sinks=None, scale=1.0, logit_softcap=0.0):
         out = self.lib.ggml_flash_attn_ext(self.ctx, q, k, v, mask, scale, 0.0, logit_softcap)

@@ -324,12 +324,13 @@ def stability(evidence, cells, j0, j1, selected, previous):
 
 
 class SketchFormat(NamedTuple):
-    """How many components of K have 4, 2 and 1 bits, and of V 4 and 2."""
+    """How many components of K have 4, 2 and 1 bits, and of V 4 and 2; with n_first > 0 there are two looks at it."""
     n_k4: int
     n_k2: int
     n_k1: int
     n_v4: int
     n_v2: int
+    n_first: int = 0
 
     @property
     def bits_k(self):
@@ -342,6 +343,12 @@ class SketchFormat(NamedTuple):
     @property
     def cell_bytes(self):
         return int(self.bits_k.sum() + self.bits_v.sum()) // 8
+
+    @property
+    def n_k_first(self):
+        """Components of K of the first look."""
+        planes = np.repeat(self.bits_k[::4].cumsum() - 1, 4) // 8
+        return int((planes < self.n_first).sum()) if self.n_first else len(self.bits_k)
 
 
 class Basis(NamedTuple):
@@ -360,43 +367,56 @@ class Basis(NamedTuple):
 CELLS, PLANE = 16, 64  # cells of a block, bytes of a plane: four for each cell of K, four for each component of V
 
 
-def place_k(form, j, cell):
-    """(block, byte of the block, lowest bit) of component j of K. Every four components take bits of the cell's four
+def place_k(form, j, cell, n_blocks):
+    """(byte of the KV head's codes, lowest bit) of component j of K. Every four components take bits of the cell's four
     bytes, from the lowest upwards; when those are full, the next plane follows."""
     bits_before = int(form.bits_k[:j - j % 4:4].sum())  # in each of the four bytes
-    return cell // CELLS, PLANE * (bits_before // 8) + 4 * (cell % CELLS) + j % 4, bits_before % 8
+    plane, bit = bits_before // 8, bits_before % 8
+    if form.n_first and plane >= form.n_first:
+        return record(form, cell, n_blocks) + 4 * (plane - form.n_first) + j % 4, bit
+    block_bytes = PLANE * form.n_first or CELLS * form.cell_bytes
+    return block_bytes * (cell // CELLS) + PLANE * plane + 4 * (cell % CELLS) + j % 4, bit
 
 
-def place_v(form, j, cell):
-    """The same for component j of V. A byte holds one component of two cells (4 bits) or of four (2 bits)."""
-    bits, quarter = int(form.bits_v[j]), cell % CELLS // 4  # the quarter of the block
+def place_v(form, j, cell, n_blocks):
+    """The same for component j of V. In a block a byte holds one component of two cells (4 bits) or of four (2 bits), in a
+    record one after the other."""
+    bits, planes_k = int(form.bits_v[j]), int(form.bits_k.sum()) // 32
+    if form.n_first:
+        at = int(form.bits_v[:j].sum())
+        return record(form, cell, n_blocks) + 4 * (planes_k - form.n_first) + at // 8, at % 8
+    quarter = cell % CELLS // 4  # of the block
     bits_before = int(form.bits_v[:j - j % 16:16].sum()) * 4 + bits * quarter
-    planes_k = int(form.bits_k.sum()) // 32
-    return cell // CELLS, PLANE * (planes_k + bits_before // 8) + 4 * (j % 16) + cell % 4, bits_before % 8
+    return CELLS * form.cell_bytes * (cell // CELLS) + PLANE * (planes_k + bits_before // 8) + 4 * (j % 16) + cell % 4, bits_before % 8
+
+
+def record(form, cell, n_blocks):
+    """Where the record of a cell begins: behind the first planes of all blocks."""
+    return PLANE * form.n_first * n_blocks + (form.cell_bytes - 4 * form.n_first) * cell
 
 
 def unpack(form, codes):
     """codes uint8 [n_blocks, 16 * cell_bytes] -> of K int [n_cells, n_k], of V int [n_cells, n_v]"""
-    cells = np.arange(CELLS * len(codes))
+    cells, flat = np.arange(CELLS * len(codes)), codes.ravel()
     parts = []
     for bits, place in ((form.bits_k, place_k), (form.bits_v, place_v)):
         part = np.zeros((len(cells), len(bits)), np.int64)
         for j, b in enumerate(bits):
-            block, byte, bit = place(form, j, cells)
-            part[:, j] = codes[block, byte] >> bit & 2**b - 1
+            byte, bit = place(form, j, cells, len(codes))
+            part[:, j] = flat[byte] >> bit & 2**b - 1
         parts.append(part)
     return parts
 
 
 def pack(form, codes, cells, of_k, of_v):
     """A copy of codes [n_blocks, 16 * cell_bytes] in which the given cells have the codes [n, n_k] and [n, n_v]."""
-    codes = codes.copy()
+    flat = codes.ravel().copy()
     for values, bits, place in ((of_k, form.bits_k, place_k), (of_v, form.bits_v, place_v)):
         for j, b in enumerate(bits):
             for cell, value in zip(cells, values[:, j]):
-                block, byte, bit = place(form, j, int(cell))
-                codes[block, byte] = codes[block, byte] & ~((2**b - 1) << bit) & 255 | int(value) << bit
-    return codes
+                byte, bit = place(form, j, int(cell), len(codes))
+                flat[byte] = flat[byte] & ~((2**b - 1) << bit) & 255 | int(value) << bit
+    return flat.reshape(codes.shape)
 
 
 def unrounded(x, mean, enc, bits):
@@ -424,11 +444,12 @@ def sketch_weights(q, dec):
     return (np.round(w / s) if s > 0 else np.zeros(len(w))), s
 
 
-def sketch_logits(form, basis, codes, q, skip, n_used, n_list, scale, logit_softcap=0.0):
-    """One query of a head: the logits of the cells 0 .. n_list - 1, from the codes of its KV head."""
+def sketch_logits(form, basis, codes, q, skip, n_used, n_list, scale, logit_softcap=0.0, first=False):
+    """One query of a head: the logits of the cells 0 .. n_list - 1, from the codes of its KV head; first: of the first look."""
     of_k, _ = unpack(form, codes)
     w, s = sketch_weights(q, basis.dec_k)
-    x = scale * (q @ basis.mean_k + s * (of_k[:n_list] - (2**form.bits_k - 1) / 2) @ w)
+    n_k = form.n_k_first if first else len(w)
+    x = scale * (q @ basis.mean_k + s * ((of_k[:n_list] - (2**form.bits_k - 1) / 2) @ np.where(np.arange(len(w)) < n_k, w, 0)))
     if logit_softcap > 0:
         x = logit_softcap * np.tanh(x / logit_softcap)
     x[n_used:] = -np.inf
@@ -449,7 +470,7 @@ def sketch_score(x):
 
 def sketch_share(x):
     """Logits [group, n_list] -> the largest softmax of each cell among the heads of the group, [n_list]"""
-    return np.max([np.exp(row - log_sum_exp(row)) if row.max() > -np.inf else 0 * row for row in np.asarray(x, np.float64)], axis=0)
+    return np.max([np.exp(row - log_sum_exp(row)) if row.max() > -np.inf else np.zeros(len(row)) for row in np.asarray(x, np.float64)], axis=0)
 
 
 def sketch_select(x, n_selected, least=None, seed=0):
@@ -468,12 +489,24 @@ def sketch_select(x, n_selected, least=None, seed=0):
     return out
 
 
-def sketch_tail(form, basis, codes, x, selected):
-    """One head: [n_embd_v + 1], from its logits [n_list] and its KV head's codes and selected cells."""
+def sketch_looked(x, second_look, n_used):
+    """Logits of the first look [group, n_list] -> whether a cell is looked at again, [n_list]"""
+    return (sketch_share(x) >= second_look / np.clip(n_used, 1, 8192)) & np.isfinite(x[0])
+
+
+def sketch_tail(form, basis, codes, x, selected, others=-np.inf):
+    """One head: [n_embd_v + 1], from its logits [n_list] and its KV head's codes and selected cells.
+
+    others: log-sum-exp of the logits of cells that are not in x; the more they weigh, the more their V is that of the basis' mean
+    instead of the others'
+    """
     _, of_v = unpack(form, codes)
     rest = np.isfinite(x)
     rest[selected[selected >= 0]] = False
     v = decode(of_v[:len(x)], basis.mean_v, basis.dec_v, form.bits_v)
-    lse = log_sum_exp(x[rest])
-    mean = np.exp(x[rest] - lse) @ v[rest] if rest.any() else np.zeros(v.shape[1])
-    return np.concatenate([mean, [lse]])
+    of_rest = log_sum_exp(x[rest])
+    lse = np.logaddexp(of_rest, others)
+    if not rest.any() and others == -np.inf:
+        return np.concatenate([np.zeros(v.shape[1]), [lse]])
+    mean = np.exp(x[rest] - of_rest) @ v[rest] if rest.any() else basis.mean_v
+    return np.concatenate([basis.mean_v + (1 - np.exp(others - lse)**2) * (mean - basis.mean_v), [lse]])

@@ -39,7 +39,8 @@ def test_references_stand_for_the_same_whatever_was_asked():
     rows = {row.name: row for row in reference_rows(("dense", "sfi"), "f16", other)}
     assert {"stock", "sketch", "frozen", "paper", "paper, fixed period", "sink + recent", "q8_0", "q4_0"} <= set(rows)
     params = plan(rows["paper"], other, 10, 8192, {}).params
-    assert (params.selector, params.n_selected, params.n_queries, params.boundary) == ("paper", 2048, 1, True)
+    assert (params.selector, params.n_selected, params.n_recent, params.n_queries) == ("paper", 2048, 256, 1)
+    assert (params.boundary, params.min_span, params.max_span, params.pinned) == (True, 16, 64, False)
     assert plan(rows["frozen"], other, 10, 8192, {}).params == SfiParams.of("frozen")
     assert {plan(row, other, 10, 8192, {}).params.support for name, row in rows.items() if name.startswith("oracle ")} == {"oracle"}
 

@@ -77,7 +77,7 @@ def test_another_file_kv_type_sketch_or_build_is_not_calibrated(calibrated, tmp_
     assert recall(calibrated, "f16", "f16", SKETCH.replace(tolerance=1.0)).floor == 0.005
     assert recall(tmp_path / "other.gguf", "f16", "f16", SKETCH) is recall(calibrated, "f16", "q8_0", SKETCH) is None
     assert recall(calibrated, "f16", "f16", bits) is None
-    with pytest.raises(InputError, match="calibrate .*model.gguf --kv-type q8_0 --sketch-bits 4,16,16:0,0` once"):
+    with pytest.raises(InputError, match="calibrate .*model.gguf --kv-type q8_0 --sketch-bits 4,16,16:0,0:0` once"):
         tolerance(calibrated, FLOOR, bits, "q8_0")
     monkeypatch.setattr("sfi_local.library.source_id", lambda: "another build")
     assert recall(calibrated, "f16", "f16", SKETCH) is None and tolerance(calibrated, DEFAULT) == SKETCH.tolerance

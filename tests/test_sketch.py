@@ -4,6 +4,8 @@ A fine sketch (4 bits for each of the 32 values of a head) makes a fast step nea
 model is spread over all cells: where the sketch stands for none of them, logits are off by one or more.
 """
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -122,6 +124,58 @@ def test_the_share_that_is_read_counts_codes_and_cells(ready, text):
     ready.engine.reset_stats()
     ready.steps(text[:20])
     assert 0.4 < ready.engine.stats().kv_read_share < 0.9
+
+
+# ---- two looks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twice(fine):
+    """A quarter of the bytes of K are looked at first; some cells are selected."""
+    return fine.replace(sketch_first=1, tolerance=1e-2, second_look=0.0)
+
+
+def test_a_second_look_at_everything_is_one_look_in_two(opened, text, fine, twice):
+    def logits(params):
+        context = opened(params)
+        context.prefill(text[:N])
+        return context.steps(text[N:N + 20])
+
+    np.testing.assert_allclose(logits(twice), logits(twice.replace(sketch_first=0)), rtol=0, atol=0.05)  # measured: 0.02, by roundings
+
+
+def test_fewer_second_looks_read_less_and_what_is_left_still_weighs(opened, text, twice):
+    dense, read, off = dense_logits(opened, text[:N + 20], 20), [], []
+    for change in ({"second_look": 0.0}, {"second_look": 0.9}, {"second_look": 1.1}, {"second_look": 1.1, "sketch_v4": 0}):
+        context = opened(twice.replace(**change))
+        context.prefill(text[:N])
+        off.append(np.abs(context.steps(text[N:N + 20]) - dense).mean())
+        read.append(context.engine.stats().kv_read_share)
+    assert read[0] > read[1] > read[2] > 0
+    assert off[0] < off[2] < off[3]  # without V the tail is dropped
+
+
+def test_what_is_read_counts_what_was_looked_at(opened, text, twice):
+    """4 bytes of every cell, the rest of the codes of those looked at again, the cells attended to, half of the bases."""
+    context = opened(twice.replace(second_look=1.0), watch=Watch("sketch_scan"))
+    context.prefill(text[:N])
+    read, codes, cell = [], (4 * 32 + 4 * 32) // 8, 2 * 32 * 2
+
+    def look(il, node):
+        skip, plan, selected, looked = (node.src[i].contents for i in (3, 4, 6, 7))
+        n_used, skipped = values_of(plan)[0], values_of(skip)
+        n_skipped = ((skipped >= 0) & (skipped < n_used)).sum()
+        rows = [(ctypes.c_int32 * selected.ne[0]).from_address(selected.data + h * selected.nb[1]) for h in HEADS]
+        n_selected, n_looked = (np.array(rows) >= 0).sum(), values_of(looked).sum()
+        assert 0 < n_looked < len(HEADS) * (n_used - n_skipped)
+        n_attended = len(HEADS) * (N + 1 - n_used + n_skipped) + n_selected
+        read.append(4 * len(HEADS) * n_used + (codes - 4) * n_looked + cell * n_attended + 4 * len(HEADS) * 2 * 32 * 33)
+        return node_rows(node)[1].view(np.float32)
+
+    context.watch.replace = look
+    context.engine.reset_stats()
+    assert context.step(text[N]).kind == "fast"
+    assert context.engine.stats().kv_read == pytest.approx(sum(read), rel=0.01)
 
 
 @pytest.mark.parametrize("kv", ["f32", "q8_0", "q4_0"])

@@ -17,6 +17,8 @@ FORMATS = [ref.SketchFormat(*f) for f in (
     (16, 0, 0, 16, 0), (4, 16, 16, 16, 0), (8, 0, 0, 16, 0), (16, 16, 32, 32, 0), (16, 32, 0, 0, 32), (4, 4, 8, 16, 16),
     (0, 0, 32, 0, 16), (0, 16, 0, 64, 16), (12, 4, 40, 16, 0), (32, 0, 0, 0, 0))]
 DEFAULT = FORMATS[0]
+TWICE = [ref.SketchFormat(*f) for f in (
+    (4, 40, 0, 0, 16, 1), (8, 80, 0, 0, 32, 2), (4, 24, 32, 16, 0, 1), (4, 4, 40, 16, 16, 1), (0, 0, 96, 0, 0, 2), (16, 16, 32, 32, 0, 2))]
 GROUPS = {1: (2, 2), 2: (4, 2), 3: (9, 3), 4: (8, 2), 5: (5, 1), 7: (14, 2), 8: (16, 2)}  # n_head, n_head_kv
 SIZES = (64, 80, 128, 256)  # n_embd
 LENGTHS = (16, 48, 240, 256, 272, 1024, 2032, 2048, 2064, 4112)  # both sides of every edge of a run or a chunk
@@ -114,7 +116,7 @@ def encode_cases():
     def case(**settings):
         return EncodeCase(seed=SEED, **settings)
 
-    for form in FORMATS:
+    for form in FORMATS + TWICE:
         yield case(form=form)
         yield case(form=form, n_listed=1, n_threads=3)
     for n_listed in (0, 1, 15, 16, 17, 83):
@@ -145,6 +147,7 @@ class ScanCase(Case):
     n_selected: int = 50
     least: float = 0.0  # > 0: cells of a smaller share are not selected, in the n-th KV head an n-th of it
     logit_softcap: float = 0.0
+    second_look: float = 0.5  # if the format has two looks
     largest: float = 8.0  # roughly: size of the largest logits
     n_different: int = 0  # > 0: so many blocks of codes, over and over, so that there are ties
     n_threads: int = 2
@@ -172,19 +175,31 @@ class Scan:
         with Graph() as g:
             store = g.tensor(np.full((c.n_head_kv, c.n_selected + 3), 7, np.int32))  # 7: to be overwritten; but not the last three
             selected = g.lib.ggml_view_4d(g.ctx, store, c.n_selected, c.n_head_kv, 1, 1, *store.contents.nb[1:], 0)
+            looked = g.tensor(np.full(c.n_head_kv, -7, np.int32)) if c.form.n_first else None
             out = g.sketch_scan(g.strided(self.q), g.tensor(self.codes), g.tensor(flat(self.bases)), g.tensor(self.skip),
                                 g.tensor(np.array([self.n_used])), g.tensor(self.least) if c.least else None, selected,
-                                c.n_list, c.n_embd_v, c.form, self.scale, c.logit_softcap)
+                                c.n_list, c.n_embd_v, c.form, self.scale, c.logit_softcap, looked, c.second_look)
             assert g.supported(out)
             tail = g.compute(out, n_threads or c.n_threads)[0, 0]
             rows = g.read(store)[0, 0]
             assert np.all(rows[:, c.n_selected:] == 7)
+            self.n_looked = g.read(looked).ravel() if looked else None
             return tail, rows[:, :c.n_selected]
 
-    def logits(self, h):
+    def logits(self, h, first=False):
         c, h_kv = self.case, h * self.case.n_head_kv // self.case.n_head
         return ref.sketch_logits(c.form, in_double(self.bases[h_kv]), self.codes[h_kv], self.q[h].astype(np.float64), self.skip,
-                                 self.n_used, c.n_list, self.scale, c.logit_softcap)
+                                 self.n_used, c.n_list, self.scale, c.logit_softcap, first)
+
+    def unlooked(self, h_kv, x, off):
+        """Of a group whose logits x [group, n_list] are: those of the cells that are not looked at again become -inf. Returns the
+        log-sum-exp of these cells by the first look, per head, and whether it may be other cells, by rounding errors."""
+        c, group = self.case, len(x)
+        first = np.array([self.logits(h, first=True) for h in range(h_kv * group, (h_kv + 1) * group)])
+        surely, perhaps = (ref.sketch_looked(first, c.second_look * np.exp(edge), self.n_used) for edge in (off, -off))
+        assert surely.sum() <= self.n_looked[h_kv] <= perhaps.sum()
+        x[:, ~perhaps] = first[:, perhaps] = -np.inf
+        return [ref.log_sum_exp(row) for row in first], np.any(perhaps != surely)
 
     def logits_off(self, h):
         """Rounding errors of float32 in the projections, and a weight that they may push over the edge to the next."""
@@ -196,16 +211,19 @@ class Scan:
         on_edge = np.abs(np.abs(exact - np.floor(exact)) - 0.5) < 64 * EPS32 * 127
         return self.scale * (rounding + s * centre[on_edge].sum()) + 16 * EPS32 * (1 + c.logit_softcap)
 
-    def tail_off(self, h, x, selected):
+    def others_off(self, h, lse):
+        """By how much the sum of the weights of cells that are not looked at again may be off, over exp(lse)."""
+        return 2.0**-19 * np.exp(min(ref.log_sum_exp(self.logits(h, first=True)) - lse, 80)) if self.case.form.n_first else 0
+
+    def tail_off(self, h, x, lse):
         """(of V, of the log-sum-exp): weights off by half of 2^-15 or 2^-21 of the largest among 256 cells and by their logits'
-        errors, relative to the sum of those that were not selected."""
+        errors, relative to the sum of those that were not selected; after two looks, by what the sum of the others may be off."""
         c = self.case
-        rest = x.copy()
-        rest[selected] = -np.inf
-        lse = ref.log_sum_exp(rest)
         runs = [x[i:i + 256] for i in range(0, c.n_list, 256)]
         runs = sum(np.exp(min(run.max() - lse, 80)) * np.isfinite(run).sum() for run in runs)
         rest = 4 * EPS32 * np.exp(min(ref.log_sum_exp(x) - lse, 80)) + 2 * self.logits_off(h) + 2e-5
+        if c.form.n_first:
+            runs, rest = 0, rest + self.others_off(h, lse)
         return 2.0**-15 * runs + rest, 2.0**-21 * runs + rest
 
     def check(self):
@@ -214,26 +232,32 @@ class Scan:
         for h_kv in range(c.n_head_kv):
             heads = range(h_kv * group, (h_kv + 1) * group)
             x, row = np.array([self.logits(h) for h in heads]), selected[h_kv]
-            off = 1e-4 + 2 * max(map(self.logits_off, heads))
+            logits_off = 2 * max(map(self.logits_off, heads))
+            off, others = 1e-4 + logits_off, [-np.inf] * group
+            if c.form.n_first:
+                others, is_unsure = self.unlooked(h_kv, x, 1e-5 + logits_off)
+                if is_unsure:
+                    assert np.isfinite(x[0][row[row >= 0]]).all()
+                    continue
             if c.least:
                 check_least(row, x, self.least[h_kv], off)
             elif c.n_different:
                 np.testing.assert_array_equal(np.sort(row), np.sort(ref.sketch_select(x[None], c.n_selected)[0]))
             else:
                 check_best(row, ref.sketch_score(x), off)
-            for h, x_h in zip(heads, x):
-                self.check_tail(h, x_h, row[row >= 0], tail[h])
+            for h, x_h, others_h in zip(heads, x, others):
+                self.check_tail(h, x_h, row[row >= 0], tail[h], others_h)
 
-    def check_tail(self, h, x, cells, got):
+    def check_tail(self, h, x, cells, got, others):
         c, h_kv, n = self.case, h * self.case.n_head_kv // self.case.n_head, self.case.n_embd_v
         basis = in_double(self.bases[h_kv])
-        expected = ref.sketch_tail(c.form, basis, self.codes[h_kv], x, cells)
-        share = np.exp(expected[n] - ref.log_sum_exp(x)) if np.isfinite(expected[n]) else 0
+        expected = ref.sketch_tail(c.form, basis, self.codes[h_kv], x, cells, others)
+        share = np.exp(expected[n] - np.logaddexp(ref.log_sum_exp(x), others)) if np.isfinite(expected[n]) else 0
         if got[n] == -np.inf:
-            assert share < 2.0**-19 and not got[:n].any()
+            assert share < 2.0**-19 + self.others_off(h, np.logaddexp(ref.log_sum_exp(x), others)) and not got[:n].any()
             return
         assert share > 2.0**-21
-        off_v, off = self.tail_off(h, x, cells)
+        off_v, off = self.tail_off(h, x, expected[n])
         size = (np.abs(basis.dec_v) * (2**c.form.bits_v[:, None] - 1) / 2).sum(axis=0).max(initial=0)
         np.testing.assert_allclose(got[:n], expected[:n], rtol=0, atol=2 * off_v * size + 1e-5)
         np.testing.assert_allclose(got[n], expected[n], rtol=4 * EPS32, atol=off)
@@ -269,6 +293,28 @@ def scan_cases():
     def case(**settings):
         return ScanCase(seed=SEED, **settings)
 
+    for form in TWICE:
+        yield case(form=form)
+        yield case(form=form, least=0.003, n_selected=1000)
+        yield case(form=form, n_head=9, n_head_kv=3, n_embd_k=128, n_embd_v=128, n_threads=3, n_list=4112)
+    for second_look in (0.0, 0.3, 1.0, 3.0, 1000.0):
+        yield case(form=TWICE[0], least=0.003, n_selected=1000, second_look=second_look)
+        yield case(form=TWICE[1], n_head=8, n_embd_k=128, n_embd_v=128, n_list=9008, second_look=second_look)
+    for n_head, n_head_kv in GROUPS.values():
+        yield case(n_head=n_head, n_head_kv=n_head_kv, form=TWICE[0], n_threads=3, n_list=2064)
+        yield case(n_head=n_head, n_head_kv=n_head_kv, form=TWICE[0], least=0.005, n_selected=1000, n_threads=3)
+    for n_list in LENGTHS:
+        for n_used in (0, 1, n_list - 17, n_list - 1, n_list):
+            yield case(n_list=n_list, n_used=max(n_used, 0), n_threads=3, n_skip=min(20, n_list), form=TWICE[0])
+        for n_selected in (1, 250, 5000):
+            yield case(n_list=n_list, n_selected=n_selected, n_threads=3, form=TWICE[3])
+    yield case(skip_all=True, form=TWICE[0])
+    yield case(n_skip=1030, form=TWICE[0])
+    for least in (1e-6, 0.01, 2.0):
+        yield case(least=least, n_selected=2000, n_list=2064, form=TWICE[0])
+    for largest in (0.0, 30.0, 300.0, 1000.0):
+        yield case(largest=largest, form=TWICE[0], n_list=2064)
+        yield case(largest=largest, least=0.01, form=TWICE[0], n_list=2064)
     for form in FORMATS:
         yield case(form=form)
         yield case(form=form, least=0.003, n_selected=1000)
@@ -333,6 +379,8 @@ THREADS = [
     (Scan, ScanCase(seed=SEED, n_list=8016, n_used=8000, n_head=8, n_head_kv=1, least=0.001, n_selected=1000)),
     (Scan, ScanCase(seed=SEED, n_list=8016, n_selected=256, n_head=2, n_head_kv=1, n_different=50)),
     (Scan, ScanCase(seed=SEED, n_list=8016, n_selected=256, n_head=4, n_head_kv=1, form=FORMATS[4])),
+    (Scan, ScanCase(seed=SEED, n_list=20016, n_used=20000, n_head=9, n_head_kv=3, form=TWICE[0], least=0.001)),
+    (Scan, ScanCase(seed=SEED, n_list=8016, n_selected=256, n_head=8, n_head_kv=1, form=TWICE[3])),
 ]
 
 
@@ -345,21 +393,20 @@ def test_thread_count_changes_nothing(inputs, case):
             np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("form", FORMATS + TWICE, ids=str)
 def test_the_library_and_the_reference_agree_on_sizes(form):
     f = SketchFormat(*form)
     assert library().ggml_sketch_cell_bytes(f) == form.cell_bytes
     assert library().ggml_sketch_basis_size(f, 96, 80) == draw_basis(np.random.default_rng(0), form, 96, 80).flat().size
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_every_bit_of_a_block_belongs_to_one_component_of_one_cell(form):
-    count = np.zeros((16 * form.cell_bytes, 8), int)
+@pytest.mark.parametrize("form", FORMATS + TWICE, ids=str)
+def test_every_bit_of_the_codes_belongs_to_one_component_of_one_cell(form):
+    count = np.zeros((3 * 16 * form.cell_bytes, 8), int)
     for bits, place in ((form.bits_k, ref.place_k), (form.bits_v, ref.place_v)):
         for j, b in enumerate(bits):
-            for cell in range(16):
-                block, byte, bit = place(form, j, cell)
-                assert block == 0
+            for cell in range(3 * 16):
+                byte, bit = place(form, j, cell, 3)
                 count[byte, bit:bit + b] += 1
     assert np.all(count == 1)
 
@@ -400,7 +447,7 @@ def test_selected_cells_and_their_tail_are_all_there_is():
         basis, x = in_double(s.bases[h]), s.logits(h)
         v = ref.decode(ref.unpack(s.case.form, s.codes[h])[1][:len(x)], basis.mean_v, basis.dec_v, s.case.form.bits_v)
         merged = ref.attend(np.ones(1), x[selected[h], None], v[selected[h]], 1.0, tail=tail[h].astype(np.float64))
-        np.testing.assert_allclose(merged, np.exp(x - ref.log_sum_exp(x)) @ v, rtol=0, atol=20 * s.tail_off(h, x, selected[h])[0])
+        np.testing.assert_allclose(merged, np.exp(x - ref.log_sum_exp(x)) @ v, rtol=0, atol=20 * s.tail_off(h, x, tail[h, -1])[0])
 
 
 def test_a_group_of_equal_heads_selects_what_one_of_them_does():

@@ -441,7 +441,7 @@ def test_peek_says_what_step_will_do(opened, prompts, small):
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-BAD = [("policy", 4), ("sketch_k1", 4), ("sketch_v4", 8), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
+BAD = [("policy", 4), ("sketch_k1", 4), ("sketch_v4", 8), ("sketch_first", 1), ("second_look", -1.0), ("second_look", math.nan), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
        ("max_span", 0), ("min_span", -1), ("auto_depth", -1), ("n_queries", 0), ("n_queries", 65), ("pool_after", -1),
        ("pool_before", 1 << 20), ("nms_radius", -1), ("alpha", 0.0), ("alpha", math.nan), ("temperature", -1.0),
        ("lambda_clip", 1.5), ("lambda_clip", math.nan), ("size", 8)]

@@ -196,9 +196,14 @@ GGML_API struct ggml_tensor * ggml_support_stability(
 //   * V planes follow. For each 16 components of 4 bits two planes, a = 0 and 1: byte 4*d + r has component d of cell
 //     8*a + r in its low and of cell 8*a + 4 + r in its high half. For each 16 components of 2 bits one plane: byte
 //     4*d + r has component d of the cells r, 4 + r, 8 + r, 12 + r, from the lowest bits upwards.
+//
+// A sketch with n_first > 0 is looked at twice: the first n_first planes of K of every cell, the rest only of cells that seem
+// to matter. The first planes of all blocks lie one block after the other; behind them each cell has a record: its four bytes
+// of each further plane of K, then for each 16 components of V 8 bytes (4 bits) or 4 (2 bits), from the lowest bits upwards.
 struct ggml_sketch_format {
     int32_t n_k4, n_k2, n_k1; // components of K with 4, 2 and 1 bits; multiples of 4; 4*n_k4 + 2*n_k2 + n_k1 is one of 32
     int32_t n_v4, n_v2;       // components of V with 4 and 2 bits; multiples of 16
+    int32_t n_first;          // planes of K, fewer than there are; 0: one look at everything
 };
 
 GGML_API int64_t ggml_sketch_cell_bytes (const struct ggml_sketch_format * format); // codes of one cell and KV head
@@ -233,6 +238,7 @@ GGML_API struct ggml_tensor * ggml_sketch_encode(
 //   plan      I32 [1] = { n_used }                     // so are cells from n_used on; n_used <= n_list
 //   least     F32 [n_head_kv]                          // NULL: none
 //   selected  I32 [n_selected, n_head_kv]              // written; order not promised, padded with -1
+//   looked    I32 [n_head_kv]                          // written: the cells that were looked at again; NULL: n_first is 0
 //   result    F32 [n_embd_v + 1, n_head]               // a `tail` of ggml_sparse_attn()
 //
 // With w_j = dec_k_j . q, s = max_j |w_j|/127 and W_j = round(w_j/s):
@@ -244,6 +250,12 @@ GGML_API struct ggml_tensor * ggml_sketch_encode(
 // result: the sketched V of the cells that were not selected, weighted by the softmax of their logits, then the log-sum-exp of
 // these. Without such cells: zeros and -INFINITY; also if their share is below 2^-20. Weights may be rounded to 2^-21 of
 // the largest among 256 cells, be it selected or not, and to 2^-15 of it for V. A format without components of V gives its mean.
+//
+// With n_first > 0 all this is of the cells that are looked at again. The first look takes the same sum over the components of the
+// first planes alone; a cell is looked at again if its share by that is at least second_look/min(n_used, 8192) in one head of the
+// group. All others join the tail by their weights of the first look. With u their share of the tail, their V is taken to be
+// 1 - u times that of the rest of the tail and u times the mean of the basis. Their sum may be off by 2^-19 of that of all
+// weights of the first look. There is no soft cap then.
 GGML_API struct ggml_tensor * ggml_sketch_scan(
         struct ggml_context             * ctx,
         struct ggml_tensor              * q,
@@ -253,10 +265,12 @@ GGML_API struct ggml_tensor * ggml_sketch_scan(
         struct ggml_tensor              * plan,
         struct ggml_tensor              * least,
         struct ggml_tensor              * selected,
+        struct ggml_tensor              * looked,
         int64_t                           n_list,
         int64_t                           n_embd_v,
         float                             scale,
         float                             logit_softcap,
+        float                             second_look,
         const struct ggml_sketch_format * format);
 
 #ifdef  __cplusplus

@@ -26,6 +26,7 @@ static void assert_format(const struct ggml_sketch_format * f) {
     GGML_ASSERT(f->n_v2 >= 0 && f->n_v2 % 16 == 0);
     GGML_ASSERT((4*f->n_k4 + 2*f->n_k2 + f->n_k1) % 32 == 0);
     GGML_ASSERT(f->n_k4 + f->n_k2 + f->n_k1 > 0);
+    GGML_ASSERT(f->n_first >= 0 && 32*f->n_first < 4*f->n_k4 + 2*f->n_k2 + f->n_k1);
 }
 
 static void assert_sketch(const struct ggml_tensor * codes, const struct ggml_tensor * basis, const struct ggml_sketch_format * f) {
@@ -82,10 +83,12 @@ struct ggml_tensor * ggml_sketch_scan(
         struct ggml_tensor              * plan,
         struct ggml_tensor              * least,
         struct ggml_tensor              * selected,
+        struct ggml_tensor              * looked,
         int64_t                           n_list,
         int64_t                           n_embd_v,
         float                             scale,
         float                             logit_softcap,
+        float                             second_look,
         const struct ggml_sketch_format * format) {
     assert_sketch(codes, basis, format);
     assert_rows_of(q, GGML_TYPE_F32);
@@ -101,10 +104,17 @@ struct ggml_tensor * ggml_sketch_scan(
         assert_rows_of(least, GGML_TYPE_F32);
         GGML_ASSERT(least->ne[0] == codes->ne[2]);
     }
+    GGML_ASSERT((looked != NULL) == (format->n_first > 0));
+    if (looked) {
+        assert_rows_of(looked, GGML_TYPE_I32);
+        GGML_ASSERT(looked->ne[0] == codes->ne[2]);
+        GGML_ASSERT(logit_softcap == 0.0f);
+    }
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_v + 1, q->ne[1]);
     set_params(result, scale, logit_softcap, format);
-    ggml_set_op_params_i32(result, 7, (int32_t) n_list);
+    ggml_set_op_params_i32(result, 8, (int32_t) n_list);
+    ggml_set_op_params_f32(result, 9, second_look);
 
     result->op     = GGML_OP_SKETCH_SCAN;
     result->src[0] = q;
@@ -114,6 +124,7 @@ struct ggml_tensor * ggml_sketch_scan(
     result->src[4] = plan;
     result->src[5] = least;
     result->src[6] = selected;
+    result->src[7] = looked;
 
     return result;
 }

@@ -12,6 +12,7 @@ namespace sfi {
 constexpr int sketch_cells          = 16;  // of a block
 constexpr int sketch_plane          = 64;  // bytes
 constexpr int sketch_max_components = 256; // of K, and of V
+constexpr int sketch_mean_cells     = 8192; // a second look needs a share that is measured by the mean share of so many at most
 
 // Some bits of every byte of one plane. K: byte 4*i + r has component 4*g + r of cell i, for the g-th field.
 // V: byte 4*d + r has component 16*g + d of cell 4*s + r, for the fields [g][s].
@@ -24,6 +25,8 @@ struct sketch_field {
 struct sketch_layout {
     int n_k, n_v;
     int k_planes, v_planes;
+    int first_planes; // of K, that lie in blocks: all, if there is one look
+    int record_bytes; // of a cell: what lies behind the blocks; 0 if there is one look
     int n_k_fields, n_v_groups;
     sketch_field k[sketch_max_components/4];
     int k_first[sketch_max_components/8 + 1]; // of a plane of K: its first field; its fields are those before the next one's
@@ -67,13 +70,20 @@ struct sketch_layout {
             ++n_v_groups;
         }
         v_planes = plane - k_planes;
+        first_planes = f.n_first > 0 ? f.n_first : k_planes;
+        record_bytes = f.n_first > 0 ? 4*(k_planes - first_planes + v_planes) : 0;
     }
 
     static constexpr int kind(int n4, int n2) { return 8*n4 + n2; }
-    int64_t block_bytes() const { return (k_planes + v_planes)*sketch_plane; }
+    bool    looks_twice() const { return record_bytes > 0; }
+    int64_t block_bytes() const { return (looks_twice() ? first_planes : k_planes + v_planes)*sketch_plane; }
     int     k_mask(int j) const { return k[j/4].mask; }
 
-    static ggml_sketch_format format_of(const ggml_tensor * dst) { // op_params: scale, softcap, format, n_list
+    // in a record: where the four bytes of a further plane of K are, and the codes of V of a group
+    int record_k(int plane) const { return 4*(plane - first_planes); }
+    int record_v(int group) const { return 4*(v[group][0].plane - first_planes); }
+
+    static ggml_sketch_format format_of(const ggml_tensor * dst) { // op_params: scale, softcap, format, n_list, second_look
         ggml_sketch_format f;
         memcpy(&f, (const char *) dst->op_params + 2*sizeof(float), sizeof(f));
         return f;
@@ -82,6 +92,7 @@ struct sketch_layout {
         const ggml_sketch_format f = format_of(dst);
         return f.n_k4 + f.n_k2 + f.n_k1 <= sketch_max_components && f.n_v4 + f.n_v2 <= sketch_max_components;
     }
+    static bool looks_once(const ggml_tensor * dst) { return supported(dst) && format_of(dst).n_first == 0; }
 };
 
 // the cells that a scan may look at
@@ -89,6 +100,13 @@ inline int64_t sketch_n_list(const ggml_tensor * scan) {
     int32_t n;
     memcpy(&n, (const char *) scan->op_params + 2*sizeof(float) + sizeof(ggml_sketch_format), sizeof(n));
     return n;
+}
+
+// shares of 1/n_used that a cell needs to be looked at again
+inline float sketch_second_look(const ggml_tensor * scan) {
+    float x;
+    memcpy(&x, (const char *) scan->op_params + 2*sizeof(float) + sizeof(ggml_sketch_format) + sizeof(int32_t), sizeof(x));
+    return x;
 }
 
 // mean, then the rows of enc and dec, [n, n_embd] each

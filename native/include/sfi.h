@@ -98,8 +98,12 @@ struct sfi_params {
     float   max_tail_mass;
 
     /* SFI_POLICY_SKETCH: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format.
-     * No components of K: 4, 12, 24, 0, 16 for every 64 values of a head, 1/21 of F16. No components of V: the tail is dropped. */
-    int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2;
+     * No components of K: 4, 12, 24, 0, 16 for every 64 values of a head, 1/21 of F16. No components of V: the tail is dropped.
+     * sketch_first, on CPUs: each step reads so many 4 bytes of K of every cell, and the rest of those cells alone that have
+     * at least second_look times the mean share of the attention by that (of 8192 cells, if there are more); 0: everything of
+     * every cell, as with tolerance 0 or soft-capped logits */
+    int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2, sketch_first;
+    float   second_look;
 
     /* SFI_SELECTOR_PAPER, see method in arXiv 2603.12038 */
     float   alpha, gamma, beta, p, eta, lambda_clip, a_soft, a_cross, temperature;

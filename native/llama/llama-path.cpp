@@ -18,14 +18,6 @@ ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
 
 // K: as many bits as the head has values, V: half as many; 1/21 of F16. Chosen by the divergence from dense decoding at equal
 // bytes: of the bits of K many go to weak components, those of V hardly matter, and exact cells are worth more than either.
-ggml_sketch_format llama_path_format(const ggml_sketch_format & chosen, int64_t n_embd_k, int64_t n_embd_v) {
-    if (chosen.n_k4 + chosen.n_k2 + chosen.n_k1 > 0) {
-        return chosen;
-    }
-    const int32_t k = std::max<int32_t>(1, n_embd_k/64), v = std::max<int32_t>(1, n_embd_v/64);
-    return { 4*k, 12*k, 24*k, 0, 16*v };
-}
-
 // The sketch operations of a layer, on tensors without data.
 static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml_sketch_format & format, ggml_tensor * q, ggml_tensor * k,
                                                     ggml_tensor * v, ggml_tensor * cells) {
@@ -34,10 +26,36 @@ static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml
     ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(&format, k->ne[0], v->ne[0]), n_head_kv);
     ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
     ggml_tensor * selected = ggml_new_tensor_2d(c, GGML_TYPE_I32, n_list, n_head_kv);
+    ggml_tensor * looked = format.n_first > 0 ? ggml_new_tensor_1d(c, GGML_TYPE_I32, n_head_kv) : nullptr;
     return {
         ggml_sketch_encode(c, codes, basis, k, v, cells, &format),
-        ggml_sketch_scan(c, q, codes, basis, cells, plan, nullptr, selected, n_cells, v->ne[0], 1.0f, 0.0f, &format),
+        ggml_sketch_scan(c, q, codes, basis, cells, plan, nullptr, selected, looked, n_cells, v->ne[0], 1.0f, 0.0f, 1.0f, &format),
     };
+}
+
+// The names of those that a device lacks, "" if it has all.
+static std::string lacking(ggml_backend_dev_t dev, const std::vector<ggml_tensor *> & ops) {
+    std::set<std::string> names;
+    for (const ggml_tensor * op : ops) {
+        if (!ggml_backend_dev_supports_op(dev, op)) {
+            names.insert(ggml_op_name(op->op));
+        }
+    }
+    std::string text;
+    for (const auto & name : names) {
+        text += (text.empty() ? "" : ", ") + name;
+    }
+    return text;
+}
+
+ggml_sketch_format llama_path_format(const llama_path_shape & s, const ggml_sketch_format & chosen) {
+    if (chosen.n_k4 + chosen.n_k2 + chosen.n_k1 == 0) {
+        const int32_t n_k = std::max<int32_t>(1, s.n_embd_head_k/64), n_v = std::max<int32_t>(1, s.n_embd_head_v/64);
+        return { 4*n_k, 12*n_k, 24*n_k, 0, 16*n_v, 0 };
+    }
+    ggml_sketch_format format = chosen;
+    format.n_first = s.softcap ? 0 : chosen.n_first;
+    return format;
 }
 
 static std::vector<ggml_tensor *> native_operations(ggml_context * c, const llama_path_shape & s, const llama_support_params & p) {
@@ -56,25 +74,10 @@ static std::vector<ggml_tensor *> native_operations(ggml_context * c, const llam
     ggml_tensor * stability = ggml_support_stability(c, evidence, cells, plan, selected, selected);
     std::vector<ggml_tensor *> ops = { attn, evidence, selected, stability };
     if (p.policy == LLAMA_SUPPORT_SKETCH) {
-        const auto more = sketch_operations(c, llama_path_format(p.format, s.n_embd_head_k, s.n_embd_head_v), last, k, v, cells);
+        const auto more = sketch_operations(c, llama_path_format(s, p.format), last, k, v, cells);
         ops.insert(ops.end(), more.begin(), more.end());
     }
     return ops;
-}
-
-// The names of those that a device lacks, "" if it has all.
-static std::string lacking(ggml_backend_dev_t dev, const std::vector<ggml_tensor *> & ops) {
-    std::set<std::string> names;
-    for (const ggml_tensor * op : ops) {
-        if (!ggml_backend_dev_supports_op(dev, op)) {
-            names.insert(ggml_op_name(op->op));
-        }
-    }
-    std::string text;
-    for (const auto & name : names) {
-        text += (text.empty() ? "" : ", ") + name;
-    }
-    return text;
 }
 
 static bool portable_forced() {

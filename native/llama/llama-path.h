@@ -9,6 +9,7 @@ struct llama_path_shape {
     int64_t   n_head, n_head_kv, n_embd_head_k, n_embd_head_v;
     ggml_type type_k, type_v;
     bool      sinks = false; // learned ones
+    bool      softcap = false; // of the logits
 };
 
 // The path of a layer on this device. NONE: *lacks, if it is not null, names the operations that the preferred path
@@ -19,5 +20,5 @@ llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_sh
 // The device that computes on a buffer; null if there is none.
 ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer);
 
-// The format of a sketch where none was chosen.
-ggml_sketch_format llama_path_format(const ggml_sketch_format & chosen, int64_t n_embd_k, int64_t n_embd_v);
+// The chosen format of a layer's sketch, or the default one. Soft-capped logits are looked at once.
+ggml_sketch_format llama_path_format(const llama_path_shape & shape, const ggml_sketch_format & chosen);

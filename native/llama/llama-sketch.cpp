@@ -58,7 +58,8 @@ int64_t llama_support::sketch_bytes(uint32_t s) const {
     for (size_t il = 0; il < layers.size() && scanned(s); ++il) {
         const auto & layer = layers[il];
         if (layer.codes) {
-            size += layer.n_head_kv*(st.n_used*ggml_sketch_cell_bytes(&layer.format) + (int64_t) layer.basis->nb[1]/2); // decoding half
+            const int64_t cell = layer.format.n_first > 0 ? 4*layer.format.n_first : ggml_sketch_cell_bytes(&layer.format);
+            size += layer.n_head_kv*(st.n_used*cell + (int64_t) layer.basis->nb[1]/2); // decoding half
         }
     }
     return size;

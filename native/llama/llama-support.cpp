@@ -82,7 +82,7 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
 static llama_path_shape shape_of(const llama_model & model, const llama_kv_cache & kv, int32_t il) {
     const auto & hparams = model.hparams;
     return { hparams.n_head(il), hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), kv.type_k(), kv.type_v(),
-        model.layers[il].attn_sinks != nullptr };
+        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap };
 }
 
 llama_support_path llama_support::path_of(const llama_model & model, int32_t il, const llama_support_params & p, std::string * lacks) const {
@@ -102,7 +102,7 @@ void llama_support::allocate(const llama_model & model) {
     const auto context_of = [&](int32_t il) {
         auto & ctx = contexts[{ ggml_backend_buffer_get_type(kv->get_k_storage(il)->buffer), layers[il].path }];
         if (!ctx) {
-            ctx = ggml_init({ (8*layers.size() + 2)*ggml_tensor_overhead(), nullptr, true });
+            ctx = ggml_init({ (9*layers.size() + 3)*ggml_tensor_overhead(), nullptr, true });
             if (!ctx) {
                 throw std::bad_alloc();
             }
@@ -173,7 +173,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     first.s0 = first.s1 = 0;
     layer.v = kv->get_v(scratch.get(), il, kv->get_size(), first)->view_src;
 
-    layer.format = llama_path_format(params.format, d_k, d_v);
+    layer.format = llama_path_format(shape_of(model, *kv, il), params.format);
     layer.codes  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  16*ggml_sketch_cell_bytes(&layer.format), n_blocks, n_head_kv*n_stream);
     layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
     layer.least  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_head_kv, n_stream);
@@ -183,14 +183,16 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
 // What every fast step with a sketch says of itself lies together, so that a device is asked once for all of its layers.
 void llama_support::allocate_results(ggml_context * ctx, const llama_model & model, const std::vector<int32_t> & ils) {
     const int64_t n_stream = streams.size();
-    int64_t n_selected = 0, n_mass = 0;
+    int64_t n_selected = 0, n_mass = 0, n_looked = 0;
     for (const int32_t il : ils) {
         n_selected += params.n_selected*layers[il].n_head_kv;
         n_mass     += 2*model.hparams.n_head(il);
+        n_looked   += layers[il].n_head_kv;
     }
     ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_stream);
     ggml_tensor * mass     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_mass, n_stream);
-    size_t at_selected = 0, at_mass = 0;
+    ggml_tensor * looked   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_looked, n_stream);
+    size_t at_selected = 0, at_mass = 0, at_looked = 0;
     for (const int32_t il : ils) {
         auto & layer = layers[il];
         layer.selected = ggml_view_3d(ctx, selected, params.n_selected, layer.n_head_kv, n_stream, params.n_selected*sizeof(int32_t),
@@ -198,6 +200,10 @@ void llama_support::allocate_results(ggml_context * ctx, const llama_model & mod
         layer.mass = ggml_view_3d(ctx, mass, 2, model.hparams.n_head(il), n_stream, 2*sizeof(float), mass->nb[1], at_mass);
         at_selected += params.n_selected*layer.n_head_kv*sizeof(int32_t);
         at_mass     += 2*model.hparams.n_head(il)*sizeof(float);
+        if (layer.format.n_first > 0) {
+            layer.looked = ggml_view_3d(ctx, looked, layer.n_head_kv, 1, n_stream, looked->nb[1], looked->nb[1], at_looked);
+            at_looked += layer.n_head_kv*sizeof(int32_t);
+        }
     }
 }
 
@@ -694,11 +700,14 @@ static ggml_tensor * scan_sketch(const llm_graph_context & g, const llama_suppor
     ggml_tensor * codes = llama_support_heads(ctx, layer.codes, 2, n_head_kv, key.stream);
     ggml_tensor * basis = llama_support_heads(ctx, layer.basis, 1, n_head_kv, key.stream);
     ggml_tensor * least = nullptr;
+    float second_look = 0.0f; // without a tolerance any cell may be one of the n_selected best
     if (inp->support->get_params().tolerance > 0.0f) {
+        second_look = inp->support->get_params().second_look;
         least = ggml_view_1d(ctx, layer.least, n_head_kv, key.stream*layer.least->nb[1]);
     }
-    ggml_tensor * tail = ggml_sketch_scan(ctx, q, codes, basis, inp->skip, inp->scan, least, stream_of(ctx, layer.selected, key.stream),
-            key.n_scan, n_embd_v, kq_scale, softcap, &layer.format);
+    ggml_tensor * looked = layer.looked ? stream_of(ctx, layer.looked, key.stream) : nullptr;
+    ggml_tensor * tail = ggml_sketch_scan(ctx, q, codes, basis, inp->skip, inp->scan, least, stream_of(ctx, layer.selected, key.stream), looked,
+            key.n_scan, n_embd_v, kq_scale, softcap, second_look, &layer.format);
     g.cb(tail, "sketch_scan", il);
     ggml_build_forward_expand(g.gf, tail); // before who reads the selected cells
     return layer.format.n_v4 + layer.format.n_v2 > 0 ? tail : nullptr;

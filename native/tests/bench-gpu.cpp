@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t n_head = 32, n_head_kv = 8, d = 128; // Qwen3-4B, Llama-3-8B
 constexpr int64_t n_always = 260, n_selected = 2048;
 constexpr double  least_bytes = 1.5e9;  // of K and V together
-constexpr ggml_sketch_format sketch = { 8, 24, 48, 0, 32 };
+constexpr ggml_sketch_format sketch = { 8, 24, 48, 0, 32, 0 };
 
 ggml_backend_t backend;
 std::mt19937   gen(2603);
@@ -262,7 +262,7 @@ measured sketch_step(ggml_type type, int64_t depth, bool few, bool attend) {
             ggml_tensor * basis = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&sketch, d, d), n_head_kv);
             ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, few ? n_selected : 256, n_head_kv);
             ggml_tensor * tail = ggml_sketch_scan(ctx, ggml_reshape_2d(ctx, q_rows, d, n_head), codes, basis, skip, plan, least, selected,
-                    depth, d, 0.02f/std::sqrt((float) d), 0.0f, &sketch);
+                    nullptr, depth, d, 0.02f/std::sqrt((float) d), 0.0f, 0.0f, &sketch);
             out.push_back(tail);
             if (attend) {
                 ggml_tensor * q = ggml_permute(ctx, q_rows, 0, 2, 1, 3);

@@ -643,7 +643,7 @@ struct test_support_stability : public test_support {
 
 // What the sketch operations share: random bases, codes of random bytes, and where a code lies, by the words of ggml-sfi.h.
 struct test_sketch : public test_sfi {
-    const std::array<int32_t, 5> form; // n_k4, n_k2, n_k1, n_v4, n_v2
+    const std::array<int32_t, 6> form; // n_k4, n_k2, n_k1, n_v4, n_v2, n_first
     const int64_t nh_kv;               // num KV heads
     const int64_t nr;                  // query heads of a KV head
     const int64_t hs;                  // K and V head size
@@ -651,10 +651,10 @@ struct test_sketch : public test_sfi {
 
     ggml_tensor * codes = nullptr, * basis = nullptr;
 
-    test_sketch(std::array<int32_t, 5> form, int64_t nh_kv, int64_t nr, int64_t hs, int64_t n_list)
+    test_sketch(std::array<int32_t, 6> form, int64_t nh_kv, int64_t nr, int64_t hs, int64_t n_list)
         : form(form), nh_kv(nh_kv), nr(nr), hs(hs), n_list(n_list) {}
 
-    ggml_sketch_format format() const { return { form[0], form[1], form[2], form[3], form[4] }; }
+    ggml_sketch_format format() const { return { form[0], form[1], form[2], form[3], form[4], form[5] }; }
     int64_t n_k()         const { return form[0] + form[1] + form[2]; }
     int64_t n_v()         const { return form[3] + form[4]; }
     int     bits_k(int j) const { return j < form[0] ? 4 : j < form[0] + form[1] ? 2 : 1; }
@@ -689,9 +689,16 @@ struct test_sketch : public test_sfi {
             bit += of_v ? 4*bits_v(i) : bits_k(i);
         }
         const int bits = of_v ? bits_v(j) : bits_k(j), i = (int) (cell % 16);
-        bit += of_v ? bits*(i/4) : 0;
         const auto f = format();
-        const int64_t byte = cell/16*16*ggml_sketch_cell_bytes(&f) + 64*(plane + bit/8) + (of_v ? 4*(j % 16) + i % 4 : 4*i + j % 4);
+        if (form[5] > 0 && (of_v || bit/8 >= form[5])) { // in the cell's record
+            const int64_t record_bytes = ggml_sketch_cell_bytes(&f) - 4*form[5];
+            const uint8_t * record = head + 64*form[5]*codes->ne[1] + record_bytes*cell;
+            const int at = of_v ? 32*(plane - form[5]) + 4*bit + bits*(j % 16) : 32*(bit/8 - form[5]) + 8*(j % 4) + bit % 8;
+            return record[at/8] >> at % 8 & ((1 << bits) - 1);
+        }
+        bit += of_v ? bits*(i/4) : 0;
+        const int64_t block_bytes = form[5] > 0 ? 64*form[5] : 16*ggml_sketch_cell_bytes(&f);
+        const int64_t byte = cell/16*block_bytes + 64*(plane + bit/8) + (of_v ? 4*(j % 16) + i % 4 : 4*i + j % 4);
         return head[byte] >> bit % 8 & ((1 << bits) - 1);
     }
 
@@ -737,7 +744,7 @@ struct test_sketch_encode : public test_sketch {
         return VARS_TO_STR8(form, nh_kv, hs, n_list, n_listed, type_K, type_V, view);
     }
 
-    test_sketch_encode(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t n_listed = 50, int64_t hs = 64, ggml_type type_K = GGML_TYPE_F16,
+    test_sketch_encode(std::array<int32_t, 6> form = { 16, 0, 0, 16, 0, 0 }, int64_t n_listed = 50, int64_t hs = 64, ggml_type type_K = GGML_TYPE_F16,
             ggml_type type_V = GGML_TYPE_F16, int64_t nh_kv = 2, bool view = true)
         : test_sketch(form, nh_kv, 1, hs, 100), n_listed(n_listed), type_K(type_K), type_V(type_V), view(view) {}
 
@@ -813,13 +820,13 @@ struct test_sketch_scan : public test_sketch {
     const float least;  // 0: NULL
     const float logit_softcap;
 
-    ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr, * t_least = nullptr, * selected = nullptr;
+    ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr, * t_least = nullptr, * selected = nullptr, * looked = nullptr;
 
     std::string vars() override {
         return VARS_TO_STR10(form, nh_kv, nr, hs, n_list, n_used, n_skip, n_selected, least, logit_softcap);
     }
 
-    test_sketch_scan(std::array<int32_t, 5> form = { 16, 0, 0, 16, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 1040,
+    test_sketch_scan(std::array<int32_t, 6> form = { 16, 0, 0, 16, 0, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 1040,
             int64_t n_used = 1029, int64_t n_skip = 20, int64_t n_selected = 64, float least = 0.0f, float logit_softcap = 0.0f)
         : test_sketch(form, nh_kv, nr, hs, n_list), n_used(n_used), n_skip(n_skip), n_selected(n_selected), least(least), logit_softcap(logit_softcap) {}
 
@@ -838,13 +845,16 @@ struct test_sketch_scan : public test_sketch {
         plan     = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1), "plan");
         selected = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv), "selected");
         t_least  = least > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh_kv) : nullptr;
-        const auto f = format();
-        return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, n_list, hs, scale(), logit_softcap, &f));
+        looked   = form[5] > 0 ? named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, nh_kv), "looked") : nullptr;
+        const auto f = format(); // where there are two looks, both are at all cells; the others are tested in tests/test_sketch_ops.py
+        return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, looked, n_list, hs, scale(), logit_softcap, 0.0f, &f));
     }
 
     void init_list(ggml_tensor * t) override {
         if (t == selected) {
             set(t, std::vector<int32_t>(n_selected*nh_kv, 7)); // to be overwritten
+        } else if (t == looked) {
+            set(t, std::vector<int32_t>(nh_kv, -7));
         } else {
             set(t, t == plan ? std::vector<int32_t>{ (int32_t) n_used } : random_cells(n_skip, 0, n_list));
         }
@@ -1167,30 +1177,34 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     test_cases.emplace_back(new test_support_stability(5000, 4200, 2)); // more than a set on chip takes at a time
 
     // the sketch
-    for (std::array<int32_t, 5> form : { std::array<int32_t, 5>{ 16, 0, 0, 16, 0 }, { 4, 16, 16, 16, 0 }, { 8, 0, 0, 16, 0 }, { 16, 16, 32, 32, 0 },
-            { 16, 32, 0, 0, 32 }, { 4, 4, 8, 16, 16 }, { 0, 0, 32, 0, 16 }, { 12, 4, 40, 64, 16 } }) {
+    for (std::array<int32_t, 6> form : { std::array<int32_t, 6>{ 16, 0, 0, 16, 0, 0 }, { 4, 16, 16, 16, 0, 0 }, { 8, 0, 0, 16, 0, 0 }, { 16, 16, 32, 32, 0, 0 },
+            { 16, 32, 0, 0, 32, 0 }, { 4, 4, 8, 16, 16, 0 }, { 0, 0, 32, 0, 16, 0 }, { 12, 4, 40, 64, 16, 0 },
+            { 4, 40, 0, 0, 16, 1 }, { 8, 80, 0, 0, 32, 2 }, { 4, 24, 32, 16, 0, 1 }, { 4, 4, 40, 16, 16, 1 } }) {
         test_cases.emplace_back(new test_sketch_encode(form));
         for (int nr : { 1, 2, 3, 4, 5, 8 }) {
             test_cases.emplace_back(new test_sketch_scan(form, 2, nr));
         }
     }
     for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
-        test_cases.emplace_back(new test_sketch_encode({ 4, 16, 16, 16, 0 }, 33, 128, type, type, 3, type != F16));
+        test_cases.emplace_back(new test_sketch_encode({ 4, 16, 16, 16, 0, 0 }, 33, 128, type, type, 3, type != F16));
     }
     for (int n_listed : { 1, 16, 17, 100 }) {
-        test_cases.emplace_back(new test_sketch_encode({ 16, 0, 0, 16, 0 }, n_listed));
+        test_cases.emplace_back(new test_sketch_encode({ 16, 0, 0, 16, 0, 0 }, n_listed));
     }
     for (int n_list : { 16, 256, 272, 2064 }) {
         for (int hs : { 64, 80, 128 }) {
             for (int n_selected : { 1, n_list/4, n_list }) {
-                test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0 }, 3, 3, hs, n_list, n_list - 5, 7, n_selected));
+                test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 0 }, 3, 3, hs, n_list, n_list - 5, 7, n_selected));
             }
-            test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 3, 3, hs, n_list, n_list, 3, 100, 0.01f));
+            test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 0 }, 3, 3, hs, n_list, n_list, 3, 100, 0.01f));
         }
     }
-    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0 }, 2, 3, 64, 272, 261, 20, 40, 0.0f, 2.0f));
-    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
-    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16 }, 2, 2, 64, 272, 0, 20, 40));
-    test_cases.emplace_back(new test_sketch_scan({ 8, 24, 48, 0, 32 }, 2, 4, 128, 9216, 9100, 20, 64, 0.0003f));
-    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0 }, 1, 2, 64, 33008, 33001, 20, 300)); // large chunks of cells
+    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 0 }, 2, 3, 64, 272, 261, 20, 40, 0.0f, 2.0f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 0 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 0 }, 2, 2, 64, 272, 0, 20, 40));
+    test_cases.emplace_back(new test_sketch_scan({ 8, 24, 48, 0, 32, 0 }, 2, 4, 128, 9216, 9100, 20, 64, 0.0003f));
+    test_cases.emplace_back(new test_sketch_scan({ 8, 80, 0, 0, 32, 2 }, 2, 4, 128, 9216, 9100, 20, 64, 0.0003f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 2, 2, 64, 272, 0, 20, 40));
+    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 0 }, 1, 2, 64, 33008, 33001, 20, 300)); // large chunks of cells
 }

@@ -144,7 +144,7 @@ static void test_fit(int64_t d, const ggml_sketch_format & f) {
 // few rows, all alike: nothing is divided by zero
 static void test_degenerate() {
     const int64_t d = 32;
-    const ggml_sketch_format f = { 8, 0, 0, 16, 0 };
+    const ggml_sketch_format f = { 8, 0, 0, 16, 0, 0 };
     llama_sketch_rows same, none;
     same.n = 3;
     same.data.assign(3*d, 1.5f);

@@ -13,7 +13,7 @@
 //   below(a, b, x)           x where a < b, elsewhere -INFINITY
 //   exp2(t)                  for t < 126, relative error below 4e-6; below -126 what it is there: nothing, beside a 1
 //   ge(a, b)                 a bit per lane: a >= b
-//   keep(p, x, lanes)        p[0], p[1] ... = those lanes of x
+//   keep(p, x, lanes)        p[0], p[1] ... = those lanes of x; W values may be written
 
 #pragma once
 
@@ -95,16 +95,20 @@ namespace exp2_constants {
     constexpr float c[5]  = { 1.00000262f, 0.693003833f, 0.241442755f, 0.0520114638f, 0.0135341678f };
 }
 
-// to[0], to[1] ... = the values of the set bits; returns how many
-template <class T> static inline int keep_lanes(T * to, const T * from, uint32_t lanes) {
-    int n = 0;
-    for (int i = 0; lanes != 0; ++i, lanes >>= 1) {
-        if (lanes & 1) {
-            to[n++] = from[i];
+// For every set of lanes, the numbers of those that are in it, one a byte: what moves them to the front.
+template <int W> struct front_lanes {
+    uint8_t of[1 << W][W];
+
+    constexpr front_lanes() : of() {
+        for (int set = 0; set < 1 << W; ++set) {
+            for (int lane = 0, n = 0; lane < W; ++lane) {
+                if (set >> lane & 1) {
+                    of[set][n++] = (uint8_t) lane;
+                }
+            }
         }
     }
-    return n;
-}
+};
 
 struct scalar {
     using V = float;
@@ -218,11 +222,11 @@ struct avx2 {
         return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
     }
     static uint32_t ge(V a, V b)        { return (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
-    static void keep(float * p, V x, uint32_t lanes) {
-        float all[W];
-        store(all, x);
-        keep_lanes(p, all, lanes);
+    static __m256i front(uint32_t lanes) {
+        static constexpr front_lanes<W> table;
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) table.of[lanes & 255]));
     }
+    static void keep(float * p, V x, uint32_t lanes) { store(p, _mm256_permutevar8x32_ps(x, front(lanes))); }
 };
 #endif
 
@@ -384,10 +388,16 @@ struct neon {
         const uint32_t bit[4] = { 1, 2, 4, 8 };
         return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
     }
+    static uint8x16_t front(uint32_t lanes) { // of bytes
+        static constexpr front_lanes<W> table;
+        uint32_t four;
+        memcpy(&four, table.of[lanes & 15], 4);
+        const uint8x16_t lane = vreinterpretq_u8_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
+        const uint8x16_t each = vreinterpretq_u8_u32(vmulq_n_u32(vreinterpretq_u32_u8(lane), 0x04040404u));
+        return vaddq_u8(each, vreinterpretq_u8_u32(vdupq_n_u32(0x03020100u)));
+    }
     static void keep(float * p, V x, uint32_t lanes) {
-        float all[W];
-        store(all, x);
-        keep_lanes(p, all, lanes);
+        vst1q_u8((uint8_t *) p, vqtbl1q_u8(vreinterpretq_u8_f32(x), front(lanes)));
     }
 };
 #endif

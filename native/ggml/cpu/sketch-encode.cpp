@@ -23,7 +23,7 @@ constexpr int tile_cells = sfi::sketch_cells;
 struct task {
     const ggml_tensor * basis, * k, * v, * cells;
     char   * codes;
-    int64_t  head_bytes;
+    int64_t  head_bytes, n_blocks;
     sfi::sketch_layout l;
     sfi::tile_ops      ops;
     float * rows;       // of this thread: [tile_cells, n_embd]
@@ -31,7 +31,7 @@ struct task {
 
     task(const ggml_compute_params * params, ggml_tensor * dst) :
             basis(dst->src[1]), k(dst->src[2]), v(dst->src[3]), cells(dst->src[4]), codes((char *) dst->data),
-            head_bytes(dst->ne[0]*dst->ne[1]), l(dst),
+            head_bytes(dst->ne[0]*dst->ne[1]), n_blocks(dst->ne[1]), l(dst),
             ops(sfi::tile_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, params->use_ref)) {
         rows      = (float *) params->wdata + params->ith*scratch(dst);
         projected = rows + tile_cells*std::max(k->ne[0], v->ne[0]);
@@ -74,32 +74,53 @@ int code_of(float x, int largest) {
     return (int) lrintf(x > 0.0f ? x < (float) largest ? x : (float) largest : 0.0f); // NaN: 0
 }
 
-void put(char * block, const sfi::sketch_field & f, int byte, int code) {
-    uint8_t * p = (uint8_t *) block + f.plane*sfi::sketch_plane + byte;
-    *p = (uint8_t) ((*p & ~(f.mask << f.shift)) | code << f.shift);
+void put(char * at, int shift, int mask, int code) {
+    uint8_t * p = (uint8_t *) at;
+    *p = (uint8_t) ((*p & ~(mask << shift)) | code << shift);
 }
 
+// the codes of one cell
+struct place {
+    const sfi::sketch_layout & l;
+    char * block, * record;
+    int    i; // in the block
+
+    void put_k(int j, int code) const {
+        const sfi::sketch_field & f = l.k[j/4];
+        put(f.plane < l.first_planes ? block + f.plane*sfi::sketch_plane + 4*i + j % 4 : record + l.record_k(f.plane) + j % 4, f.shift, f.mask, code);
+    }
+    void put_v(int j, int code) const {
+        const int d = j % 16;
+        const sfi::sketch_field & f = l.v[j/16][i/4];
+        if (l.looks_twice()) {
+            put(record + l.record_v(j/16) + d*f.bits()/8, d*f.bits() % 8, f.mask, code);
+        } else {
+            put(block + f.plane*sfi::sketch_plane + 4*d + i % 4, f.shift, f.mask, code);
+        }
+    }
+};
+
 void encode_tile(const task & a, int64_t h, const int32_t * cells, int n) {
-    char * const head = a.codes + h*a.head_bytes;
-    const auto block_of = [&](int c) { return head + cells[c]/sfi::sketch_cells*a.l.block_bytes(); };
+    char * const head = a.codes + h*a.head_bytes, * const records = head + a.n_blocks*a.l.block_bytes();
+    const auto place_of = [&](int c) {
+        return place { a.l, head + cells[c]/sfi::sketch_cells*a.l.block_bytes(), records + (int64_t) cells[c]*a.l.record_bytes, cells[c] % sfi::sketch_cells };
+    };
 
     project(a, a.k, sfi::sketch_basis::of_k(a.basis, h, a.l.n_k, a.k->ne[0]), a.l.n_k, h, cells, n);
-    for (int j = 0; j < a.l.n_k; ++j) {
-        const sfi::sketch_field & f = a.l.k[j/4];
-        for (int c = 0; c < n; ++c) {
-            const int i = cells[c] % sfi::sketch_cells;
-            put(block_of(c), f, 4*i + j % 4, code_of(a.projected[j*tile_cells + c], f.mask));
+    for (int c = 0; c < n; ++c) {
+        const place to = place_of(c);
+        for (int j = 0; j < a.l.n_k; ++j) {
+            to.put_k(j, code_of(a.projected[j*tile_cells + c], a.l.k_mask(j)));
         }
     }
     if (a.l.n_v == 0) {
         return;
     }
     project(a, a.v, sfi::sketch_basis::of_v(a.basis, h, a.l.n_v, a.v->ne[0]), a.l.n_v, h, cells, n);
-    for (int j = 0; j < a.l.n_v; ++j) {
-        for (int c = 0; c < n; ++c) {
-            const int i = cells[c] % sfi::sketch_cells;
-            const sfi::sketch_field & f = a.l.v[j/16][i/4];
-            put(block_of(c), f, 4*(j % 16) + i % 4, code_of(a.projected[j*tile_cells + c], f.mask));
+    for (int c = 0; c < n; ++c) {
+        const place to = place_of(c);
+        for (int j = 0; j < a.l.n_v; ++j) {
+            to.put_v(j, code_of(a.projected[j*tile_cells + c], a.l.v[j/16][0].mask));
         }
     }
 }

@@ -15,7 +15,9 @@
 //   I round(x), from_int(i)  a vector of floats to integers and back
 //   I add(a, b), sum(a)
 //   codes_of_cell(p, r, f)   as floats, the field f of bytes r, 4 + r, 8 + r ...: components of V of one cell
-//   keep(to, from, offset, lanes)   to[0], to[1] ... = offset + those of the W numbers `from`; returns how many
+//   codes_of_record<bits>(p, v)     the same from a record: components W*v .. of 16 whose codes begin at p
+//   O offsets(cell, stride), P gather(p, o)   four bytes at p + stride*cell for each of 16 cells
+//   keep(to, from, offset, lanes)   to[0], to[1] ... = offset + those of the W numbers `from`; returns how many; W may be written
 //   I over_64(x)             x/64, rounded
 //   split(x, to)             0 <= x < 2^16 of W cells, for every four of them: their lower bytes, their upper bytes, 8 unused ones
 //
@@ -63,11 +65,22 @@ struct bytes_scalar {
     static float from_int(I x) { return (float) x; }
     static I     over_64(I x) { return (x + 32)/64; }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
-        const int n = keep_lanes(to, from, lanes);
-        for (int i = 0; i < n; ++i) { to[i] += offset; }
-        return n;
+        if (lanes & 1) { *to = *from + offset; }
+        return lanes & 1;
     }
     static float codes_of_cell(const uint8_t * p, int r, const sketch_field & f) { return (float) (p[r] >> f.shift & f.mask); }
+    template <int bits> static float codes_of_record(const uint8_t * p, int v) { return (float) (p[v*bits/8] >> v*bits % 8 & ((1 << bits) - 1)); }
+    struct O { int64_t x[16]; };
+    static O offsets(const int32_t * cell, int64_t stride) {
+        O o;
+        for (int i = 0; i < 16; ++i) { o.x[i] = cell[i]*stride; }
+        return o;
+    }
+    static P gather(const uint8_t * p, const O & o) {
+        P y;
+        for (int i = 0; i < 16; ++i) { memcpy(y.x + 4*i, p + o.x[i], 4); }
+        return y;
+    }
     static Q     dot_weights(Q q, const P & p, int32_t w) {
         uint8_t b[4];
         memcpy(b, &w, 4);
@@ -135,13 +148,28 @@ struct bytes_avx2 {
     static __m256 from_int(I x) { return _mm256_cvtepi32_ps(x); }
     static I      over_64(I x) { return _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(32)), 6); }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
-        const int n = keep_lanes(to, from, lanes);
-        for (int i = 0; i < n; ++i) { to[i] += offset; }
-        return n;
+        const __m256i x = _mm256_permutevar8x32_epi32(load_half((const uint8_t *) from), F::front(lanes));
+        _mm256_storeu_si256((__m256i *) to, _mm256_add_epi32(x, _mm256_set1_epi32(offset)));
+        return _mm_popcnt_u32(lanes & 255);
     }
     static __m256 codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
         const __m256i x = _mm256_srl_epi32(load_half(p), _mm_cvtsi32_si128(8*r + f.shift));
         return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(f.mask)));
+    }
+    template <int bits> static __m256 codes_of_record(const uint8_t * p, int v) { // 8 of 2 bits: half of four bytes
+        int32_t w;
+        memcpy(&w, bits == 4 ? p + 4*v : p, 4);
+        const int first = bits == 4 ? 0 : 16*v;
+        const __m256i each = _mm256_add_epi32(_mm256_setr_epi32(0, bits, 2*bits, 3*bits, 4*bits, 5*bits, 6*bits, 7*bits), _mm256_set1_epi32(first));
+        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(w), each), _mm256_set1_epi32((1 << bits) - 1)));
+    }
+    struct O { __m256i x[2]; };
+    static O offsets(const int32_t * cell, int64_t stride) {
+        const __m256i s = _mm256_set1_epi32((int32_t) stride);
+        return { { _mm256_mullo_epi32(load_half((const uint8_t *) cell), s), _mm256_mullo_epi32(load_half((const uint8_t *) (cell + 8)), s) } };
+    }
+    static P gather(const uint8_t * p, const O & o) {
+        return { { _mm256_i32gather_epi32((const int *) p, o.x[0], 1), _mm256_i32gather_epi32((const int *) p, o.x[1], 1) } };
     }
     static A dot_weights(A q, const P & p, int32_t w) {
         const __m256i four = _mm256_set1_epi32(w);
@@ -214,6 +242,18 @@ struct bytes_avx512 {
         const __m512i x = _mm512_srl_epi32(load(p), _mm_cvtsi32_si128(8*r + f.shift));
         return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(f.mask)));
     }
+    template <int bits> static __m512 codes_of_record(const uint8_t * p, int) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        int32_t w[2];
+        memcpy(w, p, 4);
+        memcpy(w + 1, p + (bits == 4 ? 4 : 0), 4);
+        const __m512i x = _mm512_mask_set1_epi32(_mm512_set1_epi32(w[0]), 0xff00, w[1]);
+        const __m512i shift = bits == 4 ? _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(7)), 2) : _mm512_slli_epi32(lane, 1);
+        return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(x, shift), _mm512_set1_epi32((1 << bits) - 1)));
+    }
+    using O = __m512i;
+    static O offsets(const int32_t * cell, int64_t stride) { return _mm512_mullo_epi32(_mm512_loadu_si512(cell), _mm512_set1_epi32((int32_t) stride)); }
+    static P gather(const uint8_t * p, O o) { return _mm512_i32gather_epi32(o, p, 1); }
     static Q dot_weights(Q q, P p, int32_t w) {
 #if defined(__AVX512VNNI__)
         return _mm512_dpbusd_epi32(q, _mm512_set1_epi32(w), p);
@@ -294,13 +334,31 @@ struct bytes_neon {
     static float32x4_t from_int(I x) { return vcvtq_f32_s32(x); }
     static I           over_64(I x) { return vrshrq_n_s32(x, 6); }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
-        const int n = keep_lanes(to, from, lanes);
-        for (int i = 0; i < n; ++i) { to[i] += offset; }
-        return n;
+        const uint8x16_t x = vqtbl1q_u8(vld1q_u8((const uint8_t *) from), F::front(lanes));
+        vst1q_s32(to, vaddq_s32(vreinterpretq_s32_u8(x), vdupq_n_s32(offset)));
+        return vaddv_u8(vcnt_u8(vcreate_u8(lanes & 15)));
     }
     static float32x4_t codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
         const uint32x4_t x = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(p)), vdupq_n_s32(-(8*r + f.shift)));
         return vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32((uint32_t) f.mask)));
+    }
+    template <int bits> static float32x4_t codes_of_record(const uint8_t * p, int v) {
+        const int32_t each[4] = { 0, -bits, -2*bits, -3*bits };
+        uint32_t w = 0;
+        memcpy(&w, p + v*bits/2, bits/2); // of 4 components
+        const uint32x4_t x = vshlq_u32(vdupq_n_u32(w), vld1q_s32(each));
+        return vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32((1u << bits) - 1)));
+    }
+    struct O { int64_t x[16]; };
+    static O offsets(const int32_t * cell, int64_t stride) {
+        O o;
+        for (int i = 0; i < 16; ++i) { o.x[i] = cell[i]*stride; }
+        return o;
+    }
+    static P gather(const uint8_t * p, const O & o) {
+        uint32_t y[16];
+        for (int i = 0; i < 16; ++i) { memcpy(y + i, p + o.x[i], 4); }
+        return load((const uint8_t *) y);
     }
     static Q dot_weights(Q q, const P & p, int32_t w) {
         const uint8x16_t four = vreinterpretq_u8_s32(vdupq_n_s32(w));

@@ -56,7 +56,7 @@ static scan_args args_of(const ggml_tensor * dst) {
 }
 
 bool sketch_scan_supported(const ggml_tensor * dst) {
-    if (!sfi::sketch_layout::supported(dst)) {
+    if (!sfi::sketch_layout::looks_once(dst)) {
         return false;
     }
     const scan_args a = args_of(dst);

@@ -1,0 +1,437 @@
+#include "sketch-kernels.h"
+
+#include "sketch-simd.h"
+
+#include <cmath>
+
+namespace sfi {
+namespace scan {
+
+namespace {
+
+constexpr int ahead_bytes = 8192; // of prefetching codes
+constexpr int ahead_cells = 64;   // of prefetching records
+
+// M blocks of codes against N queries: the fields of one plane from the bit `shift` on, of which n4 have 4 bits, then n2 have
+// 2, then the rest 1. A shift that the compiler knows is cheaper than one it does not.
+template <class B, int N, int M, int shift, int n4, int n2>
+SFI_INLINE void add_fields(typename B::Q (* q)[M], const typename B::P * plane, const projected * p, int field) {
+    if constexpr (shift < 8) {
+        constexpr int bits = n4 > 0 ? 4 : n2 > 0 ? 2 : 1;
+        typename B::P codes[M];
+        SFI_UNROLL
+        for (int m = 0; m < M; ++m) {
+            codes[m] = B::template field<shift, (1 << bits) - 1>(plane[m]);
+        }
+        SFI_UNROLL
+        for (int h = 0; h < N; ++h) {
+            int32_t w;
+            memcpy(&w, p[h].w + 4*field, sizeof(w));
+            SFI_UNROLL
+            for (int m = 0; m < M; ++m) {
+                q[h][m] = B::dot(q[h][m], codes[m], w);
+            }
+        }
+        add_fields<B, N, M, shift + bits, n4 - (bits == 4), n2 - (bits == 2)>(q, plane, p, field + 1);
+    }
+}
+
+template <class B, int N, int M>
+SFI_INLINE void add_plane(typename B::Q (* q)[M], const typename B::P * plane, const projected * p, const sketch_layout & l, int i) {
+    const int first = l.k_first[i];
+    switch (l.k_kind[i]) {
+        case sketch_layout::kind(2, 0): add_fields<B, N, M, 0, 2, 0>(q, plane, p, first); break;
+        case sketch_layout::kind(1, 2): add_fields<B, N, M, 0, 1, 2>(q, plane, p, first); break;
+        case sketch_layout::kind(1, 1): add_fields<B, N, M, 0, 1, 1>(q, plane, p, first); break;
+        case sketch_layout::kind(1, 0): add_fields<B, N, M, 0, 1, 0>(q, plane, p, first); break;
+        case sketch_layout::kind(0, 4): add_fields<B, N, M, 0, 0, 4>(q, plane, p, first); break;
+        case sketch_layout::kind(0, 3): add_fields<B, N, M, 0, 0, 3>(q, plane, p, first); break;
+        case sketch_layout::kind(0, 2): add_fields<B, N, M, 0, 0, 2>(q, plane, p, first); break;
+        case sketch_layout::kind(0, 1): add_fields<B, N, M, 0, 0, 1>(q, plane, p, first); break;
+        default:                             add_fields<B, N, M, 0, 0, 0>(q, plane, p, first); break;
+    }
+}
+
+template <class B, int N, int M>
+SFI_INLINE void some_logits(const sketch_layout & l, const uint8_t * block, const projected * p, float * t) {
+    using F = typename B::F;
+    typename B::A sum[N][M];
+    typename B::Q q[N][M];
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int m = 0; m < M; ++m) {
+            sum[h][m] = B::zero();
+            q[h][m]   = B::zero_q();
+        }
+    }
+    for (int64_t i = 0; i < M*l.block_bytes(); i += sketch_plane) {
+        prefetch(block + ahead_bytes + i);
+    }
+    for (int i = 0; i < l.first_planes; ++i) {
+        typename B::P plane[M];
+        SFI_UNROLL
+        for (int m = 0; m < M; ++m) {
+            plane[m] = B::load(block + m*l.block_bytes() + i*sketch_plane);
+        }
+        add_plane<B, N, M>(q, plane, p, l, i);
+        if (B::narrow && (i % 4 == 3 || i + 1 == l.first_planes)) {
+            SFI_UNROLL
+            for (int h = 0; h < N; ++h) {
+                SFI_UNROLL
+                for (int m = 0; m < M; ++m) {
+                    B::flush(sum[h][m], q[h][m]);
+                }
+            }
+        }
+    }
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int m = 0; m < M; ++m) {
+            if (!B::narrow) {
+                B::flush(sum[h][m], q[h][m]);
+            }
+            SFI_UNROLL
+            for (int i = 0; i < sketch_cells/F::W; ++i) {
+                F::store(t + h*ld_t + m*sketch_cells + i*F::W,
+                         F::fma(F::set1(p[h].factor), B::to_float(sum[h][m], i), F::set1(p[h].base)));
+            }
+        }
+    }
+}
+
+template <class B, int N>
+void run_logits(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t) {
+    const int n_blocks = n/sketch_cells;
+    int b = 0;
+    for (; b + B::M <= n_blocks; b += B::M) {
+        some_logits<B, N, B::M>(l, block + b*l.block_bytes(), p, t + b*sketch_cells);
+    }
+    for (; b < n_blocks; ++b) {
+        some_logits<B, N, 1>(l, block + b*l.block_bytes(), p, t + b*sketch_cells);
+    }
+}
+
+template <class F>
+SFI_INLINE float total(typename F::V x) {
+    float lanes[F::W], sum = 0.0f;
+    F::store(lanes, x);
+    for (int i = 0; i < F::W; ++i) {
+        sum += lanes[i];
+    }
+    return sum;
+}
+
+template <class B>
+void weigh(const float * t, int n, uint8_t * weights, run_sum & out) {
+    using F = typename B::F;
+    typename F::V most[2] = { F::load(t), F::load(t) };
+    int c = 0;
+    for (; c + 2*F::W <= n; c += 2*F::W) {
+        most[0] = F::max(most[0], F::load(t + c));
+        most[1] = F::max(most[1], F::load(t + c + F::W));
+    }
+    if (c < n) {
+        most[0] = F::max(most[0], F::load(t + c));
+    }
+    out = { std::ceil(F::hmax(F::max(most[0], most[1]))), 0, 0 };
+    if (out.top == -INFINITY) {
+        memset(weights, 0, 4*n);
+        return;
+    }
+    const typename F::V shift = F::set1(log2_one - out.top);
+    typename B::I sum = B::zero_i(), sum_v = B::zero_i();
+    for (c = 0; c < n; c += F::W) {
+        const typename B::I w = B::round(F::exp2(F::add(F::load(t + c), shift))), w_v = B::over_64(w);
+        sum   = B::add(sum, w);
+        sum_v = B::add(sum_v, w_v);
+        B::split(w_v, weights + (F::W == 1 ? c/4*16 + c % 4 : 4*c));
+    }
+    out.weight = B::sum(sum);
+    out.of_v   = B::sum(sum_v);
+}
+
+template <class B, int N>
+SFI_INLINE void add_values(typename B::Q (* q)[2], const typename B::P & codes, const uint8_t * weights) {
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            int32_t four;
+            memcpy(&four, weights + h*4*run_cells + 4*i, sizeof(four));
+            q[h][i] = B::dot_weights(q[h][i], codes, four);
+        }
+    }
+}
+
+template <class B, int N>
+void run_codes(const sketch_layout & l, int group, const uint8_t * block, int n, const uint8_t * weights, const run_sum * of_run, float * out) {
+    using F = typename B::F;
+    typename B::A sum[N][2];
+    typename B::Q q[N][2];
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            sum[h][i] = B::zero();
+            q[h][i]   = B::zero_q();
+        }
+    }
+    const sketch_field & first = l.v[group][0];
+    block += first.plane*sketch_plane;
+    for (int c = 0; c < n; c += sketch_cells, block += l.block_bytes(), weights += 4*sketch_cells) {
+        const typename B::P plane = B::load(block);
+        if (first.mask == 15) {
+            const typename B::P second = B::load(block + sketch_plane);
+            add_values<B, N>(q, B::template field<0, 15>(plane),  weights);
+            add_values<B, N>(q, B::template field<4, 15>(plane),  weights + 16);
+            add_values<B, N>(q, B::template field<0, 15>(second), weights + 32);
+            add_values<B, N>(q, B::template field<4, 15>(second), weights + 48);
+        } else {
+            add_values<B, N>(q, B::template field<0, 3>(plane), weights);
+            add_values<B, N>(q, B::template field<2, 3>(plane), weights + 16);
+            add_values<B, N>(q, B::template field<4, 3>(plane), weights + 32);
+            add_values<B, N>(q, B::template field<6, 3>(plane), weights + 48);
+        }
+        if (B::narrow || c + sketch_cells == n) {
+            SFI_UNROLL
+            for (int h = 0; h < N; ++h) {
+                SFI_UNROLL
+                for (int i = 0; i < 2; ++i) {
+                    B::flush(sum[h][i], q[h][i]);
+                }
+            }
+        }
+    }
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int i = 0; i < sketch_cells/F::W; ++i) {
+            const typename F::V less = F::set1(-0.5f*(float) first.mask*(float) of_run[h].of_v);
+            F::store(out + h*l.n_v + 16*group + i*F::W,
+                     F::add(F::fma(B::to_float(sum[h][1], i), F::set1(256.0f), B::to_float(sum[h][0], i)), less));
+        }
+    }
+}
+
+template <class B, int N> // 0: any number of heads
+SFI_INLINE int64_t filter_heads(const filtered & from, int64_t n, int any, const float * bound, float threshold, int32_t offset, const filtered & to) {
+    using F = typename B::F;
+    const int n_heads = N ? N : any;
+    int64_t m = 0;
+    for (int64_t i = 0; i < n; i += F::W) {
+        typename F::V most = F::add(F::load(from.t + i), F::set1(-bound[0]));
+        for (int h = 1; h < n_heads; ++h) {
+            most = F::max(most, F::add(F::load(from.t + h*from.ld + i), F::set1(-bound[h])));
+        }
+        const uint32_t lanes = n - i < F::W ? (1u << (n - i)) - 1 : UINT32_MAX;
+        const uint32_t hits  = F::ge(most, F::set1(threshold)) & lanes;
+        for (int h = 0; h < n_heads; ++h) { // a branch that skips this would often be mispredicted
+            F::keep(to.t + h*to.ld + m, F::load(from.t + h*from.ld + i), hits);
+        }
+        if (to.z) {
+            F::keep(to.z + m, most, hits);
+        }
+        m += B::keep(to.cell + m, from.cell + i, offset, hits);
+    }
+    return m;
+}
+
+template <class B>
+int64_t filter(const filtered & from, int64_t n, int n_heads, const float * bound, float threshold, int32_t offset, const filtered & to) {
+    switch (n_heads) {
+        case 1:  return filter_heads<B, 1>(from, n, n_heads, bound, threshold, offset, to);
+        case 2:  return filter_heads<B, 2>(from, n, n_heads, bound, threshold, offset, to);
+        case 3:  return filter_heads<B, 3>(from, n, n_heads, bound, threshold, offset, to);
+        case 4:  return filter_heads<B, 4>(from, n, n_heads, bound, threshold, offset, to);
+        default: return filter_heads<B, 0>(from, n, n_heads, bound, threshold, offset, to);
+    }
+}
+
+// where the codes of V of single cells are: in the planes of their blocks ...
+struct in_blocks {
+    const sketch_layout & l;
+    const sketch_field  * field; // of each quarter of a block
+    const uint8_t       * codes;
+
+    const uint8_t * of(int32_t cell) const {
+        return codes + cell/sketch_cells*l.block_bytes() + field[cell % sketch_cells/4].plane*sketch_plane;
+    }
+    template <class B> SFI_INLINE typename B::F::V codes_of(const uint8_t * at, int32_t cell, int v) const {
+        return B::codes_of_cell(at + 4*B::F::W*v, cell % 4, field[cell % sketch_cells/4]);
+    }
+};
+
+// ... or in their records
+template <int bits>
+struct in_records {
+    const uint8_t * codes;
+    int64_t         stride;
+
+    const uint8_t * of(int32_t cell) const { return codes + cell*stride; }
+    template <class B> SFI_INLINE typename B::F::V codes_of(const uint8_t * at, int32_t, int v) const { return B::template codes_of_record<bits>(at, v); }
+};
+
+// single cells, whose weights are rows of w [N, ld]
+template <class B, int N, class P>
+SFI_INLINE void add_cells(const P & place, const int32_t * cell, int64_t n, const float * w, int64_t ld, float * out) {
+    using F = typename B::F;
+    constexpr int n_vectors = sketch_cells/F::W;
+    typename F::V sum[N][n_vectors];
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int v = 0; v < n_vectors; ++v) {
+            sum[h][v] = F::zero();
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const uint8_t * at = place.of(cell[i]);
+        SFI_UNROLL
+        for (int v = 0; v < n_vectors; ++v) {
+            const typename F::V code = place.template codes_of<B>(at, cell[i], v);
+            SFI_UNROLL
+            for (int h = 0; h < N; ++h) {
+                sum[h][v] = F::fma(F::set1(w[h*ld + i]), code, sum[h][v]);
+            }
+        }
+    }
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int v = 0; v < n_vectors; ++v) {
+            F::store(out + h*sketch_cells + v*F::W, sum[h][v]);
+        }
+    }
+}
+
+template <class B, int N>
+void cells_codes(const sketch_layout & l, int group, const uint8_t * codes, const int32_t * cell, int64_t n, const float * w, int64_t ld,
+                 float * out) {
+    const sketch_field * field = l.v[group];
+    if (l.looks_twice() && field->bits() == 4) {
+        add_cells<B, N>(in_records<4> { codes + l.record_v(group), l.record_bytes }, cell, n, w, ld, out);
+    } else if (l.looks_twice()) {
+        add_cells<B, N>(in_records<2> { codes + l.record_v(group), l.record_bytes }, cell, n, w, ld, out);
+    } else {
+        add_cells<B, N>(in_blocks { l, field, codes }, cell, n, w, ld, out);
+    }
+}
+
+template <class B>
+void exp2_of(const float * t, const float * shift, int64_t n, float * out) {
+    using F = typename B::F;
+    for (int64_t i = 0; i < n; i += F::W) {
+        F::store(out + i, B::from_int(B::round(F::exp2(F::add(F::load(t + i), F::load(shift + i))))));
+    }
+}
+
+// 16 cells: each further plane is gathered from their records
+template <class B, int N>
+SFI_INLINE void look_again(const sketch_layout & l, const uint8_t * records, const int32_t * cell, const projected * p, float * t, int64_t ld) {
+    using F = typename B::F;
+    typename B::A sum[N][1];
+    typename B::Q q[N][1];
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        sum[h][0] = B::zero();
+        q[h][0]   = B::zero_q();
+    }
+    const auto offsets = B::offsets(cell, l.record_bytes);
+    for (int i = l.first_planes; i < l.k_planes; ++i) {
+        const typename B::P plane[1] = { B::gather(records + l.record_k(i), offsets) };
+        add_plane<B, N, 1>(q, plane, p, l, i);
+        if (B::narrow || i + 1 == l.k_planes) {
+            SFI_UNROLL
+            for (int h = 0; h < N; ++h) {
+                B::flush(sum[h][0], q[h][0]);
+            }
+        }
+    }
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        SFI_UNROLL
+        for (int i = 0; i < sketch_cells/F::W; ++i) {
+            float * to = t + h*ld + i*F::W;
+            F::store(to, F::fma(F::set1(p[h].factor), B::to_float(sum[h][0], i), F::add(F::load(to), F::set1(p[h].again))));
+        }
+    }
+}
+
+template <class B, int N>
+void cells_again(const sketch_layout & l, const uint8_t * records, const int32_t * cell, int64_t n, const projected * p, float * t, int64_t ld) {
+    for (int64_t i = 0; i < n; i += sketch_cells) {
+        for (int j = 0; j < sketch_cells && i + ahead_cells < n; ++j) {
+            prefetch(records + (int64_t) cell[i + ahead_cells + j]*l.record_bytes);
+        }
+        look_again<B, N>(l, records, cell + i, p, t + i, ld);
+    }
+}
+
+template <class B>
+float shares(float * t, int64_t n, float log2_sum) {
+    using F = typename B::F;
+    const typename F::V shift = F::set1(-log2_sum);
+    typename F::V sum = F::zero();
+    for (int64_t i = 0; i < n; i += F::W) {
+        const typename F::V x = F::exp2(F::add(F::load(t + i), shift));
+        F::store(t + i, x);
+        sum = F::add(sum, x);
+    }
+    return total<F>(sum);
+}
+
+template <class B>
+powers powers_of(const float * t, int64_t n) {
+    using F = typename B::F;
+    typename F::V most = F::load(t);
+    for (int64_t i = F::W; i < n; i += F::W) {
+        most = F::max(most, F::load(t + i));
+    }
+    const float top = F::hmax(most);
+    if (top == -INFINITY) {
+        return { top, 0.0f };
+    }
+    const typename F::V shift = F::set1(-top);
+    typename F::V sum[2] = { F::zero(), F::zero() };
+    int64_t i = 0;
+    for (; i + 2*F::W <= n; i += 2*F::W) {
+        sum[0] = F::add(sum[0], F::exp2(F::add(F::load(t + i), shift)));
+        sum[1] = F::add(sum[1], F::exp2(F::add(F::load(t + i + F::W), shift)));
+    }
+    if (i < n) {
+        sum[0] = F::add(sum[0], F::exp2(F::add(F::load(t + i), shift)));
+    }
+    return { top, total<F>(F::add(sum[0], sum[1])) };
+}
+
+template <class B> kernels kernels_of() {
+    return {
+        { run_logits<B, 1>, run_logits<B, 2>, run_logits<B, 3>, run_logits<B, 4> },
+        { run_codes <B, 1>, run_codes <B, 2>, run_codes <B, 3>, run_codes <B, 4> },
+        { cells_codes<B, 1>, cells_codes<B, 2>, cells_codes<B, 3>, cells_codes<B, 4> },
+        { cells_again<B, 1>, cells_again<B, 2>, cells_again<B, 3>, cells_again<B, 4> },
+        weigh<B>, filter<B>, exp2_of<B>, shares<B>, powers_of<B>,
+    };
+}
+
+} // namespace
+
+kernels kernels_for(simd path) {
+    switch (path) {
+#if defined(SFI_AVX512)
+        case simd::avx512: return kernels_of<bytes_avx512>();
+#endif
+#if defined(SFI_AVX2)
+        case simd::avx2:   return kernels_of<bytes_avx2>();
+#endif
+#if defined(SFI_NEON)
+        case simd::neon:   return kernels_of<bytes_neon>();
+#endif
+        default:                return kernels_of<bytes_scalar>();
+    }
+}
+
+} // namespace scan
+} // namespace sfi

@@ -1,0 +1,366 @@
+// GGML_OP_SKETCH_SCAN on the CPU with two looks.
+//
+//   pass 1  project the queries of a group onto the basis; per chunk: logits from the first planes, their sum, and the cells
+//           that may be worth a second look
+//   pass 2  per chunk: those that are, by the sums of all chunks; their logits from all planes, and the sum of these
+//   pass 3  per KV head: the selected cells, and the sums over V of the others that were looked at again; decode once
+//
+// Everything is summed up in chunks, in their order, so nothing depends on how these are shared out. Logits are kept as base-2
+// logarithms. Only pass 1 touches every cell.
+
+#include "sketch-looks.h"
+
+#include "ggml-cpu-impl.h"
+#include "sketch-task.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <numeric>
+
+namespace sfi {
+namespace scan {
+
+namespace {
+
+constexpr powers none = { -INFINITY, 0.0f };
+
+// log2 of a sum of powers, put together from those of the parts
+struct log2_sum {
+    float top = -INFINITY, sum = 0.0f;
+
+    void add(const powers & x) {
+        if (x.sum == 0.0f) {
+            return;
+        }
+        const float most = std::max(top, x.top);
+        sum = sum*std::exp2(top - most) + x.sum*std::exp2(x.top - most);
+        top = most;
+    }
+    float value() const { return sum > 0.0f ? top + std::log2(sum) : -INFINITY; }
+};
+
+// of all threads
+struct shared_rows {
+    powers  * first, * again; // [n_head, ld/chunk_cells]: of the logits of each look
+    float   * kept;           // [n_head, ld/chunk_cells]: share by the first look of the cells that are looked at again
+    int32_t * n;              // [n_head_kv, ld/chunk_cells]: how many these are
+    int32_t * cell;           // [n_head_kv, ld]: the cells; those of a chunk begin where it does
+    float   * t;              // [n_head, ld]: their logits
+
+    shared_rows(const task & a, arena & from) {
+        const int64_t n_chunks = a.ld/chunk_cells;
+        from.take(first, a.n_head*n_chunks);
+        from.take(again, a.n_head*n_chunks);
+        from.take(kept,  a.n_head*n_chunks);
+        from.take(n,     a.n_head_kv*n_chunks);
+        from.take(cell,  a.n_head_kv*a.ld + max_vector);
+        from.take(t,     a.n_head*a.ld + max_vector);
+    }
+};
+
+// of one thread
+struct own_rows {
+    float     * q;            // [group, n_embd_k]
+    float     * products;     // [group, n_k + 1, padded]
+    projected * p;            // [group]
+    log2_sum  * seen;         // [group]: of all chunks of this KV head so far
+    float     * bound, * lse, * lse_first; // [group]
+    float     * t;            // [group, ld_t]: of a span
+    uint16_t  * skipped;      // a bit per cell
+    int32_t   * order;        // [chunk_cells]: 0, 1, 2 ...
+    // pass 3
+    int32_t   * place;        // [ld]: of the cells that may be selected, among those that were looked at again
+    float     * chosen;       // [group, ld]: their logits
+    float     * z;            // [ld]
+    uint32_t  * key;          // [ld]
+    float     * v;            // [group, n_v]
+    float     * weight;       // [group]
+    float     * sums;         // [max_heads, 16]
+
+    own_rows(const task & a, arena & from) {
+        from.take(q,         a.group*a.q->ne[0]);
+        from.take(products,  a.group*GGML_PAD(a.l.n_k + 1, max_vector));
+        from.take(p,         a.group);
+        from.take(seen,      a.group);
+        from.take(bound,     a.group);
+        from.take(lse,       a.group);
+        from.take(lse_first, a.group);
+        from.take(t,         a.group*ld_t);
+        from.take(skipped,   a.ld/16);
+        from.take(order,     chunk_cells);
+        from.take(place,     a.ld + max_vector);
+        from.take(chosen,    a.group*a.ld + max_vector);
+        from.take(z,         a.ld + max_vector);
+        from.take(key,       a.ld);
+        from.take(v,         a.group*a.l.n_v);
+        from.take(weight,    a.group);
+        from.take(sums,      max_heads*sketch_cells);
+    }
+};
+
+struct worker {
+    const task        & a;
+    const kernels       f;
+    const shared_rows & all;
+    const own_rows      own;
+    const tile_ops      ops;
+    const int64_t       n_used, n_chunks;
+    const float         least_first; // log2 of the share that is worth a second look
+
+    worker(const task & a, const kernels & f, const shared_rows & all, const own_rows & own, bool use_ref) :
+            a(a), f(f), all(all), own(own), ops(tile_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, use_ref)),
+            n_used(a.n_used()), n_chunks((n_used + chunk_cells - 1)/chunk_cells),
+            least_first(a.second_look > 0.0f ? std::log2(a.second_look/(float) std::clamp<int64_t>(n_used, 1, sketch_mean_cells)) : -FLT_MAX) {
+        std::iota(own.order, own.order + chunk_cells, 0);
+    }
+
+    int64_t chunk_of(int64_t h, int64_t chunk) const { return h*(a.ld/chunk_cells) + chunk; }
+    int64_t cells_of(int64_t h, int64_t chunk) const { return h*a.ld + chunk*chunk_cells; }
+    float   log2_of(const powers * x, int64_t h) const;
+
+    void    look_at_span(int64_t h_kv, int64_t first, int64_t last) const;
+    void    find_candidates(int64_t h_kv, int64_t chunk, float * t) const;
+    void    look(int64_t first, int64_t last) const;
+
+    void    keep(int64_t h_kv, int64_t chunk) const;
+    void    look_again_at(int64_t h_kv, int64_t chunk) const;
+    void    look_again(int64_t first, int64_t last) const;
+
+    int64_t select(int64_t h_kv) const;
+    void    add_tail(int64_t h_kv, int64_t chunk, const int32_t * selected, int64_t n_selected) const;
+    float   unseen(int64_t h) const;
+    void    write(int64_t h) const;
+    void    finish(int64_t h_kv) const;
+};
+
+float worker::log2_of(const powers * x, int64_t h) const {
+    log2_sum sum;
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+        sum.add(x[chunk_of(h, chunk)]);
+    }
+    return sum.value();
+}
+
+// ---- pass 1 ------------------------------------------------------------------------------------------------------------
+
+// Some chunks: first all sums, so that few of their cells seem worth a second look.
+void worker::look_at_span(int64_t h_kv, int64_t first, int64_t last) const {
+    const int64_t begin = first*chunk_cells, end = std::min(last*chunk_cells, (int64_t) GGML_PAD(n_used, sketch_cells));
+    for (int64_t c = begin; c < end; c += chunk_cells) {
+        const int n = (int) std::min(chunk_cells, end - c);
+        const uint8_t * block = a.codes_of(h_kv) + c/sketch_cells*a.l.block_bytes();
+        float * t = own.t + c - begin;
+        for (int64_t g = 0; g < a.group; g += max_heads) {
+            f.logits[std::min<int64_t>(a.group - g, max_heads) - 1](a.l, block, n, own.p + g, t + g*ld_t);
+        }
+        hide_skipped(own.skipped, c, n, a.group, t);
+        for (int64_t g = 0; g < a.group; ++g) {
+            powers & sum = all.first[chunk_of(h_kv*a.group + g, c/chunk_cells)];
+            sum = f.powers(t + g*ld_t, n);
+            own.seen[g].add(sum);
+        }
+    }
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+        find_candidates(h_kv, chunk, own.t + chunk*chunk_cells - begin);
+    }
+}
+
+// Cells of a chunk whose share of what has been seen of some head is large enough: that share can only fall.
+void worker::find_candidates(int64_t h_kv, int64_t chunk, float * t) const {
+    for (int64_t g = 0; g < a.group; ++g) {
+        own.bound[g] = std::max(own.seen[g].value() + least_first - 1e-3f, -FLT_MAX);
+    }
+    const int64_t n = std::min(chunk_cells, (int64_t) GGML_PAD(n_used, sketch_cells) - chunk*chunk_cells), to = cells_of(h_kv, chunk);
+    all.n[chunk_of(h_kv, chunk)] = (int32_t) f.filter({ own.order, t, ld_t, nullptr }, n, (int) a.group, own.bound, 0.0f,
+            (int32_t) (chunk*chunk_cells), { all.cell + to, all.t + cells_of(h_kv*a.group, chunk), a.ld, nullptr });
+}
+
+// the chunks first .. last of all KV heads'
+void worker::look(int64_t first, int64_t last) const {
+    mark_skipped(a, n_used, own.skipped);
+    for (int64_t i = first; i < last; ) {
+        const int64_t h_kv = i/n_chunks, end = std::min(last, (h_kv + 1)*n_chunks);
+        project(a, h_kv, ops, own.q, own.products, own.p);
+        std::fill(own.seen, own.seen + a.group, log2_sum());
+        for (; i < end; i = std::min(i + span_chunks, end)) {
+            look_at_span(h_kv, i % n_chunks, std::min(i + span_chunks, end) - h_kv*n_chunks);
+        }
+    }
+}
+
+// ---- pass 2 ------------------------------------------------------------------------------------------------------------
+
+// The candidates whose share, now known, is large enough, move to the front; the last of them fills up the last block.
+void worker::keep(int64_t h_kv, int64_t chunk) const {
+    int32_t * cell = all.cell + cells_of(h_kv, chunk), & n = all.n[chunk_of(h_kv, chunk)];
+    float   * t    = all.t + cells_of(h_kv*a.group, chunk);
+    n = (int32_t) f.filter({ cell, t, a.ld, nullptr }, n, (int) a.group, own.bound, 0.0f, 0, { cell, t, a.ld, nullptr });
+    for (int64_t i = n; i < GGML_PAD(n, sketch_cells); ++i) {
+        cell[i] = cell[n - 1];
+        for (int64_t g = 0; g < a.group; ++g) {
+            t[g*a.ld + i] = -INFINITY;
+        }
+    }
+}
+
+void worker::look_again_at(int64_t h_kv, int64_t chunk) const {
+    keep(h_kv, chunk);
+    const int64_t n = GGML_PAD(all.n[chunk_of(h_kv, chunk)], sketch_cells);
+    const int32_t * cell = all.cell + cells_of(h_kv, chunk);
+    float * t = all.t + cells_of(h_kv*a.group, chunk);
+    for (int64_t g = 0; g < a.group; ++g) {
+        const powers sum = n > 0 ? f.powers(t + g*a.ld, n) : none;
+        all.kept[chunk_of(h_kv*a.group + g, chunk)] = sum.sum > 0.0f ? sum.sum*std::exp2(sum.top - own.lse_first[g]) : 0.0f;
+    }
+    for (int64_t g = 0; g < a.group && n > 0; g += max_heads) {
+        f.again[std::min<int64_t>(a.group - g, max_heads) - 1](a.l, a.records_of(h_kv), cell, n, own.p + g, t + g*a.ld, a.ld);
+    }
+    for (int64_t g = 0; g < a.group; ++g) {
+        all.again[chunk_of(h_kv*a.group + g, chunk)] = n > 0 ? f.powers(t + g*a.ld, n) : none;
+    }
+}
+
+void worker::look_again(int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last; ) {
+        const int64_t h_kv = i/n_chunks, end = std::min(last, (h_kv + 1)*n_chunks);
+        project(a, h_kv, ops, own.q, own.products, own.p);
+        for (int64_t g = 0; g < a.group; ++g) {
+            own.lse_first[g] = log2_of(all.first, h_kv*a.group + g);
+            own.bound[g]     = std::max(own.lse_first[g] + least_first, -FLT_MAX);
+        }
+        for (; i < end; ++i) {
+            look_again_at(h_kv, i % n_chunks);
+        }
+    }
+}
+
+// ---- pass 3 ------------------------------------------------------------------------------------------------------------
+
+// The places of the selected cells, ascending, in own.place; returns how many.
+int64_t worker::select(int64_t h_kv) const {
+    const float least = a.least ? std::log2(a.least[h_kv]) : -FLT_MAX;
+    int64_t n = 0;
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+        n += f.filter({ own.order, all.t + cells_of(h_kv*a.group, chunk), a.ld, nullptr }, all.n[chunk_of(h_kv, chunk)], (int) a.group, own.lse,
+                      least, (int32_t) (chunk*chunk_cells), { own.place + n, own.chosen + n, a.ld, own.z + n });
+    }
+    const choice best = { own.place, own.chosen, a.ld, a.group, own.z, own.key, own.lse };
+    return best.keep_best(n, a.n_selected);
+}
+
+// The cells of a chunk that were looked at again, but not selected: their shares, and with these the sums over V.
+void worker::add_tail(int64_t h_kv, int64_t chunk, const int32_t * selected, int64_t n_selected) const {
+    const int64_t n = all.n[chunk_of(h_kv, chunk)], n_pad = GGML_PAD(n, sketch_cells);
+    const int32_t * cell = all.cell + cells_of(h_kv, chunk);
+    for (int64_t i = 0; i < n_selected; ++i) {
+        for (int64_t g = 0; g < a.group; ++g) {
+            all.t[cells_of(h_kv*a.group + g, chunk) + selected[i] % chunk_cells] = -INFINITY;
+        }
+    }
+    for (int64_t g = 0; g < a.group; g += max_heads) {
+        const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
+        float * t = all.t + cells_of(h_kv*a.group + g, chunk);
+        for (int i = 0; i < n_heads; ++i) {
+            own.weight[g + i] += f.share(t + i*a.ld, n_pad, std::max(own.lse[g + i], -FLT_MAX));
+        }
+        for (int j = 0; j < a.l.n_v_groups; ++j) {
+            f.cells[n_heads - 1](a.l, j, a.records_of(h_kv), cell, n, t, a.ld, own.sums);
+            for (int i = 0; i < n_heads; ++i) {
+                for (int d = 0; d < sketch_cells; ++d) {
+                    own.v[(g + i)*a.l.n_v + sketch_cells*j + d] += own.sums[sketch_cells*i + d];
+                }
+            }
+        }
+    }
+}
+
+// the share by the first look of the cells that were not looked at again
+float worker::unseen(int64_t h) const {
+    float rest = 1.0f;
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+        rest -= all.kept[chunk_of(h, chunk)];
+    }
+    return std::max(rest, 0.0f);
+}
+
+void worker::write(int64_t h) const {
+    const int64_t g = h % a.group;
+    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1]);
+    const float top = std::max(own.lse[g], own.lse_first[g]); // weights are relative to 2^top
+    const float weight = own.weight[g]*std::exp2(own.lse[g] - top), others = unseen(h)*std::exp2(own.lse_first[g] - top);
+    if (!(weight + others > std::exp2(log2_no_tail))) {
+        std::fill(out, out + a.n_embd_v, 0.0f);
+        out[a.n_embd_v] = -INFINITY;
+        return;
+    }
+    const float of_others = others/(weight + others), known = weight > 0.0f ? (1.0f - of_others*of_others)/own.weight[g] : 0.0f;
+    const auto basis = sketch_basis::of_v(a.basis, h/a.group, a.l.n_v, a.n_embd_v);
+    std::copy(basis.mean, basis.mean + a.n_embd_v, out);
+    for (int j = 0; j < a.l.n_v; ++j) {
+        const float z = known*(own.v[g*a.l.n_v + j] - 0.5f*(float) a.l.v[j/sketch_cells][0].mask*own.weight[g]);
+        for (int64_t i = 0; i < a.n_embd_v; ++i) {
+            out[i] += z*basis.dec[j*a.n_embd_v + i];
+        }
+    }
+    out[a.n_embd_v] = ln2*(top + std::log2(weight + others));
+}
+
+void worker::finish(int64_t h_kv) const {
+    for (int64_t g = 0; g < a.group; ++g) {
+        own.lse[g]       = log2_of(all.again, h_kv*a.group + g);
+        own.lse_first[g] = log2_of(all.first, h_kv*a.group + g);
+    }
+    const int64_t n = select(h_kv);
+    int32_t * selected = a.selected_of(h_kv), n_looked = 0;
+    std::fill(own.v, own.v + a.group*a.l.n_v, 0.0f);
+    std::fill(own.weight, own.weight + a.group, 0.0f);
+    for (int64_t chunk = 0, i = 0; chunk < n_chunks; ++chunk) {
+        const int64_t begin = i;
+        for (; i < n && own.place[i] < (chunk + 1)*chunk_cells; ++i) {
+            selected[i] = all.cell[h_kv*a.ld + own.place[i]];
+        }
+        add_tail(h_kv, chunk, own.place + begin, i - begin);
+        n_looked += all.n[chunk_of(h_kv, chunk)];
+    }
+    std::fill(selected + n, selected + a.n_selected, -1);
+    *(int32_t *) ((char *) a.dst->src[7]->data + h_kv*a.dst->src[7]->nb[0]) = n_looked;
+    for (int64_t h = h_kv*a.group; h < (h_kv + 1)*a.group; ++h) {
+        write(h);
+    }
+}
+
+} // namespace
+
+void look_twice(const ggml_compute_params * params, ggml_tensor * dst) {
+    const task a(dst);
+    arena shared = { (char *) params->wdata, 0 };
+    const shared_rows all(a, shared);
+    arena own = { (char *) params->wdata + shared.used, 0 };
+    own_rows(a, own); // for its size
+    own = { own.base + params->ith*own.used, 0 };
+    const worker w(a, kernels_for(simd_for(params->use_ref)), all, own_rows(a, own), params->use_ref);
+    const int64_t ith = params->ith, nth = params->nth, n_items = a.n_head_kv*w.n_chunks;
+    const int64_t first = n_items*ith/nth, last = n_items*(ith + 1)/nth;
+
+    w.look(first, last);
+    ggml_barrier(params->threadpool);
+
+    w.look_again(first, last);
+    ggml_barrier(params->threadpool);
+
+    for (int64_t h_kv = ith; h_kv < a.n_head_kv; h_kv += nth) {
+        w.finish(h_kv);
+    }
+}
+
+size_t look_twice_work_size(const ggml_tensor * dst, int n_threads) {
+    const task a(dst);
+    arena shared = { nullptr, 0 }, own = { nullptr, 0 };
+    shared_rows(a, shared);
+    own_rows(a, own);
+    return shared.used + n_threads*own.used;
+}
+
+} // namespace scan
+} // namespace sfi

@@ -1,0 +1,124 @@
+#include "sketch-task.h"
+
+#include "top-k.h"
+
+#include <cmath>
+
+namespace sfi {
+namespace scan {
+
+using exp_constants::log2e;
+
+float floor_log2(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return (float) ((int32_t) (bits >> 23 & 255) - 127);
+}
+
+void project(const task & a, int64_t h_kv, const tile_ops & ops, float * q, float * products, projected * p) {
+    const int n_embd = (int) a.q->ne[0], n_rows = a.l.n_k + 1, ld = GGML_PAD(n_rows, max_vector);
+    for (int64_t g = 0; g < a.group; ++g) {
+        memcpy(q + g*n_embd, (const char *) a.q->data + (h_kv*a.group + g)*a.q->nb[1], n_embd*sizeof(float));
+    }
+    const auto basis = sketch_basis::of_k(a.basis, h_kv, a.l.n_k, n_embd);
+    const char * rows[sketch_max_components + 1];
+    for (int j = 0; j < a.l.n_k; ++j) {
+        rows[j] = (const char *) (basis.dec + (int64_t) j*n_embd);
+    }
+    rows[a.l.n_k] = (const char *) basis.mean;
+    ops.dot(q, (int) a.group, n_embd, { rows, 0, n_rows, nullptr, 0, 0, 0 }, products, ld);
+
+    const float unit = a.softcap > 0.0f ? 1.0f : log2e; // a softcap is of the logit itself
+    for (int64_t g = 0; g < a.group; ++g) {
+        const float * w = products + g*ld;
+        float largest = 0.0f;
+        for (int j = 0; j < a.l.n_k; ++j) {
+            largest = std::max(largest, std::fabs(w[j]));
+        }
+        const float inverse = largest > 0.0f ? 127.0f/largest : 0.0f;
+        int centre[2] = {}; // twice the sum over w_j centre_j, of the first planes and of the others
+        projected & to = p[g];
+        for (int j = 0; j < a.l.n_k; ++j) {
+            to.w[j] = (int8_t) lrintf(w[j]*inverse);
+            centre[a.l.k[j/4].plane >= a.l.first_planes] += to.w[j]*a.l.k_mask(j);
+        }
+        to.factor = unit*a.scale*(largest/127.0f);
+        to.base   = unit*a.scale*w[a.l.n_k] - 0.5f*to.factor*(float) centre[0];
+        to.again  = -0.5f*to.factor*(float) centre[1];
+    }
+}
+
+void mark_skipped(const task & a, int64_t n_used, uint16_t * skipped) {
+    std::fill(skipped, skipped + a.ld/16, (uint16_t) 0);
+    const int32_t * skip = (const int32_t *) a.skip->data;
+    for (int64_t i = 0; i < a.skip->ne[0]; ++i) {
+        if (skip[i] >= 0 && skip[i] < n_used) {
+            skipped[skip[i]/16] |= (uint16_t) (1u << skip[i] % 16);
+        }
+    }
+    if (n_used % 16 != 0) { // a block is scanned as a whole
+        skipped[n_used/16] |= (uint16_t) (0xffffu << n_used % 16);
+    }
+}
+
+void hide_skipped(const uint16_t * skipped, int64_t c, int n, int64_t group, float * t) {
+    for (int b = 0; b < n/16; ++b) {
+        for (uint32_t bits = skipped[c/16 + b], i = 16*b; bits != 0; bits >>= 1, ++i) {
+            for (int64_t g = 0; g < group && bits & 1; ++g) {
+                t[g*ld_t + i] = -INFINITY;
+            }
+        }
+    }
+}
+
+static float kth_value(const float * x, int64_t n, int64_t k, uint32_t * key) {
+    for (int64_t i = 0; i < n; ++i) {
+        key[i] = sortable(x[i]);
+    }
+    const threshold t = kth_largest_key(key, n, k);
+    return from_sortable(t.n_equal > 0 ? t.key : t.key + 1);
+}
+
+// The k best of n. log2 of a cell's score lies between z - log2(group) and z, so with T the k-th largest
+// z, those of z < T - log2(group) need not be scored.
+int64_t choice::keep_best(int64_t n, int64_t k) const {
+    if (n <= k) {
+        return n;
+    }
+    const float least = kth_value(z, n, k, key), slack = std::log2((float) group) + 1e-4f;
+    int64_t m = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (z[i] >= least - slack) {
+            move(i, m);
+            z[m++] = z[i];
+        }
+    }
+    for (int64_t i = 0; i < m && group > 1; ++i) {
+        float score = 0.0f; // over 2^least, lest it underflow
+        for (int64_t g = 0; g < group; ++g) {
+            score += std::exp2(std::min(t[g*ld + i] - lse[g] - least, 120.0f));
+        }
+        z[i] = score;
+    }
+    for (int64_t i = 0; i < m; ++i) {
+        key[i] = sortable(z[i]);
+    }
+    threshold last = kth_largest_key(key, m, k);
+    int64_t n_out = 0;
+    for (int64_t i = 0; n_out < k; ++i) {
+        if (key[i] > last.key || (key[i] == last.key && last.n_equal-- > 0)) {
+            move(i, n_out++);
+        }
+    }
+    return k;
+}
+
+void choice::move(int64_t from, int64_t to) const {
+    cell[to] = cell[from];
+    for (int64_t g = 0; g < group; ++g) {
+        t[g*ld + to] = t[g*ld + from];
+    }
+}
+
+} // namespace scan
+} // namespace sfi

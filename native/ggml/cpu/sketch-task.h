@@ -1,0 +1,73 @@
+// What the two ways of GGML_OP_SKETCH_SCAN share: what is to be done, the projection of queries, the choice of the best cells.
+
+#pragma once
+
+#include "arena.h"
+#include "attn-tile.h"
+#include "sketch-kernels.h"
+
+#include <algorithm>
+
+namespace sfi {
+namespace scan {
+
+constexpr float ln2          = 0.693147181f;
+constexpr float log2_no_tail = -20.0f; // a share below which the tail is nothing but rounding errors
+
+struct task {
+    const ggml_tensor * dst, * q, * codes, * basis, * skip;
+    const float * least; // [n_head_kv] or null
+    sketch_layout l;
+    int64_t n_list, n_head, n_head_kv, group, n_selected, n_embd_v;
+    int64_t ld;          // n_list, padded to chunks
+    float   scale, softcap, second_look;
+
+    explicit task(const ggml_tensor * dst) :
+            dst(dst), q(dst->src[0]), codes(dst->src[1]), basis(dst->src[2]), skip(dst->src[3]), l(dst) {
+        least      = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
+        n_list     = sketch_n_list(dst);
+        n_head     = q->ne[1];
+        n_head_kv  = codes->ne[2];
+        group      = n_head/n_head_kv;
+        n_selected = dst->src[6]->ne[0];
+        n_embd_v   = dst->ne[0] - 1;
+        ld         = GGML_PAD(n_list, chunk_cells);
+        scale      = ggml_get_op_params_f32(dst, 0);
+        softcap    = ggml_get_op_params_f32(dst, 1);
+        second_look = sketch_second_look(dst);
+    }
+
+    int64_t   n_used() const { return std::clamp<int64_t>(*(const int32_t *) dst->src[4]->data, 0, n_list); }
+    int32_t * selected_of(int64_t h_kv) const { return (int32_t *) ((char *) dst->src[6]->data + h_kv*dst->src[6]->nb[1]); }
+    const uint8_t * codes_of(int64_t h_kv) const { return (const uint8_t *) codes->data + h_kv*codes->nb[2]; }
+    const uint8_t * records_of(int64_t h_kv) const { return codes_of(h_kv) + codes->ne[1]*l.block_bytes(); }
+};
+
+// a lower bound of log2(x), x > 0
+float floor_log2(float x);
+
+// The queries of a KV head's group as weights of its components. q, products: [group, n_embd_k], [group, n_k + 1, padded]
+void project(const task & a, int64_t h_kv, const tile_ops & ops, float * q, float * products, projected * p);
+
+// a bit for each cell that is left out, 16 cells a word; also for those behind the last that is in use, up to the end of its block
+void mark_skipped(const task & a, int64_t n_used, uint16_t * skipped);
+
+// those of the n cells from c on get logits of -INFINITY, in rows of ld_t
+void hide_skipped(const uint16_t * skipped, int64_t c, int n, int64_t group, float * t);
+
+// the cells of one KV head that may be selected, each with its logits in the heads of the group: rows of t [group, ld]
+struct choice {
+    int32_t     * cell;
+    float       * t;
+    int64_t       ld, group;
+    float       * z;   // of a cell: the largest of its t - lse
+    uint32_t    * key; // work memory
+    const float * lse; // [group]
+
+    // The k best of n move to the front, in order; returns how many there are.
+    int64_t keep_best(int64_t n, int64_t k) const;
+    void    move(int64_t from, int64_t to) const;
+};
+
+} // namespace scan
+} // namespace sfi
