@@ -213,7 +213,9 @@ class Scan:
 
     def others_off(self, h, lse):
         """By how much the sum of the weights of cells that are not looked at again may be off, over exp(lse)."""
-        return 2.0**-19 * np.exp(min(ref.log_sum_exp(self.logits(h, first=True)) - lse, 80)) if self.case.form.n_first else 0
+        if not self.case.form.n_first or lse == -np.inf:
+            return 0
+        return 2.0**-18 * np.exp(min(ref.log_sum_exp(self.logits(h, first=True)) - lse, 80))
 
     def tail_off(self, h, x, lse):
         """(of V, of the log-sum-exp): weights off by half of 2^-15 or 2^-21 of the largest among 256 cells and by their logits'
