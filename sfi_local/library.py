@@ -22,10 +22,11 @@ LIB_DIR = next((Path(folder).resolve() / "lib" for folder in sfi_local.__path__ 
                Path(__file__).resolve().parent / "lib")
 REBUILD = "install sfi-local again (`CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install .` in its source)"
 
-# How often a thread of libgomp looks for work before it sleeps. By default it looks for milliseconds, which on a machine
-# that has something else to do costs most of the speed. Measured with SmolLM2-135M on 2 cores of a server CPU, stock
-# steps: 192/s instead of 194/s on an idle machine, 67/s instead of 7/s beside one busy process.
-SPIN_COUNT = "300"
+# How often a thread of libgomp looks for work before it sleeps. By default it looks for milliseconds, which on a machine that
+# has something else to do costs most of the speed; but waking a thread of a virtual machine can cost as much as the work of
+# a layer. Measured with SmolLM2-135M, stock steps per second with 300, 3000 and the default of 300000: two cores of an EPYC
+# 192, -, 194 idle and 67, -, 7 beside a busy process; two of a Xeon 44, 260, 256 idle and 83, 53, 63 beside one.
+SPIN_COUNT = "3000"
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # where the user set one of them, it stays
 
 _LEVEL_ERROR, _LEVEL_CONT = 4, 5  # enum ggml_log_level
