@@ -5,16 +5,19 @@
 
 #include "llama-support.h"
 
+#include "sketch-error.h"
 #include "sketch-fit.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <thread>
 
 static constexpr int32_t max_rows   = 2048; // of K and V that a fit looks at, evenly spread over the text
 static constexpr int32_t growth     = 2;    // a basis is outgrown when the cells have become so many times as many
+static constexpr float   least_error = 1e-6f; // of outputs: a head without any is not to take all tolerance from the others
 static constexpr int32_t few_queries = 32;  // a basis fitted to fewer queries is replaced when there are all
 
 static int32_t n_known_queries(const std::vector<llama_pos> & query_pos) {
@@ -163,12 +166,30 @@ void llama_support::fit_layer(uint32_t s, int32_t il, const layer_rows & rows) {
 
     std::vector<float> basis(layer.basis->ne[0]);
     for (int64_t h = 0; h < n_head_kv; ++h) {
-        const float error = llama_sketch_fit(head_of(rows.k, d_k*n_head_kv, d_k, h, 1), head_of(rows.v, d_v*n_head_kv, d_v, h, 1),
-                head_of(rows.q, n_embd_q, d_k, h*group, group), d_k, d_v, layer.format, basis.data());
-        layer.logit_error[s*n_head_kv + h] = error*layer.kq_scale;
-        const float least = params.tolerance/std::max(layer.logit_error[s*n_head_kv + h], 1e-6f);
-        ggml_backend_tensor_set(layer.least, &least, s*layer.least->nb[1] + h*sizeof(float), sizeof(float));
+        const auto k = head_of(rows.k, d_k*n_head_kv, d_k, h, 1), v = head_of(rows.v, d_v*n_head_kv, d_v, h, 1);
+        const auto q = head_of(rows.q, n_embd_q, d_k, h*group, group);
+        layer.logit_error[s*n_head_kv + h] = llama_sketch_fit(k, v, q, d_k, d_v, layer.format, basis.data())*layer.kq_scale;
+        const float error = llama_sketch_output_error(k, v, q, d_k, d_v, layer.format, basis.data(), layer.kq_scale);
+        layer.need[s*n_head_kv + h] = std::sqrt(std::sqrt(std::max(error, least_error)));
         ggml_backend_tensor_set(layer.basis, basis.data(), (s*n_head_kv + h)*layer.basis->nb[1], layer.basis->nb[1]);
+    }
+}
+
+// The tolerance is that of a head with the mean need. If the error of a head falls as the square of its tolerance and its exact
+// cells grow as the inverse, the cube root of the error is best; as the estimate is a rough one, a smaller power is.
+void llama_support::spread_tolerance(uint32_t s) {
+    double sum = 0.0, n = 0.0;
+    for (const auto & layer : layers) {
+        for (int64_t h = 0; layer.codes && h < layer.n_head_kv; ++h, ++n) {
+            sum += layer.need[s*layer.n_head_kv + h];
+        }
+    }
+    for (const auto & layer : layers) {
+        for (int64_t h = 0; layer.codes && h < layer.n_head_kv; ++h) {
+            const float tolerance = params.tolerance*(float) (sum/n)/layer.need[s*layer.n_head_kv + h];
+            const float least     = tolerance/std::max(layer.logit_error[s*layer.n_head_kv + h], 1e-6f);
+            ggml_backend_tensor_set(layer.least, &least, s*layer.least->nb[1] + h*sizeof(float), sizeof(float));
+        }
     }
 }
 
@@ -209,6 +230,7 @@ bool llama_support::fit(llama_context & lctx, uint32_t s) {
             helper.join();
         }
     }
+    spread_tolerance(s);
     return true;
 }
 

@@ -1,0 +1,133 @@
+#include "sketch-error.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+namespace {
+
+constexpr int64_t exact_part = 50; // one row of so many is exact
+
+int bits_of(int64_t j, int32_t n4, int32_t n2) { return j < n4 ? 4 : j < n4 + n2 ? 2 : 1; }
+
+// rows less their mean, [n, n_embd]
+std::vector<float> centred(const llama_sketch_rows & rows, int64_t n_embd, const float * mean) {
+    std::vector<float> x(rows.data);
+    for (int64_t r = 0; r < rows.n; ++r) {
+        for (int64_t i = 0; i < n_embd; ++i) {
+            x[r*n_embd + i] -= mean[i];
+        }
+    }
+    return x;
+}
+
+std::vector<float> transposed(const std::vector<float> & x, int64_t n, int64_t n_columns) {
+    std::vector<float> t(x.size());
+    for (int64_t r = 0; r < n; ++r) {
+        for (int64_t i = 0; i < n_columns; ++i) {
+            t[i*n + r] = x[r*n_columns + i];
+        }
+    }
+    return t;
+}
+
+// sum_i weight_i x_i of the rows of x [n_rows, n]: inner loops over columns need no reordering of sums
+void combine(const float * weight, const float * x, int64_t n_rows, int64_t n, float * out) {
+    std::fill(out, out + n, 0.0f);
+    for (int64_t i = 0; i < n_rows; ++i) {
+        const float w = weight[i];
+        for (int64_t c = 0; c < n; ++c) {
+            out[c] += w*x[i*n + c];
+        }
+    }
+}
+
+// codes less their centres, [n_components, n], of the columns of x [n_embd, n]
+std::vector<float> codes_of(const std::vector<float> & x, int64_t n_embd, int64_t n, const float * enc, int64_t n_components, int32_t n4, int32_t n2) {
+    std::vector<float> codes(n_components*n);
+    for (int64_t j = 0; j < n_components; ++j) {
+        float * code = &codes[j*n];
+        combine(enc + j*n_embd, x.data(), n_embd, n, code);
+        const float centre = 0.5f*(float) ((1 << bits_of(j, n4, n2)) - 1);
+        for (int64_t r = 0; r < n; ++r) {
+            code[r] = std::clamp(std::nearbyint(code[r] + centre), 0.0f, 2.0f*centre) - centre;
+        }
+    }
+    return codes;
+}
+
+void softmax(std::vector<float> & x) {
+    const float top = *std::max_element(x.begin(), x.end());
+    double sum = 0.0;
+    for (float & t : x) {
+        t = std::exp(t - top);
+        sum += t;
+    }
+    for (float & t : x) {
+        t = (float) (t/sum);
+    }
+}
+
+double square(const std::vector<float> & x) {
+    double sum = 0.0;
+    for (float t : x) {
+        sum += (double) t*t;
+    }
+    return sum;
+}
+
+} // namespace
+
+float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_rows & v, const llama_sketch_rows & q,
+                                int64_t n_embd_k, int64_t n_embd_v, const ggml_sketch_format & format, const float * basis, float kq_scale) {
+    const int64_t n = k.n, n_k = format.n_k4 + format.n_k2 + format.n_k1, n_v = format.n_v4 + format.n_v2;
+    if (n == 0 || q.n == 0) {
+        return 0.0f;
+    }
+    const float * mean_k = basis,          * enc_k = mean_k + n_embd_k, * dec_k = enc_k + n_k*n_embd_k;
+    const float * mean_v = dec_k + n_k*n_embd_k, * enc_v = mean_v + n_embd_v, * dec_v = enc_v + n_v*n_embd_v;
+    const auto k_columns = transposed(centred(k, n_embd_k, mean_k), n, n_embd_k), v_rows = centred(v, n_embd_v, mean_v);
+    const auto k_codes = codes_of(k_columns, n_embd_k, n, enc_k, n_k, format.n_k4, format.n_k2);
+    const auto v_codes = transposed(codes_of(transposed(v_rows, n, n_embd_v), n_embd_v, n, enc_v, n_v, format.n_v4, format.n_v2), n_v, n);
+
+    double error = 0.0, size = 0.0;
+    std::vector<float> query(n_embd_k), by_code(n_k), exact(n), sketched(n), order(n), rest(n), o(n_embd_v), o_exact(n_embd_v), z(n_v), off(n_embd_v);
+    for (int64_t i = 0; i < q.n; ++i) {
+        for (int64_t c = 0; c < n_embd_k; ++c) {
+            query[c] = kq_scale*q.data[i*n_embd_k + c];
+        }
+        for (int64_t j = 0; j < n_k; ++j) {
+            by_code[j] = 0.0f;
+            for (int64_t c = 0; c < n_embd_k; ++c) {
+                by_code[j] += dec_k[j*n_embd_k + c]*query[c];
+            }
+        }
+        combine(query.data(), k_columns.data(), n_embd_k, n, exact.data()); // less q . mean_k, like the sketched ones
+        combine(by_code.data(), k_codes.data(), n_k, n, sketched.data());
+        order = sketched;
+        const auto last = order.begin() + std::max<int64_t>(n/exact_part, 1) - 1;
+        std::nth_element(order.begin(), last, order.end(), std::greater<float>());
+        const float least = *last;
+        std::vector<bool> is_exact(n);
+        for (int64_t r = 0; r < n; ++r) {
+            is_exact[r] = sketched[r] >= least;
+            sketched[r] = is_exact[r] ? exact[r] : sketched[r];
+        }
+        softmax(exact);
+        softmax(sketched);
+        for (int64_t r = 0; r < n; ++r) {
+            rest[r]     = is_exact[r] ? 0.0f : sketched[r];
+            sketched[r] = is_exact[r] ? sketched[r] : 0.0f;
+        }
+        combine(exact.data(),    v_rows.data(),  n, n_embd_v, o.data());
+        combine(sketched.data(), v_rows.data(),  n, n_embd_v, o_exact.data());
+        combine(rest.data(),     v_codes.data(), n, n_v, z.data());
+        combine(z.data(), dec_v, n_v, n_embd_v, off.data());
+        for (int64_t c = 0; c < n_embd_v; ++c) {
+            off[c] += o_exact[c] - o[c];
+        }
+        error += square(off);
+        size  += square(o);
+    }
+    return size > 0.0 ? (float) (error/size) : 0.0f;
+}
