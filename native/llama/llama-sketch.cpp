@@ -169,7 +169,7 @@ void llama_support::fit_layer(uint32_t s, int32_t il, const layer_rows & rows) {
         const auto k = head_of(rows.k, d_k*n_head_kv, d_k, h, 1), v = head_of(rows.v, d_v*n_head_kv, d_v, h, 1);
         const auto q = head_of(rows.q, n_embd_q, d_k, h*group, group);
         layer.logit_error[s*n_head_kv + h] = llama_sketch_fit(k, v, q, d_k, d_v, layer.format, basis.data())*layer.kq_scale;
-        const float error = llama_sketch_output_error(k, v, q, d_k, d_v, layer.format, basis.data(), layer.kq_scale);
+        const float error = llama_sketch_output_error(k, v, q, d_k, d_v, layer.format, basis.data(), group, layer.kq_scale);
         layer.need[s*n_head_kv + h] = std::sqrt(std::sqrt(std::max(error, least_error)));
         ggml_backend_tensor_set(layer.basis, basis.data(), (s*n_head_kv + h)*layer.basis->nb[1], layer.basis->nb[1]);
     }

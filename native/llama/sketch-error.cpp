@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t exact_part = 50; // one row of so many is exact
+constexpr int64_t some_rows  = 24; // of queries are enough
 
 int bits_of(int64_t j, int32_t n4, int32_t n2) { return j < n4 ? 4 : j < n4 + n2 ? 2 : 1; }
 
@@ -31,13 +32,19 @@ std::vector<float> transposed(const std::vector<float> & x, int64_t n, int64_t n
     return t;
 }
 
-// sum_i weight_i x_i of the rows of x [n_rows, n]: inner loops over columns need no reordering of sums
+// sum_i weight_i x_i of the rows of x [n_rows, n], four at a time; an inner loop over columns need not reorder sums
 void combine(const float * weight, const float * x, int64_t n_rows, int64_t n, float * out) {
     std::fill(out, out + n, 0.0f);
-    for (int64_t i = 0; i < n_rows; ++i) {
-        const float w = weight[i];
+    int64_t i = 0;
+    for (; i + 4 <= n_rows; i += 4) {
+        const float * x0 = x + i*n, * x1 = x0 + n, * x2 = x1 + n, * x3 = x2 + n;
         for (int64_t c = 0; c < n; ++c) {
-            out[c] += w*x[i*n + c];
+            out[c] += (weight[i]*x0[c] + weight[i + 1]*x1[c]) + (weight[i + 2]*x2[c] + weight[i + 3]*x3[c]);
+        }
+    }
+    for (; i < n_rows; ++i) {
+        for (int64_t c = 0; c < n; ++c) {
+            out[c] += weight[i]*x[i*n + c];
         }
     }
 }
@@ -79,7 +86,7 @@ double square(const std::vector<float> & x) {
 } // namespace
 
 float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_rows & v, const llama_sketch_rows & q,
-                                int64_t n_embd_k, int64_t n_embd_v, const ggml_sketch_format & format, const float * basis, float kq_scale) {
+                                int64_t n_embd_k, int64_t n_embd_v, const ggml_sketch_format & format, const float * basis, int64_t group, float kq_scale) {
     const int64_t n = k.n, n_k = format.n_k4 + format.n_k2 + format.n_k1, n_v = format.n_v4 + format.n_v2;
     if (n == 0 || q.n == 0) {
         return 0.0f;
@@ -92,9 +99,11 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
 
     double error = 0.0, size = 0.0;
     std::vector<float> query(n_embd_k), by_code(n_k), exact(n), sketched(n), order(n), rest(n), o(n_embd_v), o_exact(n_embd_v), z(n_v), off(n_embd_v);
-    for (int64_t i = 0; i < q.n; ++i) {
+    const int64_t n_tokens = q.n/group, n_used = std::min(n_tokens, std::max<int64_t>(some_rows/group, 1));
+    for (int64_t i = 0; i < n_used*group; ++i) {
+        const int64_t row = i/group*n_tokens/n_used*group + i % group;
         for (int64_t c = 0; c < n_embd_k; ++c) {
-            query[c] = kq_scale*q.data[i*n_embd_k + c];
+            query[c] = kq_scale*q.data[row*n_embd_k + c];
         }
         for (int64_t j = 0; j < n_k; ++j) {
             by_code[j] = 0.0f;

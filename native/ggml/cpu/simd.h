@@ -314,9 +314,8 @@ struct avx512 {
         return _mm512_scalef_ps(y, t); // y * 2^floor(t)
     }
     static uint32_t ge(V a, V b)        { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-    static void keep(float * p, V x, uint32_t lanes) { // a compressing store would be slow on some CPUs
-        const __mmask16 m = (__mmask16) lanes;
-        _mm512_mask_storeu_ps(p, (__mmask16) ((1u << _mm_popcnt_u32(m)) - 1), _mm512_maskz_compress_ps(m, x));
+    static void keep(float * p, V x, uint32_t lanes) { // a compressing or masked store is slow: on some CPUs, or to untouched pages
+        store(p, _mm512_maskz_compress_ps((__mmask16) lanes, x));
     }
 };
 #endif

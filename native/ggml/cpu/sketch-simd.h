@@ -233,10 +233,9 @@ struct bytes_avx512 {
     static I      over_64(I x) { return _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(32)), 6); }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
         const __mmask16 m = (__mmask16) lanes;
-        const int n = _mm_popcnt_u32(m);
         const __m512i x = _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(from));
-        _mm512_mask_storeu_epi32(to, (__mmask16) ((1u << n) - 1), _mm512_add_epi32(x, _mm512_set1_epi32(offset)));
-        return n;
+        _mm512_storeu_si512(to, _mm512_add_epi32(x, _mm512_set1_epi32(offset)));
+        return _mm_popcnt_u32(m);
     }
     static __m512 codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
         const __m512i x = _mm512_srl_epi32(load(p), _mm_cvtsi32_si128(8*r + f.shift));
