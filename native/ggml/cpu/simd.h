@@ -308,7 +308,7 @@ struct avx512 {
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));
-        const V f = _mm512_sub_ps(t, _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+        const V f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); // t - floor(t)
         V y = set1(c[4]);
         for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
         return _mm512_scalef_ps(y, t); // y * 2^floor(t)

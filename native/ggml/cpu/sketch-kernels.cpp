@@ -10,7 +10,6 @@ namespace scan {
 namespace {
 
 constexpr int ahead_bytes = 8192; // of prefetching codes
-constexpr int ahead_cells = 64;   // of prefetching records
 
 // M blocks of codes against N queries: the fields of one plane from the bit `shift` on, of which n4 have 4 bits, then n2 have
 // 2, then the rest 1. A shift that the compiler knows is cheaper than one it does not.
@@ -227,7 +226,10 @@ SFI_INLINE int64_t filter_heads(const filtered & from, int64_t n, int any, const
         }
         const uint32_t lanes = n - i < F::W ? (1u << (n - i)) - 1 : UINT32_MAX;
         const uint32_t hits  = F::ge(most, F::set1(threshold)) & lanes;
-        for (int h = 0; h < n_heads; ++h) { // a branch that skips this would often be mispredicted
+        if (hits == 0) { // most vectors, where there are many cells
+            continue;
+        }
+        for (int h = 0; h < n_heads; ++h) {
             F::keep(to.t + h*to.ld + m, F::load(from.t + h*from.ld + i), hits);
         }
         if (to.z) {

@@ -14,6 +14,7 @@ constexpr int     run_cells   = 256;
 constexpr int64_t chunk_cells = 4*run_cells;
 constexpr int64_t span_chunks = 8;        // that a thread scans before it looks for candidates in them: they fit the second-level cache
 constexpr int64_t ld_t        = span_chunks*chunk_cells + 80; // rows of logits, not a power of two apart
+constexpr int64_t ahead_cells = 64;       // of prefetching records
 constexpr int     max_heads   = 4;        // of a kernel
 constexpr float   log2_one    = 21.9999f; // a weight of 1 as an integer: 256 of them fit 31 bits, and 1/64 of it 16 bits
 

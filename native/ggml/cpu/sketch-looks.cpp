@@ -33,9 +33,12 @@ struct log2_sum {
         if (x.sum == 0.0f) {
             return;
         }
-        const float most = std::max(top, x.top);
-        sum = sum*std::exp2(top - most) + x.sum*std::exp2(x.top - most);
-        top = most;
+        if (x.top <= top) {
+            sum += x.sum*std::exp2(x.top - top);
+        } else {
+            sum = sum*std::exp2(top - x.top) + x.sum;
+            top = x.top;
+        }
     }
     float value() const { return sum > 0.0f ? top + std::log2(sum) : -INFINITY; }
 };
@@ -44,8 +47,8 @@ struct log2_sum {
 struct shared_rows {
     powers  * first, * again; // [n_head, ld/chunk_cells]: of the logits of each look
     float   * kept;           // [n_head, ld/chunk_cells]: share by the first look of the cells that are looked at again
-    int32_t * n;              // [n_head_kv, ld/chunk_cells]: how many these are
-    int32_t * cell;           // [n_head_kv, ld]: the cells; those of a chunk begin where it does
+    int32_t * n, * begin;     // [n_head_kv, ld/chunk_cells]: how many these are; where they lie in the rows of cell and t
+    int32_t * cell;           // [n_head_kv, ld]: the cells, close together, as they are few and pages many
     float   * t;              // [n_head, ld]: their logits
 
     shared_rows(const task & a, arena & from) {
@@ -54,6 +57,7 @@ struct shared_rows {
         from.take(again, a.n_head*n_chunks);
         from.take(kept,  a.n_head*n_chunks);
         from.take(n,     a.n_head_kv*n_chunks);
+        from.take(begin, a.n_head_kv*n_chunks);
         from.take(cell,  a.n_head_kv*a.ld + max_vector);
         from.take(t,     a.n_head*a.ld + max_vector);
     }
@@ -116,11 +120,13 @@ struct worker {
     }
 
     int64_t chunk_of(int64_t h, int64_t chunk) const { return h*(a.ld/chunk_cells) + chunk; }
-    int64_t cells_of(int64_t h, int64_t chunk) const { return h*a.ld + chunk*chunk_cells; }
+    int64_t begin_of(int64_t h_kv, int64_t chunk) const { return all.begin[chunk_of(h_kv, chunk)]; }
+    int32_t * cells_of (int64_t h_kv, int64_t chunk) const { return all.cell + h_kv*a.ld + begin_of(h_kv, chunk); }
+    float   * logits_of(int64_t h,    int64_t chunk) const { return all.t + h*a.ld + begin_of(h/a.group, chunk); }
     float   log2_of(const powers * x, int64_t h) const;
 
-    void    look_at_span(int64_t h_kv, int64_t first, int64_t last) const;
-    void    find_candidates(int64_t h_kv, int64_t chunk, float * t) const;
+    int64_t look_at_span(int64_t h_kv, int64_t first, int64_t last, int64_t to) const;
+    void    find_candidates(int64_t h_kv, int64_t chunk, float * t, int64_t to) const;
     void    look(int64_t first, int64_t last) const;
 
     void    keep(int64_t h_kv, int64_t chunk) const;
@@ -144,8 +150,9 @@ float worker::log2_of(const powers * x, int64_t h) const {
 
 // ---- pass 1 ------------------------------------------------------------------------------------------------------------
 
-// Some chunks: first all sums, so that few of their cells seem worth a second look.
-void worker::look_at_span(int64_t h_kv, int64_t first, int64_t last) const {
+// Some chunks: first all sums, so that few of their cells seem worth a second look; these go to the rows from `to` on. Returns where
+// they end.
+int64_t worker::look_at_span(int64_t h_kv, int64_t first, int64_t last, int64_t to) const {
     const int64_t begin = first*chunk_cells, end = std::min(last*chunk_cells, (int64_t) GGML_PAD(n_used, sketch_cells));
     for (int64_t c = begin; c < end; c += chunk_cells) {
         const int n = (int) std::min(chunk_cells, end - c);
@@ -162,18 +169,29 @@ void worker::look_at_span(int64_t h_kv, int64_t first, int64_t last) const {
         }
     }
     for (int64_t chunk = first; chunk < last; ++chunk) {
-        find_candidates(h_kv, chunk, own.t + chunk*chunk_cells - begin);
+        find_candidates(h_kv, chunk, own.t + chunk*chunk_cells - begin, to);
+        to += GGML_PAD(all.n[chunk_of(h_kv, chunk)], sketch_cells);
     }
+    return to;
 }
 
 // Cells of a chunk whose share of what has been seen of some head is large enough: that share can only fall.
-void worker::find_candidates(int64_t h_kv, int64_t chunk, float * t) const {
+void worker::find_candidates(int64_t h_kv, int64_t chunk, float * t, int64_t to) const {
     for (int64_t g = 0; g < a.group; ++g) {
         own.bound[g] = std::max(own.seen[g].value() + least_first - 1e-3f, -FLT_MAX);
     }
-    const int64_t n = std::min(chunk_cells, (int64_t) GGML_PAD(n_used, sketch_cells) - chunk*chunk_cells), to = cells_of(h_kv, chunk);
+    const int64_t n = std::min(chunk_cells, (int64_t) GGML_PAD(n_used, sketch_cells) - chunk*chunk_cells);
+    all.begin[chunk_of(h_kv, chunk)] = (int32_t) to;
+    bool any = false;
+    for (int64_t g = 0; g < a.group; ++g) {
+        any = any || all.first[chunk_of(h_kv*a.group + g, chunk)].top >= own.bound[g];
+    }
+    if (!any) {
+        all.n[chunk_of(h_kv, chunk)] = 0;
+        return;
+    }
     all.n[chunk_of(h_kv, chunk)] = (int32_t) f.filter({ own.order, t, ld_t, nullptr }, n, (int) a.group, own.bound, 0.0f,
-            (int32_t) (chunk*chunk_cells), { all.cell + to, all.t + cells_of(h_kv*a.group, chunk), a.ld, nullptr });
+            (int32_t) (chunk*chunk_cells), { cells_of(h_kv, chunk), logits_of(h_kv*a.group, chunk), a.ld, nullptr });
 }
 
 // the chunks first .. last of all KV heads'
@@ -183,18 +201,20 @@ void worker::look(int64_t first, int64_t last) const {
         const int64_t h_kv = i/n_chunks, end = std::min(last, (h_kv + 1)*n_chunks);
         project(a, h_kv, ops, own.q, own.products, own.p);
         std::fill(own.seen, own.seen + a.group, log2_sum());
+        int64_t to = i % n_chunks*chunk_cells; // what comes before may be of another thread
         for (; i < end; i = std::min(i + span_chunks, end)) {
-            look_at_span(h_kv, i % n_chunks, std::min(i + span_chunks, end) - h_kv*n_chunks);
+            to = look_at_span(h_kv, i % n_chunks, std::min(i + span_chunks, end) - h_kv*n_chunks, to);
         }
     }
 }
 
 // ---- pass 2 ------------------------------------------------------------------------------------------------------------
 
-// The candidates whose share, now known, is large enough, move to the front; the last of them fills up the last block.
+// The candidates whose share, now known, is large enough, move to the front; the last of them fills up the last block. The records of
+// the first are fetched: they are read when the next chunk has been here.
 void worker::keep(int64_t h_kv, int64_t chunk) const {
-    int32_t * cell = all.cell + cells_of(h_kv, chunk), & n = all.n[chunk_of(h_kv, chunk)];
-    float   * t    = all.t + cells_of(h_kv*a.group, chunk);
+    int32_t * cell = cells_of(h_kv, chunk), & n = all.n[chunk_of(h_kv, chunk)];
+    float   * t    = logits_of(h_kv*a.group, chunk);
     n = (int32_t) f.filter({ cell, t, a.ld, nullptr }, n, (int) a.group, own.bound, 0.0f, 0, { cell, t, a.ld, nullptr });
     for (int64_t i = n; i < GGML_PAD(n, sketch_cells); ++i) {
         cell[i] = cell[n - 1];
@@ -202,13 +222,15 @@ void worker::keep(int64_t h_kv, int64_t chunk) const {
             t[g*a.ld + i] = -INFINITY;
         }
     }
+    for (int64_t i = 0; i < std::min<int64_t>(n, ahead_cells); ++i) {
+        prefetch(a.records_of(h_kv) + (int64_t) cell[i]*a.l.record_bytes);
+    }
 }
 
 void worker::look_again_at(int64_t h_kv, int64_t chunk) const {
-    keep(h_kv, chunk);
     const int64_t n = GGML_PAD(all.n[chunk_of(h_kv, chunk)], sketch_cells);
-    const int32_t * cell = all.cell + cells_of(h_kv, chunk);
-    float * t = all.t + cells_of(h_kv*a.group, chunk);
+    const int32_t * cell = cells_of(h_kv, chunk);
+    float * t = logits_of(h_kv*a.group, chunk);
     for (int64_t g = 0; g < a.group; ++g) {
         const powers sum = n > 0 ? f.powers(t + g*a.ld, n) : none;
         all.kept[chunk_of(h_kv*a.group + g, chunk)] = sum.sum > 0.0f ? sum.sum*std::exp2(sum.top - own.lse_first[g]) : 0.0f;
@@ -229,7 +251,11 @@ void worker::look_again(int64_t first, int64_t last) const {
             own.lse_first[g] = log2_of(all.first, h_kv*a.group + g);
             own.bound[g]     = std::max(own.lse_first[g] + least_first, -FLT_MAX);
         }
+        keep(h_kv, i % n_chunks);
         for (; i < end; ++i) {
+            if (i + 1 < end) {
+                keep(h_kv, (i + 1) % n_chunks);
+            }
             look_again_at(h_kv, i % n_chunks);
         }
     }
@@ -242,8 +268,8 @@ int64_t worker::select(int64_t h_kv) const {
     const float least = a.least ? std::log2(a.least[h_kv]) : -FLT_MAX;
     int64_t n = 0;
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
-        n += f.filter({ own.order, all.t + cells_of(h_kv*a.group, chunk), a.ld, nullptr }, all.n[chunk_of(h_kv, chunk)], (int) a.group, own.lse,
-                      least, (int32_t) (chunk*chunk_cells), { own.place + n, own.chosen + n, a.ld, own.z + n });
+        n += f.filter({ own.order, logits_of(h_kv*a.group, chunk), a.ld, nullptr }, all.n[chunk_of(h_kv, chunk)], (int) a.group, own.lse,
+                      least, (int32_t) begin_of(h_kv, chunk), { own.place + n, own.chosen + n, a.ld, own.z + n });
     }
     const choice best = { own.place, own.chosen, a.ld, a.group, own.z, own.key, own.lse };
     return best.keep_best(n, a.n_selected);
@@ -252,15 +278,15 @@ int64_t worker::select(int64_t h_kv) const {
 // The cells of a chunk that were looked at again, but not selected: their shares, and with these the sums over V.
 void worker::add_tail(int64_t h_kv, int64_t chunk, const int32_t * selected, int64_t n_selected) const {
     const int64_t n = all.n[chunk_of(h_kv, chunk)], n_pad = GGML_PAD(n, sketch_cells);
-    const int32_t * cell = all.cell + cells_of(h_kv, chunk);
+    const int32_t * cell = cells_of(h_kv, chunk);
     for (int64_t i = 0; i < n_selected; ++i) {
         for (int64_t g = 0; g < a.group; ++g) {
-            all.t[cells_of(h_kv*a.group + g, chunk) + selected[i] % chunk_cells] = -INFINITY;
+            all.t[(h_kv*a.group + g)*a.ld + selected[i]] = -INFINITY;
         }
     }
     for (int64_t g = 0; g < a.group; g += max_heads) {
         const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
-        float * t = all.t + cells_of(h_kv*a.group + g, chunk);
+        float * t = logits_of(h_kv*a.group + g, chunk);
         for (int i = 0; i < n_heads; ++i) {
             own.weight[g + i] += f.share(t + i*a.ld, n_pad, std::max(own.lse[g + i], -FLT_MAX));
         }
@@ -317,7 +343,7 @@ void worker::finish(int64_t h_kv) const {
     std::fill(own.weight, own.weight + a.group, 0.0f);
     for (int64_t chunk = 0, i = 0; chunk < n_chunks; ++chunk) {
         const int64_t begin = i;
-        for (; i < n && own.place[i] < (chunk + 1)*chunk_cells; ++i) {
+        for (; i < n && own.place[i] < begin_of(h_kv, chunk) + all.n[chunk_of(h_kv, chunk)]; ++i) {
             selected[i] = all.cell[h_kv*a.ld + own.place[i]];
         }
         add_tail(h_kv, chunk, own.place + begin, i - begin);

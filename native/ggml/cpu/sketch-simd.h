@@ -243,12 +243,14 @@ struct bytes_avx512 {
     }
     template <int bits> static __m512 codes_of_record(const uint8_t * p, int) {
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512  code = _mm512_cvtepi32_ps(_mm512_and_si512(lane, _mm512_set1_epi32((1 << bits) - 1))); // by its lower bits and any above
         int32_t w[2];
-        memcpy(w, p, 4);
-        memcpy(w + 1, p + (bits == 4 ? 4 : 0), 4);
+        memcpy(w, p, 2*bits);
+        if (bits == 2) {
+            return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(w[0]), _mm512_slli_epi32(lane, 1)), code);
+        }
         const __m512i x = _mm512_mask_set1_epi32(_mm512_set1_epi32(w[0]), 0xff00, w[1]);
-        const __m512i shift = bits == 4 ? _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(7)), 2) : _mm512_slli_epi32(lane, 1);
-        return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(x, shift), _mm512_set1_epi32((1 << bits) - 1)));
+        return _mm512_permutexvar_ps(_mm512_srlv_epi32(x, _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(7)), 2)), code);
     }
     using O = __m512i;
     static O offsets(const int32_t * cell, int64_t stride) { return _mm512_mullo_epi32(_mm512_loadu_si512(cell), _mm512_set1_epi32((int32_t) stride)); }
