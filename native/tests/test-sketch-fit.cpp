@@ -1,8 +1,10 @@
 // The basis of a sketch: eigenvectors are eigenvectors, and what is said of the error is what is measured.
 // Prints every failure; exit code 1 if there was one.
 
+#include "llama/sketch-error.h"
 #include "llama/sketch-fit.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -141,6 +143,69 @@ static void test_fit(int64_t d, const ggml_sketch_format & f) {
     check(value_error < 0.5*value_size, name + ": a sketched value says too little: " + std::to_string(value_error/value_size));
 }
 
+// attention of one query over rows of k and v, of which `own` take part; adds to out
+static void attend(const std::vector<double> & logits, const std::vector<std::vector<double>> & v, const std::vector<bool> & own, std::vector<double> & out) {
+    double sum = 0.0;
+    for (const double x : logits) {
+        sum += std::exp(x);
+    }
+    for (size_t r = 0; r < v.size(); ++r) {
+        for (size_t i = 0; own[r] && i < out.size(); ++i) {
+            out[i] += std::exp(logits[r])/sum*v[r][i];
+        }
+    }
+}
+
+// what is said of the outputs is what comes out when everything is written down
+static void test_output_error(int64_t d, int64_t group, const ggml_sketch_format & f) {
+    std::mt19937 rng(2605);
+    const auto k = rows_like(200, d, 0.93, 1.0, rng), v = rows_like(200, d, 0.9, -1.0, rng), q = rows_like(4*group, d, 1.0, 0.0, rng);
+    const float scale = 1.0f/std::sqrt((float) d);
+    std::vector<float> basis(ggml_sketch_basis_size(&f, d, d));
+    llama_sketch_fit(k, v, q, d, d, f, basis.data());
+    const double said = llama_sketch_output_error(k, v, q, d, d, f, basis.data(), group, scale);
+
+    std::vector<int> bits_k(f.n_k4, 4), bits_v(f.n_v4, 4);
+    bits_k.insert(bits_k.end(), f.n_k2, 2);
+    bits_v.insert(bits_v.end(), f.n_v2, 2);
+    const float * mean_k = basis.data(), * mean_v = mean_k + d + 2*bits_k.size()*d;
+    std::vector<std::vector<double>> k2, v1, v2;
+    for (int64_t r = 0; r < k.n; ++r) {
+        v1.emplace_back(&v.data[r*d], &v.data[r*d] + d);
+        k2.push_back(coded(&k.data[r*d], mean_k, mean_k + d, mean_k + d + bits_k.size()*d, d, bits_k));
+        v2.push_back(coded(&v.data[r*d], mean_v, mean_v + d, mean_v + d + bits_v.size()*d, d, bits_v));
+    }
+    double error = 0.0, size = 0.0;
+    for (int64_t s = 0; s < q.n; ++s) {
+        std::vector<double> exact(k.n, 0.0), mixed(k.n, 0.0);
+        for (int64_t r = 0; r < k.n; ++r) {
+            for (int64_t i = 0; i < d; ++i) {
+                exact[r] += scale*q.data[s*d + i]*k.data[r*d + i];
+                mixed[r] += scale*q.data[s*d + i]*k2[r][i];
+            }
+        }
+        auto order = mixed;
+        std::sort(order.begin(), order.end());
+        std::vector<bool> best(k.n), others(k.n), all(k.n, true);
+        for (int64_t r = 0; r < k.n; ++r) {
+            best[r]   = mixed[r] >= order[k.n - k.n/50]; // the best four of 200
+            others[r] = !best[r];
+            mixed[r]  = best[r] ? exact[r] : mixed[r];
+        }
+        std::vector<double> o(d, 0.0), o2(d, 0.0);
+        attend(exact, v1, all, o);
+        attend(mixed, v1, best, o2);
+        attend(mixed, v2, others, o2);
+        for (int64_t i = 0; i < d; ++i) {
+            error += std::pow(o2[i] - o[i], 2);
+            size  += std::pow(o[i] - mean_v[i], 2);
+        }
+    }
+    check_near(said, error/size, 1e-3*error/size, "error of the outputs, head size " + std::to_string(d));
+    check(error > 0.0 && error < size, "error of the outputs: " + std::to_string(error/size));
+    check(llama_sketch_output_error({}, {}, q, d, d, f, basis.data(), group, scale) == 0.0f, "no rows, but an error");
+}
+
 // few rows, all alike: nothing is divided by zero
 static void test_degenerate() {
     const int64_t d = 32;
@@ -170,6 +235,8 @@ int main() {
     test_fit(64, { 4, 16, 16, 16, 0 });
     test_fit(128, { 8, 32, 32, 32, 0 });
     test_fit(32, { 32, 0, 0, 32, 0 });
+    test_output_error(64, 3, { 4, 40, 0, 0, 16, 1 });
+    test_output_error(32, 1, { 32, 0, 0, 32, 0, 0 });
     test_degenerate();
     printf("%d failures\n", failures);
     return failures > 0;
