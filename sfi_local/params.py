@@ -41,8 +41,7 @@ class SfiParams:
                 logit (in nats) is larger, n_selected at most; 0: n_selected cells
     max_tail_mass: sketch: after a fast step that left more of the attention to the sketch, in the mean over all heads, the next
                 step is slow and the sketch is fitted anew to the latest queries; a share, 0: never
-    sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 4, 12, 24 per 64 values of a head,
-                and on CPUs in contexts of 32768 cells and more 4, 40, 0 with sketch_first 1
+    sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 4, 12, 24 per 64 values of a head
     sketch_v4, sketch_v2: ... of its V; all 0 with components of K given: the tail is dropped; else 0, 16
     sketch_first: a step reads so many 4 bytes of the sketch's K of every cell, and the rest of it only of cells that seem to
                 matter; 0: all of every cell; CPUs only

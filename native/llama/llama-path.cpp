@@ -6,8 +6,6 @@
 #include <cstring>
 #include <set>
 
-static constexpr int64_t two_looks_cells = 32768; // of a cache whose sketch is looked at twice by default
-
 static constexpr int64_t n_cells = 256, n_list = 16; // of the instances that devices are asked about
 
 ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
@@ -18,6 +16,8 @@ ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
     return dev;
 }
 
+// K: as many bits as the head has values, V: half as many; 1/21 of F16. Chosen by the divergence from dense decoding at equal
+// bytes: of the bits of K many go to weak components, those of V hardly matter, and exact cells are worth more than either.
 // The sketch operations of a layer, on tensors without data.
 static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml_sketch_format & format, ggml_tensor * q, ggml_tensor * k,
                                                     ggml_tensor * v, ggml_tensor * cells) {
@@ -48,16 +48,9 @@ static std::string lacking(ggml_backend_dev_t dev, const std::vector<ggml_tensor
     return text;
 }
 
-// One look. K: as many bits as the head has values, V: half as many; 1/21 of F16. Chosen by the divergence from dense decoding at
-// equal bytes: of the bits of K many go to weak components, those of V hardly matter, and exact cells are worth more than either.
-// Two: K half as many again, of which every step reads a third, 1/64 of F16. They are as near at fewer bytes, but so much else is
-// read up to some ten thousand cells that one look is faster.
 ggml_sketch_format llama_path_format(const llama_path_shape & s, const ggml_sketch_format & chosen) {
     if (chosen.n_k4 + chosen.n_k2 + chosen.n_k1 == 0) {
         const int32_t n_k = std::max<int32_t>(1, s.n_embd_head_k/64), n_v = std::max<int32_t>(1, s.n_embd_head_v/64);
-        if (s.on_cpu && !s.softcap && s.n_cells >= two_looks_cells) {
-            return { 4*n_k, 40*n_k, 0, 0, 16*n_v, n_k };
-        }
         return { 4*n_k, 12*n_k, 24*n_k, 0, 16*n_v, 0 };
     }
     ggml_sketch_format format = chosen;
