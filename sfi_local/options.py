@@ -110,7 +110,7 @@ def sketch_options(command: Callable) -> Callable:
     return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2[:N]",
                         help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
                              "[default: 4,12,24:0,16 per 64 values of a head]. With N, on CPUs, N times 4 bytes of K are read of every "
-                             "cell, the rest only of cells that seem to matter: 4,40,0:0,16:1 reads least.")(command)
+                             "cell, the rest only of cells that seem to matter: 4,40,0:0,16:2 reads less and is as near.")(command)
 
 
 def fidelity_option(command: Callable) -> Callable:
@@ -134,7 +134,7 @@ def _sketch_bits(ctx: click.Context, option: click.Parameter, text: str | None) 
         return None
     match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}):(\d{1,3}),(\d{1,3})(?::(\d{1,2}))?", text.strip())
     if not match:
-        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 or 4,40,0:0,16:1 (components of K with "
+        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 or 4,40,0:0,16:2 (components of K with "
                          f"4, 2 and 1 bits, of V with 4 and 2, and how many times 4 bytes of K are read of every cell).")
     return dict(zip(SKETCH_BITS, (int(n or 0) for n in match.groups())))
 

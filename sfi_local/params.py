@@ -38,7 +38,8 @@ class SfiParams:
     n_slow_queries: ... of which a slow step takes the last n: its own costs nothing, more do; tokens, 1 .. 64
     pool_after, pool_before: an important cell also brings this many cells after and before it; cells
     tolerance:  sketch: cells are attended to exactly if their share of the scanned attention times the expected error of their
-                logit (in nats) is larger, n_selected at most; 0: n_selected cells
+                logit (in nats) is larger, n_selected at most; 0: n_selected cells. This is the mean: a head whose output the
+                sketch changes more, compared with how far it is from the mean of V, has a smaller one
     max_tail_mass: sketch: after a fast step that left more of the attention to the sketch, in the mean over all heads, the next
                 step is slow and the sketch is fitted anew to the latest queries; a share, 0: never
     sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 4, 12, 24 per 64 values of a head

@@ -90,7 +90,8 @@ struct sfi_params {
     int32_t pool_before; /* ... and before it */
 
     /* SFI_POLICY_SKETCH: cells are attended to exactly if their share of the scanned attention times the expected error of
-     * their logit is larger, n_selected of them at most; 0: n_selected cells */
+     * their logit is larger, n_selected of them at most; 0: n_selected cells. This is the mean over all heads: those whose
+     * outputs the sketch changes more have a smaller one, by the fit */
     float   tolerance;
 
     /* SFI_POLICY_SKETCH: after a fast step whose tail_mass was larger, the next step is slow and the sketch is fitted anew

@@ -214,18 +214,25 @@ void run_codes(const sketch_layout & l, int group, const uint8_t * block, int n,
     }
 }
 
+// By value, and the bounds in registers: what is written might be any of these, as far as the compiler knows.
 template <class B, int N> // 0: any number of heads
-SFI_INLINE int64_t filter_heads(const filtered & from, int64_t n, int any, const float * bound, float threshold, int32_t offset, const filtered & to) {
+SFI_INLINE int64_t filter_heads(const filtered from, int64_t n, int any, const float * bound, float threshold, int32_t offset, const filtered to) {
     using F = typename B::F;
     const int n_heads = N ? N : any;
+    typename F::V less[N ? N : 1];
+    for (int h = 0; h < N; ++h) {
+        less[h] = F::set1(-bound[h]);
+    }
+    const auto above = [&](int h, int64_t i) { return F::add(F::load(from.t + h*from.ld + i), N ? less[h] : F::set1(-bound[h])); };
+    const typename F::V limit = F::set1(threshold);
     int64_t m = 0;
     for (int64_t i = 0; i < n; i += F::W) {
-        typename F::V most = F::add(F::load(from.t + i), F::set1(-bound[0]));
+        typename F::V most = above(0, i);
         for (int h = 1; h < n_heads; ++h) {
-            most = F::max(most, F::add(F::load(from.t + h*from.ld + i), F::set1(-bound[h])));
+            most = F::max(most, above(h, i));
         }
         const uint32_t lanes = n - i < F::W ? (1u << (n - i)) - 1 : UINT32_MAX;
-        const uint32_t hits  = F::ge(most, F::set1(threshold)) & lanes;
+        const uint32_t hits  = F::ge(most, limit) & lanes;
         if (hits == 0) { // most vectors, where there are many cells
             continue;
         }
