@@ -14,6 +14,9 @@ constexpr int sketch_plane          = 64;  // bytes
 constexpr int sketch_max_components = 256; // of K, and of V
 constexpr int sketch_mean_cells     = 8192; // a second look needs a share that is measured by the mean share of so many at most
 
+// bits of component j, of which the first n4 have 4, the next n2 have 2 and the rest 1
+inline int sketch_bits(int64_t j, int64_t n4, int64_t n2) { return j < n4 ? 4 : j < n4 + n2 ? 2 : 1; }
+
 // Some bits of every byte of one plane. K: byte 4*i + r has component 4*g + r of cell i, for the g-th field.
 // V: byte 4*d + r has component 16*g + d of cell 4*s + r, for the fields [g][s].
 struct sketch_field {
@@ -41,7 +44,7 @@ struct sketch_layout {
         int bit = 0; // of the four bytes of a cell, each byte's
         n_k_fields = 0;
         for (int j = 0; j < n_k; j += 4) {
-            const int bits = j < f.n_k4 ? 4 : j < f.n_k4 + f.n_k2 ? 2 : 1;
+            const int bits = sketch_bits(j, f.n_k4, f.n_k2);
             if (bit % 8 == 0) {
                 k_first[bit/8] = n_k_fields;
             }

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <thread>
 
 static constexpr int32_t max_rows   = 2048; // of K and V that a fit looks at, evenly spread over the text
@@ -158,37 +159,43 @@ bool llama_support::fit_rows(llama_context & lctx, uint32_t s, int32_t il, const
     return true;
 }
 
-void llama_support::fit_layer(uint32_t s, int32_t il, const layer_rows & rows) {
+// Returns how much each KV head needs exact cells, compared with others.
+std::vector<float> llama_support::fit_layer(uint32_t s, int32_t il, const layer_rows & rows) {
     auto & layer = layers[il];
     const int64_t d_k = layer.n_embd_k, d_v = layer.n_embd_v;
     const int64_t n_head_kv = layer.n_head_kv, n_embd_q = layer.queries->ne[0];
     const int64_t group = n_embd_q/d_k/n_head_kv;
 
-    std::vector<float> basis(layer.basis->ne[0]);
+    std::vector<float> basis(layer.basis->ne[0]), need;
     for (int64_t h = 0; h < n_head_kv; ++h) {
         const auto k = head_of(rows.k, d_k*n_head_kv, d_k, h, 1), v = head_of(rows.v, d_v*n_head_kv, d_v, h, 1);
         const auto q = head_of(rows.q, n_embd_q, d_k, h*group, group);
         layer.logit_error[s*n_head_kv + h] = llama_sketch_fit(k, v, q, d_k, d_v, layer.format, basis.data())*layer.kq_scale;
         const float error = llama_sketch_output_error(k, v, q, d_k, d_v, layer.format, basis.data(), group, layer.kq_scale);
-        layer.need[s*n_head_kv + h] = std::sqrt(std::sqrt(std::max(error, least_error)));
+        need.push_back(std::sqrt(std::sqrt(std::max(error, least_error))));
         ggml_backend_tensor_set(layer.basis, basis.data(), (s*n_head_kv + h)*layer.basis->nb[1], layer.basis->nb[1]);
     }
+    return need;
 }
 
-// The tolerance is that of a head with the mean need. If the error of a head falls as the square of its tolerance and its exact
-// cells grow as the inverse, the cube root of the error is best; as the estimate is a rough one, a smaller power is.
-void llama_support::spread_tolerance(uint32_t s) {
+// need: of each layer's heads, none where it has no sketch. The tolerance is that of a head with the mean need. If the error of a head
+// falls as the square of its tolerance and its exact cells grow as the inverse, the cube root of the error is best; as the estimate is
+// a rough one, a smaller power is.
+void llama_support::spread_tolerance(uint32_t s, const std::vector<std::vector<float>> & need) {
     double sum = 0.0, n = 0.0;
-    for (const auto & layer : layers) {
-        for (int64_t h = 0; layer.codes && h < layer.n_head_kv; ++h, ++n) {
-            sum += layer.need[s*layer.n_head_kv + h];
-        }
+    for (const auto & of_layer : need) {
+        sum = std::accumulate(of_layer.begin(), of_layer.end(), sum);
+        n += of_layer.size();
     }
-    for (const auto & layer : layers) {
-        for (int64_t h = 0; layer.codes && h < layer.n_head_kv; ++h) {
-            const float tolerance = params.tolerance*(float) (sum/n)/layer.need[s*layer.n_head_kv + h];
-            const float least     = tolerance/std::max(layer.logit_error[s*layer.n_head_kv + h], 1e-6f);
-            ggml_backend_tensor_set(layer.least, &least, s*layer.least->nb[1] + h*sizeof(float), sizeof(float));
+    for (size_t il = 0; il < need.size(); ++il) {
+        const auto & layer = layers[il];
+        std::vector<float> least;
+        for (size_t h = 0; h < need[il].size(); ++h) {
+            const float tolerance = params.tolerance*(float) (sum/n)/need[il][h];
+            least.push_back(tolerance/std::max(layer.logit_error[s*layer.n_head_kv + h], 1e-6f));
+        }
+        if (!least.empty()) {
+            ggml_backend_tensor_set(layer.least, least.data(), s*layer.least->nb[1], least.size()*sizeof(float));
         }
     }
 }
@@ -214,6 +221,7 @@ bool llama_support::fit(llama_context & lctx, uint32_t s) {
     }
     const size_t n_threads = std::max(1, lctx.get_cparams().n_threads_batch);
     std::vector<layer_rows> rows(n_threads);
+    std::vector<std::vector<float>> need(layers.size());
     for (size_t begin = 0; begin < todo.size(); begin += n_threads) {
         const size_t n_now = std::min(n_threads, todo.size() - begin);
         std::vector<std::thread> helpers;
@@ -223,14 +231,14 @@ bool llama_support::fit(llama_context & lctx, uint32_t s) {
             }
         }
         for (size_t i = 1; i < n_now; ++i) {
-            helpers.emplace_back([&, i] { fit_layer(s, todo[begin + i], rows[i]); });
+            helpers.emplace_back([&, i] { need[todo[begin + i]] = fit_layer(s, todo[begin + i], rows[i]); });
         }
-        fit_layer(s, todo[begin], rows[0]);
+        need[todo[begin]] = fit_layer(s, todo[begin], rows[0]);
         for (auto & helper : helpers) {
             helper.join();
         }
     }
-    spread_tolerance(s);
+    spread_tolerance(s, need);
     return true;
 }
 

@@ -178,7 +178,6 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
     layer.least  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_head_kv, n_stream);
     layer.logit_error.assign(n_head_kv*n_stream, 0.0f);
-    layer.need.assign(n_head_kv*n_stream, 1.0f);
 }
 
 // What every fast step with a sketch says of itself lies together, so that a device is asked once for all of its layers.

@@ -94,7 +94,6 @@ struct llama_support_layer {
     ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
     ggml_tensor * looked    = nullptr; // I32 [n_head_kv, 1, n_stream]: cells that were looked at again; null: one look
     std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
-    std::vector<float> need;           // [n_stream*n_head_kv]: of exact cells, compared with other heads, from the fit
     // path portable
     ggml_tensor * compact_k = nullptr; // [n_embd_head_k, n_compact, n_head_kv, n_stream], and the same of V
     ggml_tensor * compact_v = nullptr;
@@ -251,8 +250,8 @@ private:
     std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted);
     bool    fit(llama_context & lctx, uint32_t stream);
     bool    fit_rows(llama_context & lctx, uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries, layer_rows & out);
-    void    fit_layer(uint32_t stream, int32_t il, const layer_rows & rows);
-    void    spread_tolerance(uint32_t stream);
+    std::vector<float> fit_layer(uint32_t stream, int32_t il, const layer_rows & rows);
+    void    spread_tolerance(uint32_t stream, const std::vector<std::vector<float>> & need);
     bool    encode(llama_context & lctx, uint32_t stream, int32_t from, int32_t to);
     ggml_tensor * encode_layer(ggml_context * ctx, uint32_t stream, int32_t il, ggml_tensor * cells);
     int64_t list_size() const;

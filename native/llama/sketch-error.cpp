@@ -1,5 +1,7 @@
 #include "sketch-error.h"
 
+#include "sketch.h"
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -8,8 +10,6 @@ namespace {
 
 constexpr int64_t exact_part = 50; // one row of so many is exact
 constexpr int64_t some_rows  = 24; // of queries are enough
-
-int bits_of(int64_t j, int32_t n4, int32_t n2) { return j < n4 ? 4 : j < n4 + n2 ? 2 : 1; }
 
 // rows less their mean, [n, n_embd]
 std::vector<float> centred(const llama_sketch_rows & rows, int64_t n_embd, const float * mean) {
@@ -55,7 +55,7 @@ std::vector<float> codes_of(const std::vector<float> & x, int64_t n_embd, int64_
     for (int64_t j = 0; j < n_components; ++j) {
         float * code = &codes[j*n];
         combine(enc + j*n_embd, x.data(), n_embd, n, code);
-        const float centre = 0.5f*(float) ((1 << bits_of(j, n4, n2)) - 1);
+        const float centre = 0.5f*(float) ((1 << sfi::sketch_bits(j, n4, n2)) - 1);
         for (int64_t r = 0; r < n; ++r) {
             code[r] = std::clamp(std::nearbyint(code[r] + centre), 0.0f, 2.0f*centre) - centre;
         }
@@ -91,11 +91,10 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
     if (n == 0 || q.n == 0) {
         return 0.0f;
     }
-    const float * mean_k = basis,          * enc_k = mean_k + n_embd_k, * dec_k = enc_k + n_k*n_embd_k;
-    const float * mean_v = dec_k + n_k*n_embd_k, * enc_v = mean_v + n_embd_v, * dec_v = enc_v + n_v*n_embd_v;
-    const auto k_columns = transposed(centred(k, n_embd_k, mean_k), n, n_embd_k), v_rows = centred(v, n_embd_v, mean_v);
-    const auto k_codes = codes_of(k_columns, n_embd_k, n, enc_k, n_k, format.n_k4, format.n_k2);
-    const auto v_codes = transposed(codes_of(transposed(v_rows, n, n_embd_v), n_embd_v, n, enc_v, n_v, format.n_v4, format.n_v2), n_v, n);
+    const auto of_k = sfi::sketch_basis::at(basis, n_k, n_embd_k), of_v = sfi::sketch_basis::at(basis + (1 + 2*n_k)*n_embd_k, n_v, n_embd_v);
+    const auto k_columns = transposed(centred(k, n_embd_k, of_k.mean), n, n_embd_k), v_rows = centred(v, n_embd_v, of_v.mean);
+    const auto k_codes = codes_of(k_columns, n_embd_k, n, of_k.enc, n_k, format.n_k4, format.n_k2);
+    const auto v_codes = transposed(codes_of(transposed(v_rows, n, n_embd_v), n_embd_v, n, of_v.enc, n_v, format.n_v4, format.n_v2), n_v, n);
 
     double error = 0.0, size = 0.0;
     std::vector<float> query(n_embd_k), by_code(n_k), exact(n), sketched(n), order(n), rest(n), o(n_embd_v), o_exact(n_embd_v), z(n_v), off(n_embd_v);
@@ -108,7 +107,7 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
         for (int64_t j = 0; j < n_k; ++j) {
             by_code[j] = 0.0f;
             for (int64_t c = 0; c < n_embd_k; ++c) {
-                by_code[j] += dec_k[j*n_embd_k + c]*query[c];
+                by_code[j] += of_k.dec[j*n_embd_k + c]*query[c];
             }
         }
         combine(query.data(), k_columns.data(), n_embd_k, n, exact.data()); // less q . mean_k, like the sketched ones
@@ -131,7 +130,7 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
         combine(exact.data(),    v_rows.data(),  n, n_embd_v, o.data());
         combine(sketched.data(), v_rows.data(),  n, n_embd_v, o_exact.data());
         combine(rest.data(),     v_codes.data(), n, n_v, z.data());
-        combine(z.data(), dec_v, n_v, n_embd_v, off.data());
+        combine(z.data(), of_v.dec, n_v, n_embd_v, off.data());
         for (int64_t c = 0; c < n_embd_v; ++c) {
             off[c] += o_exact[c] - o[c];
         }

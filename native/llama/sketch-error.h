@@ -4,8 +4,8 @@
 
 #include "sketch-fit.h"
 
-// Mean of |o' - o|^2 over the mean of |o - mean_v|^2, for some of the queries q, `group` rows a token: o is attention over the rows k and v, o' the same with
-// a fiftieth of the rows, the best by their sketched logits, exact and the others as the sketch has them.
+// Mean of |o' - o|^2 over the mean of |o - mean_v|^2, for some of the queries q, `group` rows a token: o is attention over the rows
+// k and v, o' the same with a fiftieth of the rows, the best by their sketched logits, exact and the others as the sketch has them.
 //
 // It says how much a head needs exact cells, compared with other heads. Errors that are small beside V, but not beside the output,
 // matter: a head that averages over much of the text gives little else than the mean, and what follows is made for that.

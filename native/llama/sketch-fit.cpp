@@ -1,5 +1,7 @@
 #include "sketch-fit.h"
 
+#include "sketch.h"
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -218,10 +220,6 @@ quantiser quantiser_of(int bits) {
     }
 }
 
-int bits_of_k(const ggml_sketch_format & f, int64_t j) {
-    return j < f.n_k4 ? 4 : j < f.n_k4 + f.n_k2 ? 2 : 1;
-}
-
 // a floor for components that the rows hardly have: their codes are the middle, and nothing is divided by 0
 double step_of(double variance, double largest, int bits) {
     return quantiser_of(bits).step*std::sqrt(std::max(variance, 1e-12*largest + 1e-30));
@@ -275,8 +273,8 @@ float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v,
             error += std::max(values[j], 0.0);
             continue;
         }
-        const double step = step_of(values[j], values[0], bits_of_k(format, j));
-        error += quantiser_of(bits_of_k(format, j)).error*std::max(values[j], 0.0);
+        const double step = step_of(values[j], values[0], sfi::sketch_bits(j, format.n_k4, format.n_k2));
+        error += quantiser_of(sfi::sketch_bits(j, format.n_k4, format.n_k2)).error*std::max(values[j], 0.0);
         const double * uj = &u[j*n];
         std::vector<double> x(uj, uj + n);  // solves L^T x = u_j
         for (int64_t i = n - 1; i >= 0; --i) {
