@@ -462,15 +462,24 @@ def log_sum_exp(x):
     return top + np.log(np.exp(x - top).sum()) if top > -np.inf else -np.inf
 
 
-def sketch_score(x):
-    """Logits of the heads of a group [group, n_list] -> the log of a cell's mean softmax, [n_list]"""
-    p = np.array([row - log_sum_exp(row) if row.max() > -np.inf else row for row in np.asarray(x, np.float64)])
+def sketch_score(x, others=()):
+    """Logits of the heads of a group [group, n_list] -> the log of a cell's mean softmax, [n_list]
+
+    others: of each head the log-sum-exp of the logits of cells that are not in x, but that the softmax is over as well
+    """
+    p = np.array([row - lse for row, lse in zip(np.asarray(x, np.float64), _all_cells(x, others))])
     return np.array([log_sum_exp(column) for column in p.T]) - np.log(len(p))
 
 
-def sketch_share(x):
-    """Logits [group, n_list] -> the largest softmax of each cell among the heads of the group, [n_list]"""
-    return np.max([np.exp(row - log_sum_exp(row)) if row.max() > -np.inf else np.zeros(len(row)) for row in np.asarray(x, np.float64)], axis=0)
+def sketch_share(x, others=()):
+    """The same, but the largest softmax of each cell among the heads of the group, [n_list]"""
+    return np.max([np.exp(row - lse) for row, lse in zip(np.asarray(x, np.float64), _all_cells(x, others))], axis=0)
+
+
+def _all_cells(x, others):
+    """Log-sum-exps of a group; 0 where there is no cell, whose logits then are -inf."""
+    lse = [np.logaddexp(log_sum_exp(np.asarray(row, np.float64)), other) for row, other in zip(x, others or [-np.inf] * len(x))]
+    return [t if t > -np.inf else 0.0 for t in lse]
 
 
 def sketch_select(x, n_selected, least=None, seed=0):

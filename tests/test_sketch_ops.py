@@ -241,12 +241,13 @@ class Scan:
                 if is_unsure:
                     assert np.isfinite(x[0][row[row >= 0]]).all()
                     continue
+                off += min(100, max(self.others_off(h, np.logaddexp(ref.log_sum_exp(x_h), o)) for h, x_h, o in zip(heads, x, others)))
             if c.least:
-                check_least(row, x, self.least[h_kv], off)
+                check_least(row, x, self.least[h_kv], off, others)
             elif c.n_different:
                 np.testing.assert_array_equal(np.sort(row), np.sort(ref.sketch_select(x[None], c.n_selected)[0]))
             else:
-                check_best(row, ref.sketch_score(x), off)
+                check_best(row, ref.sketch_score(x, others), off)
             for h, x_h, others_h in zip(heads, x, others):
                 self.check_tail(h, x_h, row[row >= 0], tail[h], others_h)
 
@@ -280,9 +281,9 @@ def check_best(selected, score, off):
         assert np.all(score[~is_selected] <= worst + off)
 
 
-def check_least(selected, x, least, off):
+def check_least(selected, x, least, off, others=()):
     """The best cells of a share of `least` or more, up to what shares may be off."""
-    share, score, cells = ref.sketch_share(x), ref.sketch_score(x), selected[selected >= 0]
+    share, score, cells = ref.sketch_share(x, others), ref.sketch_score(x, others), selected[selected >= 0]
     surely, perhaps = share >= least * np.exp(2 * off), share >= least * np.exp(-2 * off)
     assert len(set(cells)) == len(cells) and perhaps[cells].all()
     assert min(surely.sum(), len(selected)) <= len(cells) <= perhaps.sum()

@@ -251,9 +251,9 @@ GGML_API struct ggml_tensor * ggml_sketch_encode(
 // these. Without such cells: zeros and -INFINITY; also if their share is below 2^-20. Weights may be rounded to 2^-21 of
 // the largest among 256 cells, be it selected or not, and to 2^-15 of it for V. A format without components of V gives its mean.
 //
-// With n_first > 0 all this is of the cells that are looked at again. The first look takes the same sum over the components of the
+// With n_first > 0 only cells that are looked at again can be selected. The first look takes the same sum over the components of the
 // first planes alone; a cell is looked at again if its share by that is at least second_look/min(n_used, 8192) in one head of the
-// group. All others join the tail by their weights of the first look. With u their share of the tail, their V is taken to be
+// group. All others keep their logits of the first look, in shares as in the tail. With u their share of the tail, their V is taken to be
 // 1 - u times that of the rest of the tail and u times the mean of the basis. Their sum may be off by 2^-18 of that of all
 // weights of the first look. There is no soft cap then.
 GGML_API struct ggml_tensor * ggml_sketch_scan(

@@ -2,6 +2,7 @@
 
 #include "sketch-simd.h"
 
+#include <cfloat>
 #include <cmath>
 
 namespace sfi {
@@ -51,8 +52,34 @@ SFI_INLINE void add_plane(typename B::Q (* q)[M], const typename B::P * plane, c
     }
 }
 
-template <class B, int N, int M>
-SFI_INLINE void some_logits(const sketch_layout & l, const uint8_t * block, const projected * p, float * t) {
+template <class F>
+SFI_INLINE float total(typename F::V x) {
+    float lanes[F::W], sum = 0.0f;
+    F::store(lanes, x);
+    for (int i = 0; i < F::W; ++i) {
+        sum += lanes[i];
+    }
+    return sum;
+}
+
+// what is summed up while logits are at hand: nothing ...
+struct no_sums {
+    template <class V> SFI_INLINE void add(int, V) {}
+};
+
+// ... or powers of them, and the largest
+template <class F, int N>
+struct power_sums {
+    typename F::V shift[N], most[N], sum[N];
+
+    SFI_INLINE void add(int h, typename F::V x) {
+        most[h] = F::max(most[h], x);
+        sum[h]  = F::add(sum[h], F::exp2(F::add(x, shift[h])));
+    }
+};
+
+template <class B, int N, int M, class S>
+SFI_INLINE void some_logits(const sketch_layout & l, const uint8_t * block, const projected * p, float * t, int64_t ld, S & sums) {
     using F = typename B::F;
     typename B::A sum[N][M];
     typename B::Q q[N][M];
@@ -93,33 +120,47 @@ SFI_INLINE void some_logits(const sketch_layout & l, const uint8_t * block, cons
             }
             SFI_UNROLL
             for (int i = 0; i < sketch_cells/F::W; ++i) {
-                F::store(t + h*ld_t + m*sketch_cells + i*F::W,
-                         F::fma(F::set1(p[h].factor), B::to_float(sum[h][m], i), F::set1(p[h].base)));
+                const typename F::V x = F::fma(F::set1(p[h].factor), B::to_float(sum[h][m], i), F::set1(p[h].base));
+                F::store(t + h*ld + m*sketch_cells + i*F::W, x);
+                sums.add(h, x);
             }
         }
     }
 }
 
-template <class B, int N>
-void run_logits(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t) {
+template <class B, int N, class S>
+SFI_INLINE void all_logits(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld, S & sums) {
     const int n_blocks = n/sketch_cells;
     int b = 0;
     for (; b + B::M <= n_blocks; b += B::M) {
-        some_logits<B, N, B::M>(l, block + b*l.block_bytes(), p, t + b*sketch_cells);
+        some_logits<B, N, B::M>(l, block + b*l.block_bytes(), p, t + b*sketch_cells, ld, sums);
     }
     for (; b < n_blocks; ++b) {
-        some_logits<B, N, 1>(l, block + b*l.block_bytes(), p, t + b*sketch_cells);
+        some_logits<B, N, 1>(l, block + b*l.block_bytes(), p, t + b*sketch_cells, ld, sums);
     }
 }
 
-template <class F>
-SFI_INLINE float total(typename F::V x) {
-    float lanes[F::W], sum = 0.0f;
-    F::store(lanes, x);
-    for (int i = 0; i < F::W; ++i) {
-        sum += lanes[i];
+template <class B, int N>
+void run_logits(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld) {
+    no_sums none;
+    all_logits<B, N>(l, block, n, p, t, ld, none);
+}
+
+template <class B, int N>
+void run_summed(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld, const float * shift, powers * out) {
+    using F = typename B::F;
+    power_sums<F, N> sums;
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        sums.shift[h] = F::set1(-shift[h]);
+        sums.most[h]  = F::set1(-INFINITY);
+        sums.sum[h]   = F::zero();
     }
-    return sum;
+    all_logits<B, N>(l, block, n, p, t, ld, sums);
+    SFI_UNROLL
+    for (int h = 0; h < N; ++h) {
+        out[h] = { F::hmax(sums.most[h]), total<F>(sums.sum[h]) };
+    }
 }
 
 template <class B>
@@ -379,26 +420,31 @@ void cells_again(const sketch_layout & l, const uint8_t * records, const int32_t
 }
 
 template <class B>
-float shares(float * t, int64_t n, float log2_sum) {
+float shares(const float * t, int64_t n, float log2_sum, float * out) {
     using F = typename B::F;
     const typename F::V shift = F::set1(-log2_sum);
     typename F::V sum = F::zero();
     for (int64_t i = 0; i < n; i += F::W) {
         const typename F::V x = F::exp2(F::add(F::load(t + i), shift));
-        F::store(t + i, x);
+        F::store(out + i, x);
         sum = F::add(sum, x);
     }
     return total<F>(sum);
 }
 
-template <class B>
-powers powers_of(const float * t, int64_t n) {
-    using F = typename B::F;
+template <class F>
+SFI_INLINE float largest(const float * t, int64_t n) {
     typename F::V most = F::load(t);
     for (int64_t i = F::W; i < n; i += F::W) {
         most = F::max(most, F::load(t + i));
     }
-    const float top = F::hmax(most);
+    return F::hmax(most);
+}
+
+template <class B>
+powers powers_of(const float * t, int64_t n) {
+    using F = typename B::F;
+    const float top = largest<F>(t, n);
     if (top == -INFINITY) {
         return { top, 0.0f };
     }
@@ -415,13 +461,20 @@ powers powers_of(const float * t, int64_t n) {
     return { top, total<F>(F::add(sum[0], sum[1])) };
 }
 
+template <class B>
+powers weights_of(const float * t, int64_t n, float * out) {
+    const float top = largest<typename B::F>(t, n);
+    return { top, shares<B>(t, n, std::max(top, -FLT_MAX), out) };
+}
+
 template <class B> kernels kernels_of() {
     return {
         { run_logits<B, 1>, run_logits<B, 2>, run_logits<B, 3>, run_logits<B, 4> },
+        { run_summed<B, 1>, run_summed<B, 2>, run_summed<B, 3>, run_summed<B, 4> },
         { run_codes <B, 1>, run_codes <B, 2>, run_codes <B, 3>, run_codes <B, 4> },
         { cells_codes<B, 1>, cells_codes<B, 2>, cells_codes<B, 3>, cells_codes<B, 4> },
         { cells_again<B, 1>, cells_again<B, 2>, cells_again<B, 3>, cells_again<B, 4> },
-        weigh<B>, filter<B>, exp2_of<B>, shares<B>, powers_of<B>,
+        weigh<B>, filter<B>, exp2_of<B>, shares<B>, powers_of<B>, weights_of<B>,
     };
 }
 

@@ -12,8 +12,6 @@ namespace scan {
 
 constexpr int     run_cells   = 256;
 constexpr int64_t chunk_cells = 4*run_cells;
-constexpr int64_t span_chunks = 8;        // that a thread scans before it looks for candidates in them: they fit the second-level cache
-constexpr int64_t ld_t        = span_chunks*chunk_cells + 80; // rows of logits, not a power of two apart
 constexpr int64_t ahead_cells = 64;       // of prefetching records
 constexpr int     max_heads   = 4;        // of a kernel
 constexpr float   log2_one    = 21.9999f; // a weight of 1 as an integer: 256 of them fit 31 bits, and 1/64 of it 16 bits
@@ -30,8 +28,13 @@ struct run_sum {
     int32_t weight, of_v;
 };
 
-// For n cells, a multiple of 16; logits in rows of ld_t, weights in rows of 4*run_cells:
-using logits_fn = void (*)(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t);
+// For n cells, a multiple of 16; logits in rows of ld, weights in rows of 4*run_cells:
+using logits_fn = void (*)(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld);
+// (largest t, sum of 2^(t - it)) of n, padded to a vector
+struct powers { float top, sum; };
+using powers_fn = powers (*)(const float * t, int64_t n);
+// logits, and of each head (largest t, sum of 2^(t - shift)); no t may be more than 100 above the shift
+using summed_fn = void (*)(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld, const float * shift, powers * sum);
 // integers 2^(t - top + log2_one), 1/64 of them, rounded, as split() writes these, and the sums of both
 using weigh_fn  = void (*)(const float * t, int n, uint8_t * weights, run_sum & sum);
 // sums over a group of value codes, less centre_j, times the smaller integers, to rows of out [n_heads, n_v]
@@ -55,14 +58,14 @@ using exp2_fn   = void (*)(const float * t, const float * shift, int64_t n, floa
 
 // t += what the second look adds, from the records of single cells; n a multiple of 16
 using again_fn  = void (*)(const sketch_layout & l, const uint8_t * records, const int32_t * cell, int64_t n, const projected * p, float * t, int64_t ld);
-// t = 2^(t - log2_sum); returns the sum over n, padded to a vector
-using share_fn  = float (*)(float * t, int64_t n, float log2_sum);
-// (largest t, sum of 2^(t - it)) of n, padded to a vector
-struct powers { float top, sum; };
-using powers_fn = powers (*)(const float * t, int64_t n);
+// out = 2^(t - log2_sum); returns the sum over n, padded to a vector
+using share_fn  = float (*)(const float * t, int64_t n, float log2_sum, float * out);
+// powers, each of which goes to out
+using weights_fn = powers (*)(const float * t, int64_t n, float * out);
 
 struct kernels {
     logits_fn logits[max_heads];
+    summed_fn summed[max_heads];
     codes_fn  codes [max_heads];
     cells_fn  cells [max_heads];
     again_fn  again [max_heads];
@@ -71,6 +74,7 @@ struct kernels {
     exp2_fn   exp2;
     share_fn  share;
     powers_fn powers;
+    weights_fn weights;
 };
 
 kernels kernels_for(simd path);

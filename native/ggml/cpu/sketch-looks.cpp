@@ -2,8 +2,8 @@
 //
 //   pass 1  project the queries of a group onto the basis; per chunk: logits from the first planes, their sum, and the cells
 //           that may be worth a second look
-//   pass 2  per chunk: those that are, by the sums of all chunks; their logits from all planes, and the sum of these
-//   pass 3  per KV head: the selected cells, and the sums over V of the others that were looked at again; decode once
+//   pass 2  per chunk: those that are, by the sums of all chunks; their logits from all planes, the sum of these and the sums over V
+//   pass 3  per KV head: the selected cells, which are taken out of the sums again; decode once
 //
 // Everything is summed up in chunks, in their order, so nothing depends on how these are shared out. Logits are kept as base-2
 // logarithms. Only pass 1 touches every cell.
@@ -23,7 +23,19 @@ namespace scan {
 
 namespace {
 
-constexpr powers none = { -INFINITY, 0.0f };
+constexpr powers  none = { -INFINITY, 0.0f };
+constexpr float   least_unseen = 1.0f/(1 << 19);
+constexpr int64_t span_logits = 1 << 18; // of a thread, before it looks for candidates in them: they fit the second-level cache
+
+// The more of a head's cells are known, the fewer seem worth a second look.
+int64_t span_chunks(const task & a) {
+    return std::clamp<int64_t>(span_logits/(a.group*chunk_cells), 8, a.ld/chunk_cells);
+}
+
+// rows of logits of a span, not a power of two apart
+int64_t span_ld(const task & a) {
+    return span_chunks(a)*chunk_cells + 80;
+}
 
 // log2 of a sum of powers, put together from those of the parts
 struct log2_sum {
@@ -47,6 +59,7 @@ struct log2_sum {
 struct shared_rows {
     powers  * first, * again; // [n_head, ld/chunk_cells]: of the logits of each look
     float   * kept;           // [n_head, ld/chunk_cells]: share by the first look of the cells that are looked at again
+    float   * v;              // [n_head, ld/chunk_cells, n_v]: sums of their codes times 2^(logit - top of `again`)
     int32_t * n, * begin;     // [n_head_kv, ld/chunk_cells]: how many these are; where they lie in the rows of cell and t
     int32_t * cell;           // [n_head_kv, ld]: the cells, close together, as they are few and pages many
     float   * t;              // [n_head, ld]: their logits
@@ -56,6 +69,7 @@ struct shared_rows {
         from.take(first, a.n_head*n_chunks);
         from.take(again, a.n_head*n_chunks);
         from.take(kept,  a.n_head*n_chunks);
+        from.take(v,     a.n_head*n_chunks*a.l.n_v);
         from.take(n,     a.n_head_kv*n_chunks);
         from.take(begin, a.n_head_kv*n_chunks);
         from.take(cell,  a.n_head_kv*a.ld + max_vector);
@@ -67,12 +81,16 @@ struct shared_rows {
 struct own_rows {
     float     * q;            // [group, n_embd_k]
     float     * products;     // [group, n_k + 1, padded]
-    projected * p;            // [group]
+    projected * p;            // [n_head]: of the KV heads that this thread has chunks of
     log2_sum  * seen;         // [group]: of all chunks of this KV head so far
-    float     * bound, * lse, * lse_first; // [group]
-    float     * t;            // [group, ld_t]: of a span
+    float     * bound, * lse_first; // [group]
+    log2_sum  * again;        // [group]: of all cells that were looked at again
+    float     * others;       // [group]: share by the first look of all other cells
+    float     * lse;          // [group]: of all cells
+    float     * t;            // [group, span_ld]: of a span
     uint16_t  * skipped;      // a bit per cell
     int32_t   * order;        // [chunk_cells]: 0, 1, 2 ...
+    float     * w;            // [group, ld_w]: weights of cells of a chunk, then of the selected cells
     // pass 3
     int32_t   * place;        // [ld]: of the cells that may be selected, among those that were looked at again
     float     * chosen;       // [group, ld]: their logits
@@ -82,17 +100,22 @@ struct own_rows {
     float     * weight;       // [group]
     float     * sums;         // [max_heads, 16]
 
+    static int64_t ld_w(const task & a) { return std::max(chunk_cells, (int64_t) GGML_PAD(a.n_selected, max_vector)) + 16; }
+
     own_rows(const task & a, arena & from) {
         from.take(q,         a.group*a.q->ne[0]);
         from.take(products,  a.group*GGML_PAD(a.l.n_k + 1, max_vector));
-        from.take(p,         a.group);
+        from.take(p,         a.n_head);
         from.take(seen,      a.group);
         from.take(bound,     a.group);
-        from.take(lse,       a.group);
         from.take(lse_first, a.group);
-        from.take(t,         a.group*ld_t);
+        from.take(again,     a.group);
+        from.take(others,    a.group);
+        from.take(lse,       a.group);
+        from.take(t,         a.group*span_ld(a));
         from.take(skipped,   a.ld/16);
         from.take(order,     chunk_cells);
+        from.take(w,         a.group*ld_w(a));
         from.take(place,     a.ld + max_vector);
         from.take(chosen,    a.group*a.ld + max_vector);
         from.take(z,         a.ld + max_vector);
@@ -109,12 +132,12 @@ struct worker {
     const shared_rows & all;
     const own_rows      own;
     const tile_ops      ops;
-    const int64_t       n_used, n_chunks;
+    const int64_t       n_used, n_chunks, ld_t, ld_w;
     const float         least_first; // log2 of the share that is worth a second look
 
     worker(const task & a, const kernels & f, const shared_rows & all, const own_rows & own, bool use_ref) :
             a(a), f(f), all(all), own(own), ops(tile_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, use_ref)),
-            n_used(a.n_used()), n_chunks((n_used + chunk_cells - 1)/chunk_cells),
+            n_used(a.n_used()), n_chunks((n_used + chunk_cells - 1)/chunk_cells), ld_t(span_ld(a)), ld_w(own_rows::ld_w(a)),
             least_first(a.second_look > 0.0f ? std::log2(a.second_look/(float) std::clamp<int64_t>(n_used, 1, sketch_mean_cells)) : -FLT_MAX) {
         std::iota(own.order, own.order + chunk_cells, 0);
     }
@@ -123,50 +146,76 @@ struct worker {
     int64_t begin_of(int64_t h_kv, int64_t chunk) const { return all.begin[chunk_of(h_kv, chunk)]; }
     int32_t * cells_of (int64_t h_kv, int64_t chunk) const { return all.cell + h_kv*a.ld + begin_of(h_kv, chunk); }
     float   * logits_of(int64_t h,    int64_t chunk) const { return all.t + h*a.ld + begin_of(h/a.group, chunk); }
-    float   log2_of(const powers * x, int64_t h) const;
+    projected * of_group(int64_t h_kv) const { return own.p + h_kv*a.group; }
+    float   * sums_of(int64_t h, int64_t chunk) const { return all.v + chunk_of(h, chunk)*a.l.n_v; }
+    log2_sum sum_of(const powers * x, int64_t h) const;
 
+    void    look_at_chunk(int64_t h_kv, int64_t c, int n, float * t) const;
     int64_t look_at_span(int64_t h_kv, int64_t first, int64_t last, int64_t to) const;
     void    find_candidates(int64_t h_kv, int64_t chunk, float * t, int64_t to) const;
     void    look(int64_t first, int64_t last) const;
 
     void    keep(int64_t h_kv, int64_t chunk) const;
+    void    add_values(int64_t h_kv, const int32_t * cell, int64_t n, int64_t g, int n_heads, const float * w, float * to, float sign) const;
     void    look_again_at(int64_t h_kv, int64_t chunk) const;
     void    look_again(int64_t first, int64_t last) const;
 
-    int64_t select(int64_t h_kv) const;
-    void    add_tail(int64_t h_kv, int64_t chunk, const int32_t * selected, int64_t n_selected) const;
     float   unseen(int64_t h) const;
+    void    add_up(int64_t h_kv) const;
+    int64_t select(int64_t h_kv) const;
+    void    take_out(int64_t h_kv, int64_t n) const;
     void    write(int64_t h) const;
     void    finish(int64_t h_kv) const;
 };
 
-float worker::log2_of(const powers * x, int64_t h) const {
+log2_sum worker::sum_of(const powers * x, int64_t h) const {
     log2_sum sum;
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         sum.add(x[chunk_of(h, chunk)]);
     }
-    return sum.value();
+    return sum;
 }
 
 // ---- pass 1 ------------------------------------------------------------------------------------------------------------
+
+// The logits of a chunk, and their powers. These are summed while the logits are at hand, relative to the largest that was seen so far;
+// not where that is unknown or far off, nor where cells are left out.
+void worker::look_at_chunk(int64_t h_kv, int64_t c, int n, float * t) const {
+    const uint8_t * block = a.codes_of(h_kv) + c/sketch_cells*a.l.block_bytes();
+    const bool at_once = own.seen[0].sum > 0.0f && std::all_of(own.skipped + c/16, own.skipped + (c + n)/16, [](uint16_t bits) { return bits == 0; });
+    for (int64_t g = 0; g < a.group; g += max_heads) {
+        const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
+        if (!at_once) {
+            f.logits[n_heads - 1](a.l, block, n, of_group(h_kv) + g, t + g*ld_t, ld_t);
+            continue;
+        }
+        powers sum[max_heads];
+        for (int i = 0; i < n_heads; ++i) {
+            own.bound[i] = own.seen[g + i].top;
+        }
+        f.summed[n_heads - 1](a.l, block, n, of_group(h_kv) + g, t + g*ld_t, ld_t, own.bound, sum);
+        for (int i = 0; i < n_heads; ++i) {
+            const float above = sum[i].top - own.bound[i];
+            all.first[chunk_of(h_kv*a.group + g + i, c/chunk_cells)] = std::fabs(above) < 60.0f
+                ? powers { sum[i].top, sum[i].sum*std::exp2(-above) } : f.powers(t + (g + i)*ld_t, n);
+        }
+    }
+    if (!at_once) {
+        hide_skipped(own.skipped, c, n, a.group, t, ld_t);
+    }
+    for (int64_t g = 0; g < a.group; ++g) {
+        powers & sum = all.first[chunk_of(h_kv*a.group + g, c/chunk_cells)];
+        sum = at_once ? sum : f.powers(t + g*ld_t, n);
+        own.seen[g].add(sum);
+    }
+}
 
 // Some chunks: first all sums, so that few of their cells seem worth a second look; these go to the rows from `to` on. Returns where
 // they end.
 int64_t worker::look_at_span(int64_t h_kv, int64_t first, int64_t last, int64_t to) const {
     const int64_t begin = first*chunk_cells, end = std::min(last*chunk_cells, (int64_t) GGML_PAD(n_used, sketch_cells));
     for (int64_t c = begin; c < end; c += chunk_cells) {
-        const int n = (int) std::min(chunk_cells, end - c);
-        const uint8_t * block = a.codes_of(h_kv) + c/sketch_cells*a.l.block_bytes();
-        float * t = own.t + c - begin;
-        for (int64_t g = 0; g < a.group; g += max_heads) {
-            f.logits[std::min<int64_t>(a.group - g, max_heads) - 1](a.l, block, n, own.p + g, t + g*ld_t);
-        }
-        hide_skipped(own.skipped, c, n, a.group, t);
-        for (int64_t g = 0; g < a.group; ++g) {
-            powers & sum = all.first[chunk_of(h_kv*a.group + g, c/chunk_cells)];
-            sum = f.powers(t + g*ld_t, n);
-            own.seen[g].add(sum);
-        }
+        look_at_chunk(h_kv, c, (int) std::min(chunk_cells, end - c), own.t + c - begin);
     }
     for (int64_t chunk = first; chunk < last; ++chunk) {
         find_candidates(h_kv, chunk, own.t + chunk*chunk_cells - begin, to);
@@ -199,11 +248,11 @@ void worker::look(int64_t first, int64_t last) const {
     mark_skipped(a, n_used, own.skipped);
     for (int64_t i = first; i < last; ) {
         const int64_t h_kv = i/n_chunks, end = std::min(last, (h_kv + 1)*n_chunks);
-        project(a, h_kv, ops, own.q, own.products, own.p);
+        project(a, h_kv, ops, own.q, own.products, of_group(h_kv));
         std::fill(own.seen, own.seen + a.group, log2_sum());
         int64_t to = i % n_chunks*chunk_cells; // what comes before may be of another thread
-        for (; i < end; i = std::min(i + span_chunks, end)) {
-            to = look_at_span(h_kv, i % n_chunks, std::min(i + span_chunks, end) - h_kv*n_chunks, to);
+        for (const int64_t n = span_chunks(a); i < end; i = std::min(i + n, end)) {
+            to = look_at_span(h_kv, i % n_chunks, std::min(i + n, end) - h_kv*n_chunks, to);
         }
     }
 }
@@ -227,6 +276,19 @@ void worker::keep(int64_t h_kv, int64_t chunk) const {
     }
 }
 
+// Adds to rows of n_v, or takes away, the codes of V of single cells times rows of weights.
+void worker::add_values(int64_t h_kv, const int32_t * cell, int64_t n, int64_t g, int n_heads, const float * w, float * to, float sign) const {
+    const int64_t ld = to == own.v + g*a.l.n_v ? a.l.n_v : a.ld/chunk_cells*a.l.n_v;
+    for (int j = 0; j < a.l.n_v_groups; ++j) {
+        f.cells[n_heads - 1](a.l, j, a.records_of(h_kv), cell, n, w, ld_w, own.sums);
+        for (int i = 0; i < n_heads; ++i) {
+            for (int d = 0; d < sketch_cells; ++d) {
+                to[i*ld + sketch_cells*j + d] += sign*own.sums[sketch_cells*i + d];
+            }
+        }
+    }
+}
+
 void worker::look_again_at(int64_t h_kv, int64_t chunk) const {
     const int64_t n = GGML_PAD(all.n[chunk_of(h_kv, chunk)], sketch_cells);
     const int32_t * cell = cells_of(h_kv, chunk);
@@ -234,21 +296,24 @@ void worker::look_again_at(int64_t h_kv, int64_t chunk) const {
     for (int64_t g = 0; g < a.group; ++g) {
         const powers sum = n > 0 ? f.powers(t + g*a.ld, n) : none;
         all.kept[chunk_of(h_kv*a.group + g, chunk)] = sum.sum > 0.0f ? sum.sum*std::exp2(sum.top - own.lse_first[g]) : 0.0f;
+        all.again[chunk_of(h_kv*a.group + g, chunk)] = none;
+        std::fill_n(sums_of(h_kv*a.group + g, chunk), a.l.n_v, 0.0f);
     }
     for (int64_t g = 0; g < a.group && n > 0; g += max_heads) {
-        f.again[std::min<int64_t>(a.group - g, max_heads) - 1](a.l, a.records_of(h_kv), cell, n, own.p + g, t + g*a.ld, a.ld);
-    }
-    for (int64_t g = 0; g < a.group; ++g) {
-        all.again[chunk_of(h_kv*a.group + g, chunk)] = n > 0 ? f.powers(t + g*a.ld, n) : none;
+        const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
+        f.again[n_heads - 1](a.l, a.records_of(h_kv), cell, n, of_group(h_kv) + g, t + g*a.ld, a.ld);
+        for (int64_t h = h_kv*a.group + g, i = 0; i < n_heads; ++i) {
+            all.again[chunk_of(h + i, chunk)] = f.weights(t + (g + i)*a.ld, n, own.w + (g + i)*ld_w);
+        }
+        add_values(h_kv, cell, all.n[chunk_of(h_kv, chunk)], g, n_heads, own.w + g*ld_w, sums_of(h_kv*a.group + g, chunk), 1.0f);
     }
 }
 
 void worker::look_again(int64_t first, int64_t last) const {
     for (int64_t i = first; i < last; ) {
         const int64_t h_kv = i/n_chunks, end = std::min(last, (h_kv + 1)*n_chunks);
-        project(a, h_kv, ops, own.q, own.products, own.p);
         for (int64_t g = 0; g < a.group; ++g) {
-            own.lse_first[g] = log2_of(all.first, h_kv*a.group + g);
+            own.lse_first[g] = sum_of(all.first, h_kv*a.group + g).value();
             own.bound[g]     = std::max(own.lse_first[g] + least_first, -FLT_MAX);
         }
         keep(h_kv, i % n_chunks);
@@ -263,68 +328,80 @@ void worker::look_again(int64_t first, int64_t last) const {
 
 // ---- pass 3 ------------------------------------------------------------------------------------------------------------
 
-// The places of the selected cells, ascending, in own.place; returns how many.
-int64_t worker::select(int64_t h_kv) const {
-    const float least = a.least ? std::log2(a.least[h_kv]) : -FLT_MAX;
-    int64_t n = 0;
-    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
-        n += f.filter({ own.order, logits_of(h_kv*a.group, chunk), a.ld, nullptr }, all.n[chunk_of(h_kv, chunk)], (int) a.group, own.lse,
-                      least, (int32_t) begin_of(h_kv, chunk), { own.place + n, own.chosen + n, a.ld, own.z + n });
-    }
-    const choice best = { own.place, own.chosen, a.ld, a.group, own.z, own.key, own.lse };
-    return best.keep_best(n, a.n_selected);
-}
-
-// The cells of a chunk that were looked at again, but not selected: their shares, and with these the sums over V.
-void worker::add_tail(int64_t h_kv, int64_t chunk, const int32_t * selected, int64_t n_selected) const {
-    const int64_t n = all.n[chunk_of(h_kv, chunk)], n_pad = GGML_PAD(n, sketch_cells);
-    const int32_t * cell = cells_of(h_kv, chunk);
-    for (int64_t i = 0; i < n_selected; ++i) {
-        for (int64_t g = 0; g < a.group; ++g) {
-            all.t[(h_kv*a.group + g)*a.ld + selected[i]] = -INFINITY;
-        }
-    }
-    for (int64_t g = 0; g < a.group; g += max_heads) {
-        const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
-        float * t = logits_of(h_kv*a.group + g, chunk);
-        for (int i = 0; i < n_heads; ++i) {
-            own.weight[g + i] += f.share(t + i*a.ld, n_pad, std::max(own.lse[g + i], -FLT_MAX));
-        }
-        for (int j = 0; j < a.l.n_v_groups; ++j) {
-            f.cells[n_heads - 1](a.l, j, a.records_of(h_kv), cell, n, t, a.ld, own.sums);
-            for (int i = 0; i < n_heads; ++i) {
-                for (int d = 0; d < sketch_cells; ++d) {
-                    own.v[(g + i)*a.l.n_v + sketch_cells*j + d] += own.sums[sketch_cells*i + d];
-                }
-            }
-        }
-    }
-}
-
-// the share by the first look of the cells that were not looked at again
+// The share by the first look of the cells that were not looked at again; 0 if it may be nothing but rounding errors, lest these outweigh
+// cells that mattered less than the first look said.
 float worker::unseen(int64_t h) const {
     float rest = 1.0f;
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         rest -= all.kept[chunk_of(h, chunk)];
     }
-    return std::max(rest, 0.0f);
+    return rest > least_unseen ? rest : 0.0f;
+}
+
+// The sums of all chunks. Weights are relative to the top of `again`.
+void worker::add_up(int64_t h_kv) const {
+    std::fill(own.v, own.v + a.group*a.l.n_v, 0.0f);
+    for (int64_t g = 0; g < a.group; ++g) {
+        const int64_t h = h_kv*a.group + g;
+        own.lse_first[g] = sum_of(all.first, h).value();
+        own.again[g]     = sum_of(all.again, h);
+        own.weight[g]    = own.again[g].sum;
+        own.others[g]    = unseen(h);
+        log2_sum sum = own.again[g];
+        sum.add({ own.lse_first[g], own.others[g] });
+        own.lse[g] = sum.value();
+        for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+            const powers & x = all.again[chunk_of(h, chunk)];
+            const float scale = x.sum > 0.0f ? std::exp2(x.top - own.again[g].top) : 0.0f;
+            for (int j = 0; j < a.l.n_v && scale > 0.0f; ++j) {
+                own.v[g*a.l.n_v + j] += scale*sums_of(h, chunk)[j];
+            }
+        }
+    }
+}
+
+// The selected cells, ascending, in own.place, and their logits in own.chosen; returns how many.
+int64_t worker::select(int64_t h_kv) const {
+    const float least = a.least ? std::log2(a.least[h_kv]) : -FLT_MAX;
+    int64_t n = 0;
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+        n += f.filter({ cells_of(h_kv, chunk), logits_of(h_kv*a.group, chunk), a.ld, nullptr }, all.n[chunk_of(h_kv, chunk)], (int) a.group, own.lse,
+                      least, 0, { own.place + n, own.chosen + n, a.ld, own.z + n });
+    }
+    const choice best = { own.place, own.chosen, a.ld, a.group, own.z, own.key, own.lse };
+    return best.keep_best(n, a.n_selected);
+}
+
+// What the n selected cells gave.
+void worker::take_out(int64_t h_kv, int64_t n) const {
+    const int64_t n_pad = GGML_PAD(n, max_vector);
+    for (int64_t g = 0; g < a.group && n > 0; g += max_heads) {
+        const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
+        for (int64_t i = g; i < g + n_heads; ++i) {
+            float * t = own.chosen + i*a.ld;
+            std::fill(t + n, t + n_pad, -INFINITY);
+            own.weight[i] -= f.share(t, n_pad, std::max(own.again[i].top, -FLT_MAX), own.w + i*ld_w);
+        }
+        add_values(h_kv, own.place, n, g, n_heads, own.w + g*ld_w, own.v + g*a.l.n_v, -1.0f);
+    }
 }
 
 void worker::write(int64_t h) const {
     const int64_t g = h % a.group;
     float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1]);
-    const float top = std::max(own.lse[g], own.lse_first[g]); // weights are relative to 2^top
-    const float weight = own.weight[g]*std::exp2(own.lse[g] - top), others = unseen(h)*std::exp2(own.lse_first[g] - top);
+    const float top = std::max(own.again[g].top, own.lse_first[g]); // weights are relative to 2^top
+    const float kept = std::max(own.weight[g], 0.0f);
+    const float weight = kept > 0.0f ? kept*std::exp2(own.again[g].top - top) : 0.0f, others = own.others[g]*std::exp2(own.lse_first[g] - top);
     if (!(weight + others > std::exp2(log2_no_tail))) {
         std::fill(out, out + a.n_embd_v, 0.0f);
         out[a.n_embd_v] = -INFINITY;
         return;
     }
-    const float of_others = others/(weight + others), known = weight > 0.0f ? (1.0f - of_others*of_others)/own.weight[g] : 0.0f;
+    const float of_others = others/(weight + others), known = kept > 0.0f ? (1.0f - of_others*of_others)/kept : 0.0f;
     const auto basis = sketch_basis::of_v(a.basis, h/a.group, a.l.n_v, a.n_embd_v);
     std::copy(basis.mean, basis.mean + a.n_embd_v, out);
     for (int j = 0; j < a.l.n_v; ++j) {
-        const float z = known*(own.v[g*a.l.n_v + j] - 0.5f*(float) a.l.v[j/sketch_cells][0].mask*own.weight[g]);
+        const float z = known*(own.v[g*a.l.n_v + j] - 0.5f*(float) a.l.v[j/sketch_cells][0].mask*kept);
         for (int64_t i = 0; i < a.n_embd_v; ++i) {
             out[i] += z*basis.dec[j*a.n_embd_v + i];
         }
@@ -333,24 +410,16 @@ void worker::write(int64_t h) const {
 }
 
 void worker::finish(int64_t h_kv) const {
-    for (int64_t g = 0; g < a.group; ++g) {
-        own.lse[g]       = log2_of(all.again, h_kv*a.group + g);
-        own.lse_first[g] = log2_of(all.first, h_kv*a.group + g);
-    }
+    add_up(h_kv);
     const int64_t n = select(h_kv);
     int32_t * selected = a.selected_of(h_kv), n_looked = 0;
-    std::fill(own.v, own.v + a.group*a.l.n_v, 0.0f);
-    std::fill(own.weight, own.weight + a.group, 0.0f);
-    for (int64_t chunk = 0, i = 0; chunk < n_chunks; ++chunk) {
-        const int64_t begin = i;
-        for (; i < n && own.place[i] < begin_of(h_kv, chunk) + all.n[chunk_of(h_kv, chunk)]; ++i) {
-            selected[i] = all.cell[h_kv*a.ld + own.place[i]];
-        }
-        add_tail(h_kv, chunk, own.place + begin, i - begin);
+    std::copy(own.place, own.place + n, selected);
+    std::fill(selected + n, selected + a.n_selected, -1);
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         n_looked += all.n[chunk_of(h_kv, chunk)];
     }
-    std::fill(selected + n, selected + a.n_selected, -1);
     *(int32_t *) ((char *) a.dst->src[7]->data + h_kv*a.dst->src[7]->nb[0]) = n_looked;
+    take_out(h_kv, n);
     for (int64_t h = h_kv*a.group; h < (h_kv + 1)*a.group; ++h) {
         write(h);
     }

@@ -30,6 +30,9 @@ namespace {
 
 using exp_constants::log2e;
 
+constexpr int64_t span_chunks = 8; // that a thread scans before it looks for candidates in them: they fit the second-level cache
+constexpr int64_t ld_t        = span_chunks*chunk_cells + 80; // rows of logits, not a power of two apart
+
 // 2^x for an integer x < 128 or -INFINITY
 float power_of_two(float x) {
     const uint32_t bits = x < -126.0f ? 0 : (uint32_t) ((int32_t) x + 127) << 23;
@@ -165,12 +168,12 @@ static void cap(float * t, int n, float softcap) {
 void worker::scan_run(int64_t h_kv, int64_t c, int n, float * t) const {
     const uint8_t * block = a.codes_of(h_kv) + c/sketch_cells*a.l.block_bytes();
     for (int64_t g = 0; g < a.group; g += max_heads) {
-        f.logits[std::min<int64_t>(a.group - g, max_heads) - 1](a.l, block, n, own.p + g, t + g*ld_t);
+        f.logits[std::min<int64_t>(a.group - g, max_heads) - 1](a.l, block, n, own.p + g, t + g*ld_t, ld_t);
     }
     for (int64_t g = 0; g < a.group && a.softcap > 0.0f; ++g) {
         cap(t + g*ld_t, n, a.softcap);
     }
-    hide_skipped(own.skipped, c, n, a.group, t);
+    hide_skipped(own.skipped, c, n, a.group, t, ld_t);
 
     for (int64_t g = 0; g < a.group; g += max_heads) {
         const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);

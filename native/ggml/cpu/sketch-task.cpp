@@ -61,11 +61,11 @@ void mark_skipped(const task & a, int64_t n_used, uint16_t * skipped) {
     }
 }
 
-void hide_skipped(const uint16_t * skipped, int64_t c, int n, int64_t group, float * t) {
+void hide_skipped(const uint16_t * skipped, int64_t c, int n, int64_t group, float * t, int64_t ld) {
     for (int b = 0; b < n/16; ++b) {
         for (uint32_t bits = skipped[c/16 + b], i = 16*b; bits != 0; bits >>= 1, ++i) {
             for (int64_t g = 0; g < group && bits & 1; ++g) {
-                t[g*ld_t + i] = -INFINITY;
+                t[g*ld + i] = -INFINITY;
             }
         }
     }

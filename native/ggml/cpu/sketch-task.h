@@ -52,8 +52,8 @@ void project(const task & a, int64_t h_kv, const tile_ops & ops, float * q, floa
 // a bit for each cell that is left out, 16 cells a word; also for those behind the last that is in use, up to the end of its block
 void mark_skipped(const task & a, int64_t n_used, uint16_t * skipped);
 
-// those of the n cells from c on get logits of -INFINITY, in rows of ld_t
-void hide_skipped(const uint16_t * skipped, int64_t c, int n, int64_t group, float * t);
+// those of the n cells from c on get logits of -INFINITY, in rows of ld
+void hide_skipped(const uint16_t * skipped, int64_t c, int n, int64_t group, float * t, int64_t ld);
 
 // the cells of one KV head that may be selected, each with its logits in the heads of the group: rows of t [group, ld]
 struct choice {
