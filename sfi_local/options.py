@@ -109,8 +109,8 @@ def sketch_options(command: Callable) -> Callable:
                                 f"the mean share of the attention [default: {_DEFAULT.second_look:g}].")(command)
     return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2[:N]",
                         help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
-                             "[default: 4,12,24:0,16 per 64 values of a head]. With N, on CPUs, N times 4 bytes of K are read of every "
-                             "cell, the rest only of cells that seem to matter: 4,40,0:0,16:2 reads less and is as near.")(command)
+                             "[default: per 64 values of a head 4,40,0:0,16 on CPUs, half of K first, 4,12,24:0,16 elsewhere]. With N, on "
+                             "CPUs, N times 4 bytes of K are read of every cell, the rest only of cells that seem to matter.")(command)
 
 
 def fidelity_option(command: Callable) -> Callable:

@@ -16,8 +16,6 @@ ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
     return dev;
 }
 
-// K: as many bits as the head has values, V: half as many; 1/21 of F16. Chosen by the divergence from dense decoding at equal
-// bytes: of the bits of K many go to weak components, those of V hardly matter, and exact cells are worth more than either.
 // The sketch operations of a layer, on tensors without data.
 static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml_sketch_format & format, ggml_tensor * q, ggml_tensor * k,
                                                     ggml_tensor * v, ggml_tensor * cells) {
@@ -48,13 +46,20 @@ static std::string lacking(ggml_backend_dev_t dev, const std::vector<ggml_tensor
     return text;
 }
 
-ggml_sketch_format llama_path_format(const llama_path_shape & s, const ggml_sketch_format & chosen) {
-    if (chosen.n_k4 + chosen.n_k2 + chosen.n_k1 == 0) {
+// Chosen by the divergence from dense decoding at equal bytes: of the bits of K many go to weak components, those of V hardly matter,
+// and exact cells are worth more than either. Two looks: K has 3/2 bits for each value of the head, every step reads half of them, 1/32
+// of F16, or a little less; with a third alone, cells were missed where code repeats itself. One look: K has a bit for each value. Both: V
+// half a bit.
+ggml_sketch_format llama_path_format(const llama_path_shape & s, const llama_support_params & p) {
+    ggml_sketch_format format = p.format;
+    if (format.n_k4 + format.n_k2 + format.n_k1 == 0) {
         const int32_t n_k = std::max<int32_t>(1, s.n_embd_head_k/64), n_v = std::max<int32_t>(1, s.n_embd_head_v/64);
+        if (s.on_cpu && p.tolerance > 0.0f && !s.softcap) {
+            return { 4*n_k, 40*n_k, 0, 0, 16*n_v, (3*n_k + 1)/2 };
+        }
         return { 4*n_k, 12*n_k, 24*n_k, 0, 16*n_v, 0 };
     }
-    ggml_sketch_format format = chosen;
-    format.n_first = s.softcap ? 0 : chosen.n_first;
+    format.n_first = s.softcap ? 0 : format.n_first;
     return format;
 }
 
@@ -74,7 +79,7 @@ static std::vector<ggml_tensor *> native_operations(ggml_context * c, const llam
     ggml_tensor * stability = ggml_support_stability(c, evidence, cells, plan, selected, selected);
     std::vector<ggml_tensor *> ops = { attn, evidence, selected, stability };
     if (p.policy == LLAMA_SUPPORT_SKETCH) {
-        const auto more = sketch_operations(c, llama_path_format(s, p.format), last, k, v, cells);
+        const auto more = sketch_operations(c, llama_path_format(s, p), last, k, v, cells);
         ops.insert(ops.end(), more.begin(), more.end());
     }
     return ops;

@@ -81,8 +81,9 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
 
 static llama_path_shape shape_of(const llama_model & model, const llama_kv_cache & kv, int32_t il) {
     const auto & hparams = model.hparams;
+    const ggml_backend_dev_t dev = llama_path_device(kv.get_k_storage(il)->buffer);
     return { hparams.n_head(il), hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), kv.type_k(), kv.type_v(),
-        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap };
+        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap, dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU };
 }
 
 llama_support_path llama_support::path_of(const llama_model & model, int32_t il, const llama_support_params & p, std::string * lacks) const {
@@ -173,7 +174,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     first.s0 = first.s1 = 0;
     layer.v = kv->get_v(scratch.get(), il, kv->get_size(), first)->view_src;
 
-    layer.format = llama_path_format(shape_of(model, *kv, il), params.format);
+    layer.format = llama_path_format(shape_of(model, *kv, il), params);
     layer.codes  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  16*ggml_sketch_cell_bytes(&layer.format), n_blocks, n_head_kv*n_stream);
     layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
     layer.least  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_head_kv, n_stream);
