@@ -147,12 +147,12 @@ void run_logits(const sketch_layout & l, const uint8_t * block, int n, const pro
 }
 
 template <class B, int N>
-void run_summed(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld, const float * shift, powers * out) {
+void run_summed(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld, powers * out) {
     using F = typename B::F;
     power_sums<F, N> sums;
     SFI_UNROLL
     for (int h = 0; h < N; ++h) {
-        sums.shift[h] = F::set1(-shift[h]);
+        sums.shift[h] = F::set1(-p[h].most);
         sums.most[h]  = F::set1(-INFINITY);
         sums.sum[h]   = F::zero();
     }

@@ -17,10 +17,10 @@ constexpr int     max_heads   = 4;        // of a kernel
 constexpr float   log2_one    = 21.9999f; // a weight of 1 as an integer: 256 of them fit 31 bits, and 1/64 of it 16 bits
 
 // A query against the codes: log2 of exp(logit) = base + factor * sum_j w_j code_j; the second of two looks adds `again` and
-// the sum over the components of the further planes.
+// the sum over the components of the further planes. most: none is larger, by the first look.
 struct projected {
     int8_t w[sketch_max_components];
-    float  factor, base, again;
+    float  factor, base, again, most;
 };
 
 struct run_sum {
@@ -33,8 +33,8 @@ using logits_fn = void (*)(const sketch_layout & l, const uint8_t * block, int n
 // (largest t, sum of 2^(t - it)) of n, padded to a vector
 struct powers { float top, sum; };
 using powers_fn = powers (*)(const float * t, int64_t n);
-// logits, and of each head (largest t, sum of 2^(t - shift)); no t may be more than 100 above the shift
-using summed_fn = void (*)(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld, const float * shift, powers * sum);
+// logits, and of each head (largest t, sum of 2^(t - p.most))
+using summed_fn = void (*)(const sketch_layout & l, const uint8_t * block, int n, const projected * p, float * t, int64_t ld, powers * sum);
 // integers 2^(t - top + log2_one), 1/64 of them, rounded, as split() writes these, and the sums of both
 using weigh_fn  = void (*)(const float * t, int n, uint8_t * weights, run_sum & sum);
 // sums over a group of value codes, less centre_j, times the smaller integers, to rows of out [n_heads, n_v]

@@ -178,11 +178,11 @@ log2_sum worker::sum_of(const powers * x, int64_t h) const {
 
 // ---- pass 1 ------------------------------------------------------------------------------------------------------------
 
-// The logits of a chunk, and their powers. These are summed while the logits are at hand, relative to the largest that was seen so far;
-// not where that is unknown or far off, nor where cells are left out.
+// The logits of a chunk, and their powers: summed while the logits are at hand, relative to what none can exceed, but where that is far off
+// or cells are left out.
 void worker::look_at_chunk(int64_t h_kv, int64_t c, int n, float * t) const {
     const uint8_t * block = a.codes_of(h_kv) + c/sketch_cells*a.l.block_bytes();
-    const bool at_once = own.seen[0].sum > 0.0f && std::all_of(own.skipped + c/16, own.skipped + (c + n)/16, [](uint16_t bits) { return bits == 0; });
+    const bool at_once = std::all_of(own.skipped + c/16, own.skipped + (c + n)/16, [](uint16_t bits) { return bits == 0; });
     for (int64_t g = 0; g < a.group; g += max_heads) {
         const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
         if (!at_once) {
@@ -190,14 +190,11 @@ void worker::look_at_chunk(int64_t h_kv, int64_t c, int n, float * t) const {
             continue;
         }
         powers sum[max_heads];
+        f.summed[n_heads - 1](a.l, block, n, of_group(h_kv) + g, t + g*ld_t, ld_t, sum);
         for (int i = 0; i < n_heads; ++i) {
-            own.bound[i] = own.seen[g + i].top;
-        }
-        f.summed[n_heads - 1](a.l, block, n, of_group(h_kv) + g, t + g*ld_t, ld_t, own.bound, sum);
-        for (int i = 0; i < n_heads; ++i) {
-            const float above = sum[i].top - own.bound[i];
-            all.first[chunk_of(h_kv*a.group + g + i, c/chunk_cells)] = std::fabs(above) < 60.0f
-                ? powers { sum[i].top, sum[i].sum*std::exp2(-above) } : f.powers(t + (g + i)*ld_t, n);
+            const float below = of_group(h_kv)[g + i].most - sum[i].top;
+            all.first[chunk_of(h_kv*a.group + g + i, c/chunk_cells)] = below < 90.0f
+                ? powers { sum[i].top, sum[i].sum*std::exp2(below) } : f.powers(t + (g + i)*ld_t, n);
         }
     }
     if (!at_once) {

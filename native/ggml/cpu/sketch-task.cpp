@@ -37,14 +37,18 @@ void project(const task & a, int64_t h_kv, const tile_ops & ops, float * q, floa
         }
         const float inverse = largest > 0.0f ? 127.0f/largest : 0.0f;
         int centre[2] = {}; // twice the sum over w_j centre_j, of the first planes and of the others
+        int most = 0;       // of the sum over w_j code_j of the first planes
         projected & to = p[g];
         for (int j = 0; j < a.l.n_k; ++j) {
             to.w[j] = (int8_t) lrintf(w[j]*inverse);
-            centre[a.l.k[j/4].plane >= a.l.first_planes] += to.w[j]*a.l.k_mask(j);
+            const bool later = a.l.k[j/4].plane >= a.l.first_planes;
+            centre[later] += to.w[j]*a.l.k_mask(j);
+            most += later ? 0 : std::max<int>(to.w[j], 0)*a.l.k_mask(j);
         }
         to.factor = unit*a.scale*(largest/127.0f);
         to.base   = unit*a.scale*w[a.l.n_k] - 0.5f*to.factor*(float) centre[0];
         to.again  = -0.5f*to.factor*(float) centre[1];
+        to.most   = to.base + to.factor*(float) most;
     }
 }
 
