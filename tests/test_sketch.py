@@ -144,6 +144,19 @@ def test_a_second_look_at_everything_is_one_look_in_two(opened, text, fine, twic
     np.testing.assert_allclose(logits(twice), logits(twice.replace(sketch_first=0)), rtol=0, atol=0.05)  # measured: 0.02, by roundings
 
 
+def test_by_default_half_of_k_is_looked_at_first_but_not_without_a_tolerance(opened, text):
+    from sfi_local import SfiParams
+
+    def logits(**changes):
+        context = opened(SfiParams(n_recent=16, n_selected=64, **changes))
+        context.prefill(text[:N])
+        return context.steps(text[N:N + 5])
+
+    of_v = {"sketch_v2": 16}
+    np.testing.assert_array_equal(logits(), logits(sketch_k4=4, sketch_k2=40, sketch_first=2, **of_v))
+    np.testing.assert_array_equal(logits(tolerance=0), logits(tolerance=0, sketch_k4=4, sketch_k2=12, sketch_k1=24, **of_v))
+
+
 def test_fewer_second_looks_read_less_and_what_is_left_still_weighs(opened, text, twice):
     dense, read, off = dense_logits(opened, text[:N + 20], 20), [], []
     for change in ({"second_look": 0.0}, {"second_look": 0.9}, {"second_look": 1.1}, {"second_look": 1.1, "sketch_v4": 0}):

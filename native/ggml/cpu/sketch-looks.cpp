@@ -92,7 +92,7 @@ struct own_rows {
     int32_t   * order;        // [chunk_cells]: 0, 1, 2 ...
     float     * w;            // [group, ld_w]: weights of cells of a chunk, then of the selected cells
     // pass 3
-    int32_t   * place;        // [ld]: of the cells that may be selected, among those that were looked at again
+    int32_t   * best;         // [ld]: the cells that may be selected
     float     * chosen;       // [group, ld]: their logits
     float     * z;            // [ld]
     uint32_t  * key;          // [ld]
@@ -116,7 +116,7 @@ struct own_rows {
         from.take(skipped,   a.ld/16);
         from.take(order,     chunk_cells);
         from.take(w,         a.group*ld_w(a));
-        from.take(place,     a.ld + max_vector);
+        from.take(best,      a.ld + max_vector);
         from.take(chosen,    a.group*a.ld + max_vector);
         from.take(z,         a.ld + max_vector);
         from.take(key,       a.ld);
@@ -156,7 +156,7 @@ struct worker {
     void    look(int64_t first, int64_t last) const;
 
     void    keep(int64_t h_kv, int64_t chunk) const;
-    void    add_values(int64_t h_kv, const int32_t * cell, int64_t n, int64_t g, int n_heads, const float * w, float * to, float sign) const;
+    void    add_values(int64_t h_kv, const int32_t * cell, int64_t n, int64_t g, int n_heads, float sign, float * to, int64_t ld) const;
     void    look_again_at(int64_t h_kv, int64_t chunk) const;
     void    look_again(int64_t first, int64_t last) const;
 
@@ -273,11 +273,10 @@ void worker::keep(int64_t h_kv, int64_t chunk) const {
     }
 }
 
-// Adds to rows of n_v, or takes away, the codes of V of single cells times rows of weights.
-void worker::add_values(int64_t h_kv, const int32_t * cell, int64_t n, int64_t g, int n_heads, const float * w, float * to, float sign) const {
-    const int64_t ld = to == own.v + g*a.l.n_v ? a.l.n_v : a.ld/chunk_cells*a.l.n_v;
+// Adds the codes of V of single cells, times their weights in the heads from g on and a sign, to rows of ld.
+void worker::add_values(int64_t h_kv, const int32_t * cell, int64_t n, int64_t g, int n_heads, float sign, float * to, int64_t ld) const {
     for (int j = 0; j < a.l.n_v_groups; ++j) {
-        f.cells[n_heads - 1](a.l, j, a.records_of(h_kv), cell, n, w, ld_w, own.sums);
+        f.cells[n_heads - 1](a.l, j, a.records_of(h_kv), cell, n, own.w + g*ld_w, ld_w, own.sums);
         for (int i = 0; i < n_heads; ++i) {
             for (int d = 0; d < sketch_cells; ++d) {
                 to[i*ld + sketch_cells*j + d] += sign*own.sums[sketch_cells*i + d];
@@ -302,7 +301,7 @@ void worker::look_again_at(int64_t h_kv, int64_t chunk) const {
         for (int64_t h = h_kv*a.group + g, i = 0; i < n_heads; ++i) {
             all.again[chunk_of(h + i, chunk)] = f.weights(t + (g + i)*a.ld, n, own.w + (g + i)*ld_w);
         }
-        add_values(h_kv, cell, all.n[chunk_of(h_kv, chunk)], g, n_heads, own.w + g*ld_w, sums_of(h_kv*a.group + g, chunk), 1.0f);
+        add_values(h_kv, cell, all.n[chunk_of(h_kv, chunk)], g, n_heads, 1.0f, sums_of(h_kv*a.group + g, chunk), sums_of(1, 0) - sums_of(0, 0));
     }
 }
 
@@ -357,16 +356,16 @@ void worker::add_up(int64_t h_kv) const {
     }
 }
 
-// The selected cells, ascending, in own.place, and their logits in own.chosen; returns how many.
+// The selected cells go to own.best, ascending, and their logits to own.chosen; returns how many.
 int64_t worker::select(int64_t h_kv) const {
     const float least = a.least ? std::log2(a.least[h_kv]) : -FLT_MAX;
     int64_t n = 0;
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         n += f.filter({ cells_of(h_kv, chunk), logits_of(h_kv*a.group, chunk), a.ld, nullptr }, all.n[chunk_of(h_kv, chunk)], (int) a.group, own.lse,
-                      least, 0, { own.place + n, own.chosen + n, a.ld, own.z + n });
+                      least, 0, { own.best + n, own.chosen + n, a.ld, own.z + n });
     }
-    const choice best = { own.place, own.chosen, a.ld, a.group, own.z, own.key, own.lse };
-    return best.keep_best(n, a.n_selected);
+    const choice candidates = { own.best, own.chosen, a.ld, a.group, own.z, own.key, own.lse };
+    return candidates.keep_best(n, a.n_selected);
 }
 
 // What the n selected cells gave.
@@ -379,7 +378,7 @@ void worker::take_out(int64_t h_kv, int64_t n) const {
             std::fill(t + n, t + n_pad, -INFINITY);
             own.weight[i] -= f.share(t, n_pad, std::max(own.again[i].top, -FLT_MAX), own.w + i*ld_w);
         }
-        add_values(h_kv, own.place, n, g, n_heads, own.w + g*ld_w, own.v + g*a.l.n_v, -1.0f);
+        add_values(h_kv, own.best, n, g, n_heads, -1.0f, own.v + g*a.l.n_v, a.l.n_v);
     }
 }
 
@@ -410,7 +409,7 @@ void worker::finish(int64_t h_kv) const {
     add_up(h_kv);
     const int64_t n = select(h_kv);
     int32_t * selected = a.selected_of(h_kv), n_looked = 0;
-    std::copy(own.place, own.place + n, selected);
+    std::copy(own.best, own.best + n, selected);
     std::fill(selected + n, selected + a.n_selected, -1);
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         n_looked += all.n[chunk_of(h_kv, chunk)];
