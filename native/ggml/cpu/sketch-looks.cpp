@@ -29,7 +29,7 @@ constexpr int64_t span_logits = 1 << 18; // of a thread, before it looks for can
 
 // The more of a head's cells are known, the fewer seem worth a second look.
 int64_t span_chunks(const task & a) {
-    return std::clamp<int64_t>(span_logits/(a.group*chunk_cells), 8, a.ld/chunk_cells);
+    return std::min(std::max<int64_t>(span_logits/(a.group*chunk_cells), 8), a.ld/chunk_cells);
 }
 
 // rows of logits of a span, not a power of two apart
@@ -182,28 +182,24 @@ log2_sum worker::sum_of(const powers * x, int64_t h) const {
 // or cells are left out.
 void worker::look_at_chunk(int64_t h_kv, int64_t c, int n, float * t) const {
     const uint8_t * block = a.codes_of(h_kv) + c/sketch_cells*a.l.block_bytes();
-    const bool at_once = std::all_of(own.skipped + c/16, own.skipped + (c + n)/16, [](uint16_t bits) { return bits == 0; });
+    const bool whole = std::all_of(own.skipped + c/16, own.skipped + (c + n)/16, [](uint16_t bits) { return bits == 0; });
     for (int64_t g = 0; g < a.group; g += max_heads) {
         const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
-        if (!at_once) {
-            f.logits[n_heads - 1](a.l, block, n, of_group(h_kv) + g, t + g*ld_t, ld_t);
-            continue;
-        }
+        const projected * p = of_group(h_kv) + g;
+        float * rows = t + g*ld_t;
         powers sum[max_heads];
-        f.summed[n_heads - 1](a.l, block, n, of_group(h_kv) + g, t + g*ld_t, ld_t, sum);
-        for (int i = 0; i < n_heads; ++i) {
-            const float below = of_group(h_kv)[g + i].most - sum[i].top;
-            all.first[chunk_of(h_kv*a.group + g + i, c/chunk_cells)] = below < 90.0f
-                ? powers { sum[i].top, sum[i].sum*std::exp2(below) } : f.powers(t + (g + i)*ld_t, n);
+        if (whole) {
+            f.summed[n_heads - 1](a.l, block, n, p, rows, ld_t, sum);
+        } else {
+            f.logits[n_heads - 1](a.l, block, n, p, rows, ld_t);
+            hide_skipped(own.skipped, c, n, n_heads, rows, ld_t);
         }
-    }
-    if (!at_once) {
-        hide_skipped(own.skipped, c, n, a.group, t, ld_t);
-    }
-    for (int64_t g = 0; g < a.group; ++g) {
-        powers & sum = all.first[chunk_of(h_kv*a.group + g, c/chunk_cells)];
-        sum = at_once ? sum : f.powers(t + g*ld_t, n);
-        own.seen[g].add(sum);
+        for (int i = 0; i < n_heads; ++i) {
+            const bool is_near = whole && p[i].most - sum[i].top < 90.0f;
+            powers & first = all.first[chunk_of(h_kv*a.group + g + i, c/chunk_cells)];
+            first = is_near ? powers { sum[i].top, sum[i].sum*std::exp2(p[i].most - sum[i].top) } : f.powers(rows + i*ld_t, n);
+            own.seen[g + i].add(first);
+        }
     }
 }
 
