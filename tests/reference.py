@@ -361,7 +361,9 @@ class Basis(NamedTuple):
     dec_v: np.ndarray
 
     def flat(self):
-        return np.concatenate([part.ravel() for part in self])
+        """As the operations take it: dec in F16, two values in the place of one."""
+        parts = [part.astype(np.float16).view(np.float32) if part is self.dec_k or part is self.dec_v else part for part in self]
+        return np.concatenate([part.ravel() for part in parts])
 
 
 CELLS, PLANE = 16, 64  # cells of a block, bytes of a plane: four for each cell of K, four for each component of V

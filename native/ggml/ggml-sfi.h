@@ -208,8 +208,9 @@ struct ggml_sketch_format {
 
 GGML_API int64_t ggml_sketch_cell_bytes (const struct ggml_sketch_format * format); // codes of one cell and KV head
 
-// The basis of one KV head, F32 in this order:
+// The basis of one KV head, in this order, F32 but for dec, which every step reads: F16, two values in the place of one
 //   mean_k [n_embd_k], enc_k [n_k, n_embd_k], dec_k [n_k, n_embd_k], mean_v [n_embd_v], enc_v [n_v, n_embd_v], dec_v [n_v, n_embd_v]
+// Its size is counted in floats.
 GGML_API int64_t ggml_sketch_basis_size(const struct ggml_sketch_format * format, int64_t n_embd_k, int64_t n_embd_v);
 
 // Writes the codes of some cells.

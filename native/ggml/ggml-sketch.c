@@ -15,7 +15,7 @@ int64_t ggml_sketch_cell_bytes(const struct ggml_sketch_format * f) {
 
 int64_t ggml_sketch_basis_size(const struct ggml_sketch_format * f, int64_t n_embd_k, int64_t n_embd_v) {
     const int64_t n_k = f->n_k4 + f->n_k2 + f->n_k1, n_v = f->n_v4 + f->n_v2;
-    return n_embd_k*(1 + 2*n_k) + n_embd_v*(1 + 2*n_v);
+    return n_embd_k*(1 + n_k + n_k/2) + n_embd_v*(1 + n_v + n_v/2);
 }
 
 static void assert_format(const struct ggml_sketch_format * f) {

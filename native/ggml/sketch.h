@@ -114,18 +114,20 @@ inline float sketch_second_look(const ggml_tensor * scan) {
 
 // mean, then the rows of enc and dec, [n, n_embd] each
 struct sketch_basis {
-    const float * mean, * enc, * dec;
+    const float       * mean, * enc;
+    const ggml_fp16_t * dec;
 
     // of K at the beginning of a head's basis, of V at its end
     static sketch_basis of_k(const ggml_tensor * basis, int64_t h, int64_t n, int64_t n_embd) {
         return at((const float *) basis->data + h*basis->ne[0], n, n_embd);
     }
     static sketch_basis of_v(const ggml_tensor * basis, int64_t h, int64_t n, int64_t n_embd) {
-        return at((const float *) basis->data + (h + 1)*basis->ne[0] - (1 + 2*n)*n_embd, n, n_embd);
+        return at((const float *) basis->data + (h + 1)*basis->ne[0] - size(n, n_embd), n, n_embd);
     }
     static sketch_basis at(const float * p, int64_t n, int64_t n_embd) {
-        return { p, p + n_embd, p + (1 + n)*n_embd };
+        return { p, p + n_embd, (const ggml_fp16_t *) (p + (1 + n)*n_embd) };
     }
+    static int64_t size(int64_t n, int64_t n_embd) { return (1 + n + n/2)*n_embd; } // in floats
 };
 
 } // namespace sfi

@@ -56,6 +56,11 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
     return true;
 }
 
+// what a step reads of a KV head's basis: means and decoding rows
+static int64_t decoding_bytes(const ggml_sketch_format & f, int64_t n_embd_k, int64_t n_embd_v) {
+    return n_embd_k*(4 + 2*(f.n_k4 + f.n_k2 + f.n_k1)) + n_embd_v*(4 + 2*(f.n_v4 + f.n_v2));
+}
+
 int64_t llama_support::sketch_bytes(uint32_t s) const {
     const auto & st = streams[s];
     int64_t size = 0;
@@ -63,7 +68,7 @@ int64_t llama_support::sketch_bytes(uint32_t s) const {
         const auto & layer = layers[il];
         if (layer.codes) {
             const int64_t cell = layer.format.n_first > 0 ? 4*layer.format.n_first : ggml_sketch_cell_bytes(&layer.format);
-            size += layer.n_head_kv*(st.n_used*cell + (int64_t) layer.basis->nb[1]/2); // decoding half
+            size += layer.n_head_kv*(st.n_used*cell + decoding_bytes(layer.format, layer.n_embd_k, layer.n_embd_v));
         }
     }
     return size;

@@ -11,6 +11,12 @@ namespace {
 constexpr int64_t exact_part = 50; // one row of so many is exact
 constexpr int64_t some_rows  = 24; // of queries are enough
 
+std::vector<float> floats(const ggml_fp16_t * x, int64_t n) {
+    std::vector<float> y(n);
+    ggml_fp16_to_fp32_row(x, y.data(), n);
+    return y;
+}
+
 // rows less their mean, [n, n_embd]
 std::vector<float> centred(const llama_sketch_rows & rows, int64_t n_embd, const float * mean) {
     std::vector<float> x(rows.data);
@@ -91,7 +97,8 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
     if (n == 0 || q.n == 0) {
         return 0.0f;
     }
-    const auto of_k = sfi::sketch_basis::at(basis, n_k, n_embd_k), of_v = sfi::sketch_basis::at(basis + (1 + 2*n_k)*n_embd_k, n_v, n_embd_v);
+    const auto of_k = sfi::sketch_basis::at(basis, n_k, n_embd_k), of_v = sfi::sketch_basis::at(basis + sfi::sketch_basis::size(n_k, n_embd_k), n_v, n_embd_v);
+    const auto dec_k = floats(of_k.dec, n_k*n_embd_k), dec_v = floats(of_v.dec, n_v*n_embd_v);
     const auto k_columns = transposed(centred(k, n_embd_k, of_k.mean), n, n_embd_k), v_rows = centred(v, n_embd_v, of_v.mean);
     const auto k_codes = codes_of(k_columns, n_embd_k, n, of_k.enc, n_k, format.n_k4, format.n_k2);
     const auto v_codes = transposed(codes_of(transposed(v_rows, n, n_embd_v), n_embd_v, n, of_v.enc, n_v, format.n_v4, format.n_v2), n_v, n);
@@ -107,7 +114,7 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
         for (int64_t j = 0; j < n_k; ++j) {
             by_code[j] = 0.0f;
             for (int64_t c = 0; c < n_embd_k; ++c) {
-                by_code[j] += of_k.dec[j*n_embd_k + c]*query[c];
+                by_code[j] += dec_k[j*n_embd_k + c]*query[c];
             }
         }
         combine(query.data(), k_columns.data(), n_embd_k, n, exact.data()); // less q . mean_k, like the sketched ones
@@ -130,7 +137,7 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
         combine(exact.data(),    v_rows.data(),  n, n_embd_v, o.data());
         combine(sketched.data(), v_rows.data(),  n, n_embd_v, o_exact.data());
         combine(rest.data(),     v_codes.data(), n, n_v, z.data());
-        combine(z.data(), of_v.dec, n_v, n_embd_v, off.data());
+        combine(z.data(), dec_v.data(), n_v, n_embd_v, off.data());
         for (int64_t c = 0; c < n_embd_v; ++c) {
             off[c] += o_exact[c] - o[c];
         }

@@ -225,6 +225,11 @@ double step_of(double variance, double largest, int bits) {
     return quantiser_of(bits).step*std::sqrt(std::max(variance, 1e-12*largest + 1e-30));
 }
 
+// of finite values even where K is larger than F16 holds
+ggml_fp16_t half(double x) {
+    return ggml_fp32_to_fp16((float) std::clamp(x, -65504.0, 65504.0));
+}
+
 } // namespace
 
 float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v, const llama_sketch_rows & q,
@@ -265,7 +270,8 @@ float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v,
     std::vector<double> values;
     llama_symmetric_eigen(c, n, u, values);
 
-    float * mean = basis, * enc = mean + n, * dec = enc + n_k*n;
+    float * mean = basis, * enc = mean + n;
+    ggml_fp16_t * dec = (ggml_fp16_t *) (enc + n_k*n);
     std::copy(mean_k.begin(), mean_k.end(), mean);
     double error = 0.0;
     for (int64_t j = 0; j < n; ++j) {
@@ -285,27 +291,27 @@ float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v,
         }
         for (int64_t i = 0; i < n; ++i) {
             enc[j*n + i] = (float) (dot(&l[i*n], uj, i + 1)/step);
-            dec[j*n + i] = (float) (x[i]*step);
+            dec[j*n + i] = half(x[i]*step);
         }
     }
     for (int64_t j = n; j < n_k; ++j) { // more components than dimensions
         std::fill_n(enc + j*n, n, 0.0f);
-        std::fill_n(dec + j*n, n, 0.0f);
+        std::fill_n(dec + j*n, n, half(0.0));
     }
 
     const auto mean_v = mean_of(v, n_embd_v);
     matrix c_v = moment_of(v, n_embd_v, mean_v);
     llama_symmetric_eigen(c_v, n_embd_v, u, values);
-    mean = dec + n_k*n;
+    mean = basis + sfi::sketch_basis::size(n_k, n);
     enc  = mean + n_embd_v;
-    dec  = enc + n_v*n_embd_v;
+    dec  = (ggml_fp16_t *) (enc + n_v*n_embd_v);
     std::copy(mean_v.begin(), mean_v.end(), mean);
     for (int64_t j = 0; j < n_v; ++j) {
         const bool   real = j < n_embd_v;
         const double step = real ? step_of(values[j], values[0], j < format.n_v4 ? 4 : 2) : 1.0;
         for (int64_t i = 0; i < n_embd_v; ++i) {
             enc[j*n_embd_v + i] = real ? (float) (u[j*n_embd_v + i]/step) : 0.0f;
-            dec[j*n_embd_v + i] = real ? (float) (u[j*n_embd_v + i]*step) : 0.0f;
+            dec[j*n_embd_v + i] = half(real ? u[j*n_embd_v + i]*step : 0.0);
         }
     }
     return (float) std::sqrt(error);

@@ -52,7 +52,12 @@ void fill(ggml_tensor * t) {
         static std::vector<float> values;
         std::normal_distribution<float> normal;
         while (values.size() < size_t(1) << 20) {
-            values.push_back(normal(gen));
+            const float x = normal(gen);
+            uint32_t bits;
+            memcpy(&bits, &x, sizeof(bits));
+            bits = (bits & ~0x7c00u) | 0x3800u; // either half is a number too: a basis has some in F16
+            values.emplace_back();
+            memcpy(&values.back(), &bits, sizeof(bits));
         }
         for (size_t at = 0, chunk = values.size()*sizeof(float); at < n; at += chunk) {
             ggml_backend_tensor_set(t, values.data(), at, std::min(chunk, n - at));

@@ -674,7 +674,20 @@ struct test_sketch : public test_sfi {
                 byte = (uint8_t) gen();
             }
             ggml_backend_tensor_set(codes, bytes.data(), 0, bytes.size());
+            for (int64_t h = 0; h < nh_kv; h++) {
+                draw_dec(h, false);
+                draw_dec(h, true);
+            }
         }
+    }
+
+    // any floats do for the other parts of a basis
+    void draw_dec(int64_t h, bool of_v) {
+        std::vector<ggml_fp16_t> values(hs*(of_v ? n_v() : n_k()));
+        for (auto & x : values) {
+            x = ggml_fp32_to_fp16((float) (gen() % 2001)/1000.0f - 1.0f);
+        }
+        ggml_backend_tensor_set(basis, values.data(), (h*basis->ne[0] + dec_begin(of_v))*sizeof(float), values.size()*sizeof(ggml_fp16_t));
     }
 
     // component j of a cell in the bytes of its KV head
@@ -708,13 +721,14 @@ struct test_sketch : public test_sfi {
         return bytes;
     }
 
-    // the parts of a KV head's basis
-    const float * mean(const std::vector<float> & b, int64_t h, bool of_v) const {
-        return b.data() + h*basis->ne[0] + (of_v ? hs*(1 + 2*n_k()) : 0);
-    }
-    const float * enc(const std::vector<float> & b, int64_t h, bool of_v, int j) const { return mean(b, h, of_v) + hs*(1 + j); }
-    const float * dec(const std::vector<float> & b, int64_t h, bool of_v, int j) const {
-        return mean(b, h, of_v) + hs*(1 + (of_v ? n_v() : n_k()) + j);
+    // the parts of a KV head's basis: where they begin, in floats
+    int64_t mean_begin(bool of_v) const { return of_v ? hs*(1 + n_k() + n_k()/2) : 0; }
+    int64_t dec_begin (bool of_v) const { return mean_begin(of_v) + hs*(1 + (of_v ? n_v() : n_k())); }
+
+    const float * mean(const std::vector<float> & b, int64_t h, bool of_v) const { return b.data() + h*basis->ne[0] + mean_begin(of_v); }
+    const float * enc (const std::vector<float> & b, int64_t h, bool of_v, int j) const { return mean(b, h, of_v) + hs*(1 + j); }
+    float         dec (const std::vector<float> & b, int64_t h, bool of_v, int j, int64_t i) const {
+        return ggml_fp16_to_fp32(((const ggml_fp16_t *) (b.data() + h*basis->ne[0] + dec_begin(of_v)))[j*hs + i]);
     }
 
     // infinities at the same places are equal
@@ -874,7 +888,7 @@ struct test_sketch_scan : public test_sketch {
         s = 0.0;
         for (int j = 0; j < n_k(); j++) {
             for (int64_t i = 0; i < hs; i++) {
-                w[j] += (double) x[i]*dec(b, h/nr, false, j)[i];
+                w[j] += (double) x[i]*dec(b, h/nr, false, j, i);
             }
             s = std::max(s, fabs(w[j])/127);
         }
@@ -1050,7 +1064,7 @@ struct test_sketch_scan : public test_sketch {
         for (int64_t i = 0; i < hs && sum > 0.0; i++) {
             double y = mean(b, kv, true)[i];
             for (int j = 0; j < n_v(); j++) {
-                y += z[j]/sum*dec(b, kv, true, j)[i];
+                y += z[j]/sum*dec(b, kv, true, j, i);
             }
             res[i] = y;
         }

@@ -88,8 +88,31 @@ static llama_sketch_rows rows_like(int64_t n, int64_t d, double falloff, double 
     return rows;
 }
 
+// bits of the components of K or V
+static std::vector<int> bits_of(int n4, int n2, int n1) {
+    std::vector<int> bits(n4, 4);
+    bits.insert(bits.end(), n2, 2);
+    bits.insert(bits.end(), n1, 1);
+    return bits;
+}
+
+// of K or V; followed by what comes next in the basis
+struct part {
+    const float * mean, * enc, * next;
+    std::vector<float> dec;
+    std::vector<int> bits;
+
+    part(const float * basis, int64_t d, std::vector<int> bits_of_all) : mean(basis), enc(basis + d), bits(std::move(bits_of_all)) {
+        const float * halves = enc + bits.size()*d;
+        dec.resize(bits.size()*d);
+        ggml_fp16_to_fp32_row((const ggml_fp16_t *) halves, dec.data(), dec.size());
+        next = halves + dec.size()/2;
+    }
+};
+
 // x' of a row, by its codes
-static std::vector<double> coded(const float * x, const float * mean, const float * enc, const float * dec, int64_t d, const std::vector<int> & bits) {
+static std::vector<double> coded(const float * x, const part & of, int64_t d) {
+    const auto & [mean, enc, next, dec, bits] = of;
     std::vector<double> out(mean, mean + d);
     for (size_t j = 0; j < bits.size(); ++j) {
         const double top = (1 << bits[j]) - 1, centre = top/2;
@@ -111,25 +134,21 @@ static void test_fit(int64_t d, const ggml_sketch_format & f) {
     std::vector<float> basis(ggml_sketch_basis_size(&f, d, d));
     const double said = llama_sketch_fit(k, v, q, d, d, f, basis.data());
 
-    std::vector<int> bits_k(f.n_k4, 4), bits_v(f.n_v4, 4);
-    bits_k.insert(bits_k.end(), f.n_k2, 2);
-    bits_k.insert(bits_k.end(), f.n_k1, 1);
-    bits_v.insert(bits_v.end(), f.n_v2, 2);
-    const float * mean_k = basis.data(), * enc_k = mean_k + d, * dec_k = enc_k + bits_k.size()*d;
-    const float * mean_v = dec_k + bits_k.size()*d, * enc_v = mean_v + d, * dec_v = enc_v + bits_v.size()*d;
+    const part of_k(basis.data(), d, bits_of(f.n_k4, f.n_k2, f.n_k1)), of_v(of_k.next, d, bits_of(f.n_v4, f.n_v2, 0));
+    check(of_v.next == basis.data() + basis.size(), "the parts of a basis do not fill it");
 
     double logit_error = 0.0, logit_size = 0.0, value_error = 0.0, value_size = 0.0;
     for (int64_t r = 0; r < k.n; r += 5) {
-        const auto k2 = coded(&k.data[r*d], mean_k, enc_k, dec_k, d, bits_k), v2 = coded(&v.data[r*d], mean_v, enc_v, dec_v, d, bits_v);
+        const auto k2 = coded(&k.data[r*d], of_k, d), v2 = coded(&v.data[r*d], of_v, d);
         for (int64_t i = 0; i < d; ++i) {
             value_error += std::pow(v.data[r*d + i] - v2[i], 2);
-            value_size  += std::pow(v.data[r*d + i] - mean_v[i], 2);
+            value_size  += std::pow(v.data[r*d + i] - of_v.mean[i], 2);
         }
         for (int64_t s = 0; s < q.n; s += 3) {
             double error = 0.0, size = 0.0;
             for (int64_t i = 0; i < d; ++i) {
                 error += q.data[s*d + i]*(k.data[r*d + i] - k2[i]);
-                size  += q.data[s*d + i]*(k.data[r*d + i] - mean_k[i]);
+                size  += q.data[s*d + i]*(k.data[r*d + i] - of_k.mean[i]);
             }
             logit_error += error*error;
             logit_size  += size*size;
@@ -137,7 +156,7 @@ static void test_fit(int64_t d, const ggml_sketch_format & f) {
     }
     const int64_t pairs = (k.n + 4)/5*((q.n + 2)/3);
     const double measured = std::sqrt(logit_error/pairs);
-    const std::string name = "head size " + std::to_string(d) + ", " + std::to_string(bits_k.size()) + " components";
+    const std::string name = "head size " + std::to_string(d) + ", " + std::to_string(of_k.bits.size()) + " components";
     check(measured > 0.6*said && measured < 1.25*said, name + ": error of a logit " + std::to_string(measured) + ", said " + std::to_string(said));
     check(logit_error < 0.2*logit_size, name + ": a sketched logit says too little: " + std::to_string(logit_error/logit_size));
     check(value_error < 0.5*value_size, name + ": a sketched value says too little: " + std::to_string(value_error/value_size));
@@ -165,15 +184,12 @@ static void test_output_error(int64_t d, int64_t group, const ggml_sketch_format
     llama_sketch_fit(k, v, q, d, d, f, basis.data());
     const double said = llama_sketch_output_error(k, v, q, d, d, f, basis.data(), group, scale);
 
-    std::vector<int> bits_k(f.n_k4, 4), bits_v(f.n_v4, 4);
-    bits_k.insert(bits_k.end(), f.n_k2, 2);
-    bits_v.insert(bits_v.end(), f.n_v2, 2);
-    const float * mean_k = basis.data(), * mean_v = mean_k + d + 2*bits_k.size()*d;
+    const part of_k(basis.data(), d, bits_of(f.n_k4, f.n_k2, f.n_k1)), of_v(of_k.next, d, bits_of(f.n_v4, f.n_v2, 0));
     std::vector<std::vector<double>> k2, v1, v2;
     for (int64_t r = 0; r < k.n; ++r) {
         v1.emplace_back(&v.data[r*d], &v.data[r*d] + d);
-        k2.push_back(coded(&k.data[r*d], mean_k, mean_k + d, mean_k + d + bits_k.size()*d, d, bits_k));
-        v2.push_back(coded(&v.data[r*d], mean_v, mean_v + d, mean_v + d + bits_v.size()*d, d, bits_v));
+        k2.push_back(coded(&k.data[r*d], of_k, d));
+        v2.push_back(coded(&v.data[r*d], of_v, d));
     }
     double error = 0.0, size = 0.0;
     for (int64_t s = 0; s < q.n; ++s) {
@@ -198,7 +214,7 @@ static void test_output_error(int64_t d, int64_t group, const ggml_sketch_format
         attend(mixed, v2, others, o2);
         for (int64_t i = 0; i < d; ++i) {
             error += std::pow(o2[i] - o[i], 2);
-            size  += std::pow(o[i] - mean_v[i], 2);
+            size  += std::pow(o[i] - of_v.mean[i], 2);
         }
     }
     check_near(said, error/size, 1e-3*error/size, "error of the outputs, head size " + std::to_string(d));
@@ -215,12 +231,13 @@ static void test_degenerate() {
     same.data.assign(3*d, 1.5f);
     std::vector<float> basis(ggml_sketch_basis_size(&f, d, d));
     const double error = llama_sketch_fit(same, same, none, d, d, f, basis.data());
-    bool finite = std::isfinite(error);
-    for (const float x : basis) {
-        finite = finite && std::isfinite(x);
+    const part of_k(basis.data(), d, bits_of(8, 0, 0));
+    bool finite = std::isfinite(error) && std::all_of(of_k.mean, of_k.mean + d, [](float x) { return std::isfinite(x); });
+    for (int64_t i = 0; i < 8*d; ++i) {
+        finite = finite && std::isfinite(of_k.enc[i]) && std::isfinite(of_k.dec[i]);
     }
     check(finite, "a basis of equal rows is not finite");
-    const auto back = coded(same.data.data(), basis.data(), basis.data() + d, basis.data() + d + 8*d, d, std::vector<int>(8, 4));
+    const auto back = coded(same.data.data(), of_k, d);
     for (int64_t i = 0; i < d; ++i) {
         check_near(back[i], 1.5, 1e-5, "equal rows come back");
     }

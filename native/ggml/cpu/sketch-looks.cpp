@@ -83,9 +83,10 @@ struct own_rows {
     float     * products;     // [group, n_k + 1, padded]
     projected * p;            // [n_head]: of the KV heads that this thread has chunks of
     log2_sum  * seen;         // [group]: of all chunks of this KV head so far
-    float     * bound, * lse_first; // [group]
+    float     * bound;        // [group]
+    log2_sum  * first;        // [group]: of all cells, by the first look
     log2_sum  * again;        // [group]: of all cells that were looked at again
-    float     * others;       // [group]: share by the first look of all other cells
+    float     * others;       // [group]: sum of all other cells by the first look, relative to 2^(top of `first`)
     float     * lse;          // [group]: of all cells
     float     * t;            // [group, span_ld]: of a span
     uint16_t  * skipped;      // a bit per cell
@@ -108,7 +109,7 @@ struct own_rows {
         from.take(p,         a.n_head);
         from.take(seen,      a.group);
         from.take(bound,     a.group);
-        from.take(lse_first, a.group);
+        from.take(first,     a.group);
         from.take(again,     a.group);
         from.take(others,    a.group);
         from.take(lse,       a.group);
@@ -131,12 +132,12 @@ struct worker {
     const kernels       f;
     const shared_rows & all;
     const own_rows      own;
-    const tile_ops      ops;
+    const basis_ops     ops;
     const int64_t       n_used, n_chunks, ld_t, ld_w;
     const float         least_first; // log2 of the share that is worth a second look
 
     worker(const task & a, const kernels & f, const shared_rows & all, const own_rows & own, bool use_ref) :
-            a(a), f(f), all(all), own(own), ops(tile_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, use_ref)),
+            a(a), f(f), all(all), own(own), ops(use_ref),
             n_used(a.n_used()), n_chunks((n_used + chunk_cells - 1)/chunk_cells), ld_t(span_ld(a)), ld_w(own_rows::ld_w(a)),
             least_first(a.second_look > 0.0f ? std::log2(a.second_look/(float) std::clamp<int64_t>(n_used, 1, sketch_mean_cells)) : -FLT_MAX) {
         std::iota(own.order, own.order + chunk_cells, 0);
@@ -287,7 +288,7 @@ void worker::look_again_at(int64_t h_kv, int64_t chunk) const {
     float * t = logits_of(h_kv*a.group, chunk);
     for (int64_t g = 0; g < a.group; ++g) {
         const powers sum = n > 0 ? f.powers(t + g*a.ld, n) : none;
-        all.kept[chunk_of(h_kv*a.group + g, chunk)] = sum.sum > 0.0f ? sum.sum*std::exp2(sum.top - own.lse_first[g]) : 0.0f;
+        all.kept[chunk_of(h_kv*a.group + g, chunk)] = sum.sum > 0.0f ? sum.sum/own.first[g].sum*std::exp2(sum.top - own.first[g].top) : 0.0f;
         all.again[chunk_of(h_kv*a.group + g, chunk)] = none;
         std::fill_n(sums_of(h_kv*a.group + g, chunk), a.l.n_v, 0.0f);
     }
@@ -305,8 +306,8 @@ void worker::look_again(int64_t first, int64_t last) const {
     for (int64_t i = first; i < last; ) {
         const int64_t h_kv = i/n_chunks, end = std::min(last, (h_kv + 1)*n_chunks);
         for (int64_t g = 0; g < a.group; ++g) {
-            own.lse_first[g] = sum_of(all.first, h_kv*a.group + g).value();
-            own.bound[g]     = std::max(own.lse_first[g] + least_first, -FLT_MAX);
+            own.first[g] = sum_of(all.first, h_kv*a.group + g);
+            own.bound[g] = std::max(own.first[g].value() + least_first, -FLT_MAX);
         }
         keep(h_kv, i % n_chunks);
         for (; i < end; ++i) {
@@ -335,12 +336,12 @@ void worker::add_up(int64_t h_kv) const {
     std::fill(own.v, own.v + a.group*a.l.n_v, 0.0f);
     for (int64_t g = 0; g < a.group; ++g) {
         const int64_t h = h_kv*a.group + g;
-        own.lse_first[g] = sum_of(all.first, h).value();
-        own.again[g]     = sum_of(all.again, h);
-        own.weight[g]    = own.again[g].sum;
-        own.others[g]    = unseen(h);
+        own.first[g]  = sum_of(all.first, h);
+        own.again[g]  = sum_of(all.again, h);
+        own.weight[g] = own.again[g].sum;
+        own.others[g] = unseen(h)*own.first[g].sum;
         log2_sum sum = own.again[g];
-        sum.add({ own.lse_first[g], own.others[g] });
+        sum.add({ own.first[g].top, own.others[g] });
         own.lse[g] = sum.value();
         for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
             const powers & x = all.again[chunk_of(h, chunk)];
@@ -380,25 +381,20 @@ void worker::take_out(int64_t h_kv, int64_t n) const {
 
 void worker::write(int64_t h) const {
     const int64_t g = h % a.group;
-    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1]);
-    const float top = std::max(own.again[g].top, own.lse_first[g]); // weights are relative to 2^top
+    const float top = std::max(own.again[g].top, own.first[g].top); // weights are relative to 2^top
     const float kept = std::max(own.weight[g], 0.0f);
-    const float weight = kept > 0.0f ? kept*std::exp2(own.again[g].top - top) : 0.0f, others = own.others[g]*std::exp2(own.lse_first[g] - top);
-    if (!(weight + others > std::exp2(log2_no_tail))) {
-        std::fill(out, out + a.n_embd_v, 0.0f);
-        out[a.n_embd_v] = -INFINITY;
+    const float weight = kept > 0.0f ? kept*std::exp2(own.again[g].top - top) : 0.0f, others = own.others[g]*std::exp2(own.first[g].top - top);
+    const float tail = weight + others > 0.0f ? top + std::log2(weight + others) : -INFINITY;
+    if (!(tail - own.lse[g] > log2_no_tail)) {
+        write_no_tail(a, h);
         return;
     }
     const float of_others = others/(weight + others), known = kept > 0.0f ? (1.0f - of_others*of_others)/kept : 0.0f;
-    const auto basis = sketch_basis::of_v(a.basis, h/a.group, a.l.n_v, a.n_embd_v);
-    std::copy(basis.mean, basis.mean + a.n_embd_v, out);
+    float * z = own.v + g*a.l.n_v;
     for (int j = 0; j < a.l.n_v; ++j) {
-        const float z = known*(own.v[g*a.l.n_v + j] - 0.5f*(float) a.l.v[j/sketch_cells][0].mask*kept);
-        for (int64_t i = 0; i < a.n_embd_v; ++i) {
-            out[i] += z*basis.dec[j*a.n_embd_v + i];
-        }
+        z[j] = known*(z[j] - 0.5f*(float) a.l.v[j/sketch_cells][0].mask*kept);
     }
-    out[a.n_embd_v] = ln2*(top + std::log2(weight + others));
+    write_tail(a, h, ops, z, tail);
 }
 
 void worker::finish(int64_t h_kv) const {

@@ -134,11 +134,11 @@ struct worker {
     const kernels       f;
     const shared_rows & all;
     const own_rows      own;
-    const tile_ops ops;
+    const basis_ops     ops;
     const int64_t       n_used, n_chunks;
 
     worker(const task & a, const kernels & f, const shared_rows & all, const own_rows & own, bool use_ref) :
-            a(a), f(f), all(all), own(own), ops(tile_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, use_ref)),
+            a(a), f(f), all(all), own(own), ops(use_ref),
             n_used(a.n_used()),
             n_chunks((n_used + chunk_cells - 1)/chunk_cells) {}
 
@@ -309,22 +309,15 @@ void worker::take_out(int64_t h, int n_heads, int64_t n, partial * sum) const {
 }
 
 void worker::write(int64_t h, const partial & rest, float log2_all) const {
-    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1]);
     const float log2_rest = rest.log2_sum();
     if (!(log2_rest - log2_all > log2_no_tail)) {
-        std::fill(out, out + a.n_embd_v, 0.0f);
-        out[a.n_embd_v] = -INFINITY;
+        write_no_tail(a, h);
         return;
     }
-    const auto basis = sketch_basis::of_v(a.basis, h/a.group, a.l.n_v, a.n_embd_v);
-    std::copy(basis.mean, basis.mean + a.n_embd_v, out);
     for (int j = 0; j < a.l.n_v; ++j) {
-        const float z = 64.0f*rest.v[j]/(float) rest.weight;
-        for (int64_t i = 0; i < a.n_embd_v; ++i) {
-            out[i] += z*basis.dec[j*a.n_embd_v + i];
-        }
+        rest.v[j] *= 64.0f/(float) rest.weight;
     }
-    out[a.n_embd_v] = ln2*log2_rest;
+    write_tail(a, h, ops, rest.v, log2_rest);
 }
 
 void worker::finish(int64_t h_kv) const {
@@ -389,7 +382,7 @@ size_t sketch_scan_work_size(const ggml_tensor * dst, int n_threads) {
 }
 
 bool sketch_scan_supported(const ggml_tensor * dst) {
-    return sketch_layout::supported(dst);
+    return sketch_layout::supported(dst) && dst->src[0]->ne[0] % max_vector == 0 && (dst->ne[0] - 1) % max_vector == 0;
 }
 
 } // namespace sfi

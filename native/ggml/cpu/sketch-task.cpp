@@ -15,18 +15,27 @@ float floor_log2(float x) {
     return (float) ((int32_t) (bits >> 23 & 255) - 127);
 }
 
-void project(const task & a, int64_t h_kv, const tile_ops & ops, float * q, float * products, projected * p) {
-    const int n_embd = (int) a.q->ne[0], n_rows = a.l.n_k + 1, ld = GGML_PAD(n_rows, max_vector);
+// [n, n_embd] of a basis
+struct dec_rows {
+    const char * start[sketch_max_components];
+    row_set      rows;
+
+    dec_rows(const ggml_fp16_t * dec, int n, int64_t n_embd) : rows { start, 0, n, nullptr, 0, 0, 0 } {
+        for (int j = 0; j < n; ++j) {
+            start[j] = (const char *) (dec + j*n_embd);
+        }
+    }
+};
+
+void project(const task & a, int64_t h_kv, const basis_ops & ops, float * q, float * products, projected * p) {
+    const int n_embd = (int) a.q->ne[0], ld = GGML_PAD(a.l.n_k + 1, max_vector);
     for (int64_t g = 0; g < a.group; ++g) {
         memcpy(q + g*n_embd, (const char *) a.q->data + (h_kv*a.group + g)*a.q->nb[1], n_embd*sizeof(float));
     }
     const auto basis = sketch_basis::of_k(a.basis, h_kv, a.l.n_k, n_embd);
-    const char * rows[sketch_max_components + 1];
-    for (int j = 0; j < a.l.n_k; ++j) {
-        rows[j] = (const char *) (basis.dec + (int64_t) j*n_embd);
-    }
-    rows[a.l.n_k] = (const char *) basis.mean;
-    ops.dot(q, (int) a.group, n_embd, { rows, 0, n_rows, nullptr, 0, 0, 0 }, products, ld);
+    const char * const mean = (const char *) basis.mean;
+    ops.dec (q, (int) a.group, n_embd, dec_rows(basis.dec, a.l.n_k, n_embd).rows, products, ld);
+    ops.mean(q, (int) a.group, n_embd, { &mean, 0, 1, nullptr, 0, 0, 0 }, products + a.l.n_k, ld);
 
     const float unit = a.softcap > 0.0f ? 1.0f : log2e; // a softcap is of the logit itself
     for (int64_t g = 0; g < a.group; ++g) {
@@ -50,6 +59,20 @@ void project(const task & a, int64_t h_kv, const tile_ops & ops, float * q, floa
         to.again  = -0.5f*to.factor*(float) centre[1];
         to.most   = to.base + to.factor*(float) most;
     }
+}
+
+void write_tail(const task & a, int64_t h, const basis_ops & ops, const float * z, float log2_sum) {
+    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1]);
+    const auto basis = sketch_basis::of_v(a.basis, h/a.group, a.l.n_v, a.n_embd_v);
+    std::copy(basis.mean, basis.mean + a.n_embd_v, out);
+    ops.decode(z, a.l.n_v, 1, (int) a.n_embd_v, dec_rows(basis.dec, a.l.n_v, a.n_embd_v).rows, out, a.n_embd_v);
+    out[a.n_embd_v] = ln2*log2_sum;
+}
+
+void write_no_tail(const task & a, int64_t h) {
+    float * out = (float *) ((char *) a.dst->data + h*a.dst->nb[1]);
+    std::fill(out, out + a.n_embd_v, 0.0f);
+    out[a.n_embd_v] = -INFINITY;
 }
 
 void mark_skipped(const task & a, int64_t n_used, uint16_t * skipped) {

@@ -46,8 +46,22 @@ struct task {
 // a lower bound of log2(x), x > 0
 float floor_log2(float x);
 
+// inner loops over the rows of a basis
+struct basis_ops {
+    dot_fn mean, dec;  // of queries
+    mad_fn decode;
+
+    explicit basis_ops(bool use_ref) :
+            mean(tile_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, use_ref).dot), dec(tile_ops_for(GGML_TYPE_F16, GGML_TYPE_F16, use_ref).dot),
+            decode(tile_ops_for(GGML_TYPE_F16, GGML_TYPE_F16, use_ref).mad) {}
+};
+
 // The queries of a KV head's group as weights of its components. q, products: [group, n_embd_k], [group, n_k + 1, padded]
-void project(const task & a, int64_t h_kv, const tile_ops & ops, float * q, float * products, projected * p);
+void project(const task & a, int64_t h_kv, const basis_ops & ops, float * q, float * products, projected * p);
+
+// The result of a head: V of these components [n_v], and the log-sum-exp of the tail as a base-2 logarithm.
+void write_tail(const task & a, int64_t h, const basis_ops & ops, const float * z, float log2_sum);
+void write_no_tail(const task & a, int64_t h);
 
 // a bit for each cell that is left out, 16 cells a word; also for those behind the last that is in use, up to the end of its block
 void mark_skipped(const task & a, int64_t n_used, uint16_t * skipped);

@@ -113,7 +113,7 @@ static __global__ void __launch_bounds__(encode_threads) sketch_encode_kernel(co
     encode_components_of(a, head, cells, false, a.d_k, basis + a.d_k, x);
     __syncthreads();
     if (a.n_v > 0) {
-        basis += (int64_t) a.d_k*(1 + 2*a.n_k);
+        basis += (int64_t) a.d_k*(1 + a.n_k + a.n_k/2);
         load_centred<T>(a.v + h_kv*a.v_nb2, a.v_nb1, cells, a.d_v, basis, x);
         __syncthreads();
         encode_components_of(a, head, cells, true, a.d_v, basis + a.d_v, x);

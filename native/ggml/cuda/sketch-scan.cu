@@ -56,11 +56,17 @@ struct scan_args {
 
 // ---- pass 1: a block for each query head ----------------------------------------------------------------------------------
 
+static __device__ __forceinline__ float4 floats_of(uint2 halves) {
+    const float2 lo = f16x2_to_f32(halves.x), hi = f16x2_to_f32(halves.y);
+    return make_float4(lo.x, lo.y, hi.x, hi.y);
+}
+
 static __global__ void __launch_bounds__(scan_threads) scan_query_kernel(const scan_args a) {
     __shared__ float w[4*max_k_fields + 1]; // of each component; then that of the mean
     const int h = blockIdx.x, h_kv = h/a.group, lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size;
     const float * q    = (const float *) (a.q + h*a.q_nb1);
-    const float * mean = a.basis + (int64_t) h_kv*a.basis_size, * dec = mean + (int64_t) (1 + a.n_k)*a.d_k;
+    const float * mean = a.basis + (int64_t) h_kv*a.basis_size;
+    const uint2 * dec  = (const uint2 *) (mean + (int64_t) (1 + a.n_k)*a.d_k); // of four values in F16
 
     constexpr int at_once = 11; // 80 components and the mean, by 8 warps
     for (int j0 = warp; j0 <= a.n_k; j0 += at_once*scan_warps) {
@@ -70,7 +76,7 @@ static __global__ void __launch_bounds__(scan_threads) scan_query_kernel(const s
 #pragma unroll
             for (int i = 0; i < at_once; ++i) {
                 const int    j = j0 + i*scan_warps;
-                const float4 y = *(const float4 *) ((j < a.n_k ? dec + (int64_t) j*a.d_k : mean) + e);
+                const float4 y = j < a.n_k ? floats_of(dec[((int64_t) j*a.d_k + e)/4]) : *(const float4 *) (mean + e);
                 sum[i] = fmaf(y.x, x.x, fmaf(y.y, x.y, fmaf(y.z, x.z, fmaf(y.w, x.w, sum[i]))));
             }
         }
@@ -336,8 +342,8 @@ static __global__ void __launch_bounds__(pass4_threads) scan_best_kernel(const s
 
 // the last block of a KV head: from components back to values; z: [group, n_v + 2]
 static __device__ void finish_tail(const scan_args & a, int h_kv, float * z) {
-    const float * mean = a.basis + (int64_t) (h_kv + 1)*a.basis_size - (int64_t) (1 + 2*a.n_v)*a.d_v;
-    const float * dec  = mean + (int64_t) (1 + a.n_v)*a.d_v;
+    const float * mean = a.basis + (int64_t) (h_kv + 1)*a.basis_size - (int64_t) (1 + a.n_v + a.n_v/2)*a.d_v;
+    const uint32_t * dec = (const uint32_t *) (mean + (int64_t) (1 + a.n_v)*a.d_v); // of two values in F16
     const int     size = a.n_v + 2, h0 = h_kv*a.group;
     for (int i = threadIdx.x; i < a.group*size; i += scan_threads) {
         const float * tails = a.tails + (int64_t) (h0 + i/size)*a.n_chunks*size + i % size;
@@ -360,7 +366,8 @@ static __device__ void finish_tail(const scan_args & a, int h_kv, float * z) {
             y = mean[e];
 #pragma unroll 16
             for (int j = 0; j < a.n_v; ++j) {
-                y = fmaf(x[j]*scale - 0.5f*(float) ((1 << a.v[j/16][0].bits) - 1), dec[(int64_t) j*a.d_v + e], y);
+                const float2 pair = f16x2_to_f32(dec[((int64_t) j*a.d_v + e)/2]);
+                y = fmaf(x[j]*scale - 0.5f*(float) ((1 << a.v[j/16][0].bits) - 1), e % 2 ? pair.y : pair.x, y);
             }
         }
         a.out[(int64_t) h*(a.d_v + 1) + e] = y;

@@ -109,7 +109,7 @@ template <typename T>
     encode_components(a, head, false, a.d_k, basis + a.d_k, sh, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (a.n_v > 0) {
-        basis += (long) a.d_k*(1 + 2*a.n_k);
+        basis += (long) a.d_k*(1 + a.n_k + a.n_k/2);
         load_centred<T>(v + h_kv*a.v_nb2, a.v_nb1, a.d_v, basis, sh, tid);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         encode_components(a, head, true, a.d_v, basis + a.d_v, sh, tid);

@@ -42,12 +42,12 @@ struct query_shared {
     const int h = block.x, h_kv = h/a.group;
     device const float * q    = (device const float *) (q_rows + h*a.q_nb1);
     device const float * mean = basis + (long) h_kv*a.basis_size;
-    device const float * dec  = mean + (long) (1 + a.n_k)*a.d_k;
+    device const half  * dec  = (device const half *) (mean + (long) (1 + a.n_k)*a.d_k);
 
     for (int j = sg; j < a.n_k; j += scan_simds) {
         float sum = 0.0f;
         for (int e = lane; e < a.d_k; e += simd_size) {
-            sum = fma(dec[(long) j*a.d_k + e], q[e], sum);
+            sum = fma((float) dec[(long) j*a.d_k + e], q[e], sum);
         }
         sum = simd_sum(sum);
         if (lane == 0) {
@@ -471,8 +471,8 @@ struct finish_shared {
         SFI_POSITION) {
     SFI_SHARED(finish_shared, sh);
     const int h = block.x, h_kv = h/a.group, size = a.n_v + 1;
-    device const float * mean  = basis + (long) (h_kv + 1)*a.basis_size - (long) (1 + 2*a.n_v)*a.d_v;
-    device const float * dec   = mean + (long) (1 + a.n_v)*a.d_v;
+    device const float * mean  = basis + (long) (h_kv + 1)*a.basis_size - (long) (1 + a.n_v + a.n_v/2)*a.d_v;
+    device const half  * dec   = (device const half *) (mean + (long) (1 + a.n_v)*a.d_v);
     device const float * tails = tails_all + (long) h*a.n_chunks*size;
     device float       * out   = out_all + (long) h*(a.d_v + 1);
     for (int j = tid; j < size; j += scan_threads) {
@@ -490,7 +490,7 @@ struct finish_shared {
         if (counts) {
             y = mean[e];
             for (int j = 0; j < a.n_v; ++j) {
-                y = fma(sh.z[j]/sum - centre_of(a.v[j/16][0]), dec[(long) j*a.d_v + e], y);
+                y = fma(sh.z[j]/sum - centre_of(a.v[j/16][0]), (float) dec[(long) j*a.d_v + e], y);
             }
         }
         out[e] = y;
