@@ -113,7 +113,7 @@ def read_bandwidth(n_threads, n_bytes=320 << 20):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--form", default="4,40,0,0,16,1", help="n_k4,n_k2,n_k1,n_v4,n_v2,n_first")
+    parser.add_argument("--form", default="8,48,0,0,16,2", help="n_k4,n_k2,n_k1,n_v4,n_v2,n_first")
     parser.add_argument("--second-look", type=float, default=1.5, help="of random codes, which fall less steeply than real ones")
     parser.add_argument("-k", "--n-selected", type=int, default=1024)
     parser.add_argument("--least", type=float, default=0.0008, help="least share of a selected cell (0: the best n)")

@@ -182,7 +182,7 @@ struct sfi_params sfi_policy_params(enum sfi_policy policy) {
     p.n_recent    = follows ? 32 : 256;
     p.pinned      = true;
     p.n_selected  = policy == SFI_POLICY_SKETCH ? 1024 : follows ? 256 : 2048;
-    p.tolerance   = 4e-4f;
+    p.tolerance   = 3e-4f;
     p.second_look = 0.5f;
     p.max_span    = follows ? 0 : 32;
     p.min_span    = 16;

@@ -102,7 +102,8 @@ def _sketch_bytes(layer: Layer, params: SfiParams, n_ctx: int) -> int:
     bits_v, n_v = 4 * params.sketch_v4 + 2 * params.sketch_v2, params.sketch_v4 + params.sketch_v2
     if not n_k:  # the default of llama-path.cpp, for every 64 values of a head
         k, v = max(1, layer.k_size // 64), max(1, layer.v_size // 64)
-        bits_k, n_k = (96 * k, 44 * k) if params.tolerance > 0 else (64 * k, 40 * k)  # two looks or one
+        two_looks = (128, 56) if k == 1 else (96 * k, 44 * k)
+        bits_k, n_k = two_looks if params.tolerance > 0 else (64 * k, 40 * k)
         bits_v, n_v = 32 * v, 16 * v
     codes = -(-n_ctx // 16) * 2 * (bits_k + bits_v)
     basis = layer.k_size * (4 + 6 * n_k) + layer.v_size * (4 + 6 * n_v)

@@ -109,8 +109,8 @@ def sketch_options(command: Callable) -> Callable:
                                 f"the mean share of the attention [default: {_DEFAULT.second_look:g}].")(command)
     return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2[:N]",
                         help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
-                             "[default: per 64 values of a head 4,40,0:0,16 on CPUs, half of K first, 4,12,24:0,16 elsewhere]. With N, on "
-                             "CPUs, N times 4 bytes of K are read of every cell, the rest only of cells that seem to matter.")(command)
+                             "[default: on CPUs 8,48,0:0,16:2, for heads of 128 values 8,80,0:0,32:3, elsewhere 4,12,24:0,16 for every 64]. "
+                             "With N, on CPUs, N times 4 bytes of K are read of every cell, the rest only of cells that seem to matter.")(command)
 
 
 def fidelity_option(command: Callable) -> Callable:
@@ -134,7 +134,7 @@ def _sketch_bits(ctx: click.Context, option: click.Parameter, text: str | None) 
         return None
     match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}):(\d{1,3}),(\d{1,3})(?::(\d{1,2}))?", text.strip())
     if not match:
-        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 or 4,40,0:0,16:2 (components of K with "
+        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 or 8,48,0:0,16:2 (components of K with "
                          f"4, 2 and 1 bits, of V with 4 and 2, and how many times 4 bytes of K are read of every cell).")
     return dict(zip(SKETCH_BITS, (int(n or 0) for n in match.groups())))
 

@@ -153,7 +153,7 @@ def test_by_default_half_of_k_is_looked_at_first_but_not_without_a_tolerance(ope
         return context.steps(text[N:N + 5])
 
     of_v = {"sketch_v2": 16}
-    np.testing.assert_array_equal(logits(), logits(sketch_k4=4, sketch_k2=40, sketch_first=2, **of_v))
+    np.testing.assert_array_equal(logits(), logits(sketch_k4=8, sketch_k2=48, sketch_first=2, **of_v))
     np.testing.assert_array_equal(logits(tolerance=0), logits(tolerance=0, sketch_k4=4, sketch_k2=12, sketch_k1=24, **of_v))
 
 

@@ -1193,7 +1193,7 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     // the sketch
     for (std::array<int32_t, 6> form : { std::array<int32_t, 6>{ 16, 0, 0, 16, 0, 0 }, { 4, 16, 16, 16, 0, 0 }, { 8, 0, 0, 16, 0, 0 }, { 16, 16, 32, 32, 0, 0 },
             { 16, 32, 0, 0, 32, 0 }, { 4, 4, 8, 16, 16, 0 }, { 0, 0, 32, 0, 16, 0 }, { 12, 4, 40, 64, 16, 0 },
-            { 4, 40, 0, 0, 16, 1 }, { 8, 80, 0, 0, 32, 2 }, { 4, 24, 32, 16, 0, 1 }, { 4, 4, 40, 16, 16, 1 } }) {
+            { 4, 40, 0, 0, 16, 1 }, { 8, 48, 0, 0, 16, 2 }, { 8, 80, 0, 0, 32, 3 }, { 4, 24, 32, 16, 0, 1 }, { 4, 4, 40, 16, 16, 1 } }) {
         test_cases.emplace_back(new test_sketch_encode(form));
         for (int nr : { 1, 2, 3, 4, 5, 8 }) {
             test_cases.emplace_back(new test_sketch_scan(form, 2, nr));

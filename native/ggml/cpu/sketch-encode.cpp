@@ -3,12 +3,13 @@
 // A block of codes belongs to one thread, because cells share bytes; the owner changes with the head, so that a single
 // cell, as every decoded token brings one, is work for all threads.
 //
-//   pass 1  gather the rows of up to 16 listed cells, as floats, the mean subtracted
+//   pass 1  gather the rows of up to 64 listed cells, as columns of floats, the mean subtracted
 //   pass 2  project
 //   pass 3  round, and put each code into its bits
 
 #include "sfi-ops.h"
 
+#include "arena.h"
 #include "attn-tile.h"
 #include "ggml-cpu-impl.h"
 #include "sketch.h"
@@ -18,110 +19,156 @@
 
 namespace {
 
-constexpr int tile_cells = sfi::sketch_cells;
+constexpr int tile_cells = 64;
 
 struct task {
     const ggml_tensor * basis, * k, * v, * cells;
     char   * codes;
     int64_t  head_bytes, n_blocks;
     sfi::sketch_layout l;
-    sfi::tile_ops      ops;
-    float * rows;       // of this thread: [tile_cells, n_embd]
+    sfi::tile_ops of_k, of_v;
+    // of this thread
+    float * columns;    // [n_embd, tile_cells]
     float * projected;  // [components, tile_cells]
+    float * few_rows;   // [max_vector, n_embd]
 
     task(const ggml_compute_params * params, ggml_tensor * dst) :
             basis(dst->src[1]), k(dst->src[2]), v(dst->src[3]), cells(dst->src[4]), codes((char *) dst->data),
             head_bytes(dst->ne[0]*dst->ne[1]), n_blocks(dst->ne[1]), l(dst),
-            ops(sfi::tile_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, params->use_ref)) {
-        rows      = (float *) params->wdata + params->ith*scratch(dst);
-        projected = rows + tile_cells*std::max(k->ne[0], v->ne[0]);
+            of_k(sfi::tile_ops_for(k->type, GGML_TYPE_F32, params->use_ref)), of_v(sfi::tile_ops_for(v->type, GGML_TYPE_F32, params->use_ref)) {
+        sfi::arena own = { (char *) params->wdata + params->ith*scratch(dst), 0 };
+        take(own, dst);
     }
 
+    explicit task(const ggml_tensor * dst) : k(dst->src[2]), v(dst->src[3]), l(dst) {}
+
+    void take(sfi::arena & own, const ggml_tensor * dst) {
+        const int64_t n_embd = std::max(dst->src[2]->ne[0], dst->src[3]->ne[0]);
+        own.take(columns,   tile_cells*n_embd);
+        own.take(projected, tile_cells*std::max(l.n_k, l.n_v));
+        own.take(few_rows,  sfi::max_vector*n_embd);
+    }
     static int64_t scratch(const ggml_tensor * dst) {
-        return tile_cells*(std::max(dst->src[2]->ne[0], dst->src[3]->ne[0]) + sfi::sketch_max_components) + 16;
+        sfi::arena own = { nullptr, 0 };
+        task(dst).take(own, dst);
+        return own.used;
     }
 };
 
-// pass 1
-void centred_row(const ggml_tensor * t, int64_t h, int64_t cell, const float * mean, float * to) {
-    const char * from = (const char *) t->data + h*t->nb[2] + cell*t->nb[1];
-    const auto to_float = ggml_get_type_traits(t->type)->to_float;
-    if (to_float) {
-        to_float(from, to, t->ne[0]);
-    } else {
-        memcpy(to, from, t->ne[0]*sizeof(float));
-    }
-    for (int64_t i = 0; i < t->ne[0]; ++i) {
-        to[i] -= mean[i];
-    }
-}
-
 // passes 1 and 2: a.projected[j, c] = enc_j . (x_c - mean)
-void project(const task & a, const ggml_tensor * t, const sfi::sketch_basis & b, int n_components, int64_t h,
+void project(const task & a, const ggml_tensor * t, const sfi::tile_ops & ops, const sfi::sketch_basis & b, int n_components, int64_t h,
              const int32_t * cells, int n) {
     const int n_embd = (int) t->ne[0];
     const char * start[tile_cells];
     for (int c = 0; c < n; ++c) {
-        float * row = a.rows + c*n_embd;
-        centred_row(t, h, cells[c], b.mean, row);
-        start[c] = (const char *) row;
+        start[c] = (const char *) t->data + h*t->nb[2] + cells[c]*t->nb[1];
     }
-    a.ops.dot(b.enc, n_components, n_embd, { start, 0, n, nullptr, 0, 0, 0 }, a.projected, tile_cells);
-}
-
-int code_of(float x, int largest) {
-    x += 0.5f*(float) largest;
-    return (int) lrintf(x > 0.0f ? x < (float) largest ? x : (float) largest : 0.0f); // NaN: 0
-}
-
-void put(char * at, int shift, int mask, int code) {
-    uint8_t * p = (uint8_t *) at;
-    *p = (uint8_t) ((*p & ~(mask << shift)) | code << shift);
-}
-
-// the codes of one cell
-struct place {
-    const sfi::sketch_layout & l;
-    char * block, * record;
-    int    i; // in the block
-
-    void put_k(int j, int code) const {
-        const sfi::sketch_field & f = l.k[j/4];
-        put(f.plane < l.first_planes ? block + f.plane*sfi::sketch_plane + 4*i + j % 4 : record + l.record_k(f.plane) + j % 4, f.shift, f.mask, code);
+    ops.transpose(n_embd, { start, 0, n, nullptr, 0, 0, 0 }, a.columns, tile_cells, a.few_rows);
+    for (int i = 0; i < n_embd; ++i) {
+        for (int c = 0; c < tile_cells; ++c) {
+            a.columns[i*tile_cells + c] -= b.mean[i];
+        }
     }
-    void put_v(int j, int code) const {
-        const int d = j % 16;
-        const sfi::sketch_field & f = l.v[j/16][i/4];
-        if (l.looks_twice()) {
-            put(record + l.record_v(j/16) + d*f.bits()/8, d*f.bits() % 8, f.mask, code);
-        } else {
-            put(block + f.plane*sfi::sketch_plane + 4*d + i % 4, f.shift, f.mask, code);
+    ops.gemm(b.enc, n_components, n_embd, a.columns, tile_cells, n, a.projected, tile_cells);
+}
+
+// NaN: 0
+uint32_t code_of(float x, int largest) {
+    x += 0.5f*(float) largest + 0.5f;
+    x = x > 0.0f ? x : 0.0f;
+    x = x < (float) largest ? x : (float) largest;
+    return (uint32_t) (int) x;
+}
+
+// 32 bits of each cell of a tile: components from one of them on, at their places
+struct tile_words {
+    uint32_t of[tile_cells] = {};
+
+    void add(const float * projected, int largest, int shift) {
+        for (int c = 0; c < tile_cells; ++c) {
+            of[c] |= code_of(projected[c], largest) << shift;
+        }
+    }
+    void store(int c, char * to) const {
+        for (int i = 0; i < 4; ++i) {
+            to[i] = (char) (of[c] >> 8*i);
         }
     }
 };
 
-void encode_tile(const task & a, int64_t h, const int32_t * cells, int n) {
-    char * const head = a.codes + h*a.head_bytes, * const records = head + a.n_blocks*a.l.block_bytes();
-    const auto place_of = [&](int c) {
-        return place { a.l, head + cells[c]/sfi::sketch_cells*a.l.block_bytes(), records + (int64_t) cells[c]*a.l.record_bytes, cells[c] % sfi::sketch_cells };
-    };
+// where the codes of a cell are
+struct place {
+    char * block, * record;
+    int    i; // in the block
+};
 
-    project(a, a.k, sfi::sketch_basis::of_k(a.basis, h, a.l.n_k, a.k->ne[0]), a.l.n_k, h, cells, n);
-    for (int c = 0; c < n; ++c) {
-        const place to = place_of(c);
-        for (int j = 0; j < a.l.n_k; ++j) {
-            to.put_k(j, code_of(a.projected[j*tile_cells + c], a.l.k_mask(j)));
+struct tile {
+    const task  & a;
+    const place * at;
+    int           n;
+
+    void put_k() const;
+    void put_v_in_records() const;
+    void put_v_in_blocks() const;
+};
+
+// byte r of a cell's four has component 4*g + r
+void tile::put_k() const {
+    for (int plane = 0, field = 0; plane < a.l.k_planes; ++plane) {
+        tile_words words;
+        for (; field < a.l.k_first[plane + 1]; ++field) {
+            for (int r = 0; r < 4; ++r) {
+                words.add(a.projected + (4*field + r)*tile_cells, a.l.k[field].mask, 8*r + a.l.k[field].shift);
+            }
+        }
+        for (int c = 0; c < n; ++c) {
+            words.store(c, plane < a.l.first_planes ? at[c].block + plane*sfi::sketch_plane + 4*at[c].i : at[c].record + a.l.record_k(plane));
         }
     }
+}
+
+void tile::put_v_in_records() const {
+    for (int j = 0, next; j < a.l.n_v; j = next) {
+        const sfi::sketch_field & f = a.l.v[j/16][0];
+        next = j + 32/f.bits();
+        tile_words words;
+        for (int i = j; i < next; ++i) {
+            words.add(a.projected + i*tile_cells, f.mask, (i - j)*f.bits());
+        }
+        for (int c = 0; c < n; ++c) {
+            words.store(c, at[c].record + a.l.record_v(j/16) + j % 16*f.bits()/8);
+        }
+    }
+}
+
+// a byte has one component of two cells, or of four
+void tile::put_v_in_blocks() const {
+    for (int c = 0; c < n; ++c) {
+        for (int j = 0; j < a.l.n_v; ++j) {
+            const sfi::sketch_field & f = a.l.v[j/16][at[c].i/4];
+            uint8_t & byte = (uint8_t &) at[c].block[f.plane*sfi::sketch_plane + 4*(j % 16) + at[c].i % 4];
+            byte = (uint8_t) ((byte & ~(f.mask << f.shift)) | code_of(a.projected[j*tile_cells + c], f.mask) << f.shift);
+        }
+    }
+}
+
+void encode_tile(const task & a, int64_t h, const int32_t * cells, int n) {
+    char * const head = a.codes + h*a.head_bytes, * const records = head + a.n_blocks*a.l.block_bytes();
+    place at[tile_cells];
+    for (int c = 0; c < n; ++c) {
+        at[c] = { head + cells[c]/sfi::sketch_cells*a.l.block_bytes(), records + (int64_t) cells[c]*a.l.record_bytes, cells[c] % sfi::sketch_cells };
+    }
+    const tile t = { a, at, n };
+    project(a, a.k, a.of_k, sfi::sketch_basis::of_k(a.basis, h, a.l.n_k, a.k->ne[0]), a.l.n_k, h, cells, n);
+    t.put_k();
     if (a.l.n_v == 0) {
         return;
     }
-    project(a, a.v, sfi::sketch_basis::of_v(a.basis, h, a.l.n_v, a.v->ne[0]), a.l.n_v, h, cells, n);
-    for (int c = 0; c < n; ++c) {
-        const place to = place_of(c);
-        for (int j = 0; j < a.l.n_v; ++j) {
-            to.put_v(j, code_of(a.projected[j*tile_cells + c], a.l.v[j/16][0].mask));
-        }
+    project(a, a.v, a.of_v, sfi::sketch_basis::of_v(a.basis, h, a.l.n_v, a.v->ne[0]), a.l.n_v, h, cells, n);
+    if (a.l.looks_twice()) {
+        t.put_v_in_records();
+    } else {
+        t.put_v_in_blocks();
     }
 }
 
@@ -151,13 +198,12 @@ void sfi::sketch_encode(const ggml_compute_params * params, ggml_tensor * dst) {
 }
 
 size_t sfi::sketch_encode_work_size(const ggml_tensor * dst, int n_threads) {
-    return n_threads*task::scratch(dst)*sizeof(float);
+    return n_threads*task::scratch(dst);
 }
 
 bool sfi::sketch_encode_supported(const ggml_tensor * dst) {
     const auto is_row = [](const ggml_tensor * t) {
-        return t->ne[0] % 16 == 0 && t->ne[0] % ggml_blck_size(t->type) == 0
-            && (t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float);
+        return t->ne[0] % max_vector == 0 && t->ne[0] % ggml_blck_size(t->type) == 0 && tile_ops_supported(t->type);
     };
     return is_row(dst->src[2]) && is_row(dst->src[3]) && sketch_layout::supported(dst);
 }

@@ -413,7 +413,7 @@ template <class B, int N>
 void cells_again(const sketch_layout & l, const uint8_t * records, const int32_t * cell, int64_t n, const projected * p, float * t, int64_t ld) {
     for (int64_t i = 0; i < n; i += sketch_cells) {
         for (int j = 0; j < sketch_cells && i + ahead_cells < n; ++j) {
-            prefetch(records + (int64_t) cell[i + ahead_cells + j]*l.record_bytes);
+            prefetch_record(records + (int64_t) cell[i + ahead_cells + j]*l.record_bytes, l.record_bytes);
         }
         look_again<B, N>(l, records, cell + i, p, t + i, ld);
     }

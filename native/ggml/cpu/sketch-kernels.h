@@ -79,5 +79,11 @@ struct kernels {
 
 kernels kernels_for(simd path);
 
+// it may lie in two lines of the cache
+static SFI_INLINE void prefetch_record(const uint8_t * record, int bytes) {
+    prefetch(record);
+    prefetch(record + bytes - 1);
+}
+
 } // namespace scan
 } // namespace sfi

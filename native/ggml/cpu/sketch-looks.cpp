@@ -266,7 +266,7 @@ void worker::keep(int64_t h_kv, int64_t chunk) const {
         }
     }
     for (int64_t i = 0; i < std::min<int64_t>(n, ahead_cells); ++i) {
-        prefetch(a.records_of(h_kv) + (int64_t) cell[i]*a.l.record_bytes);
+        prefetch_record(a.records_of(h_kv) + (int64_t) cell[i]*a.l.record_bytes, a.l.record_bytes);
     }
 }
 
