@@ -169,7 +169,7 @@ def test_fewer_second_looks_read_less_and_what_is_left_still_weighs(opened, text
 
 
 def test_what_is_read_counts_what_was_looked_at(opened, text, twice):
-    """4 bytes of every cell, the rest of the codes of those looked at again, the cells attended to, half of the bases."""
+    """4 bytes of every cell, the rest of the codes of those looked at again, the cells attended to, means and decoding half of the bases."""
     context = opened(twice.replace(second_look=1.0), watch=Watch("sketch_scan"))
     context.prefill(text[:N])
     read, codes, cell = [], (4 * 32 + 4 * 32) // 8, 2 * 32 * 2
@@ -182,7 +182,7 @@ def test_what_is_read_counts_what_was_looked_at(opened, text, twice):
         n_selected, n_looked = (np.array(rows) >= 0).sum(), values_of(looked).sum()
         assert 0 < n_looked < len(HEADS) * (n_used - n_skipped)
         n_attended = len(HEADS) * (N + 1 - n_used + n_skipped) + n_selected
-        read.append(4 * len(HEADS) * n_used + (codes - 4) * n_looked + cell * n_attended + 4 * len(HEADS) * 2 * 32 * 33)
+        read.append(4 * len(HEADS) * n_used + (codes - 4) * n_looked + cell * n_attended + len(HEADS) * 2 * 32 * (4 + 2 * 32))
         return node_rows(node)[1].view(np.float32)
 
     context.watch.replace = look
