@@ -1,7 +1,8 @@
 """The depth from which mode ``auto`` is slow-fast: measured once per model, machine and settings, then remembered.
 
-Steps of each kind are timed in a small context of its own at two or three depths, whose cells are repeated ones. Dense and
-slow steps cost a line in the depth, fast steps do not depend on it; where the lines cross, slow-fast begins to pay.
+Steps of each kind are timed in a small context of its own at two depths, whose cells are repeated ones. Dense and
+slow steps cost a line in the depth, fast steps do not depend on it; where the lines cross, slow-fast begins to pay. While other
+programs keep the processor busy nothing is measured: what they do to the time of a step says nothing about tomorrow.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ROUNDS = 6             # at each depth, if there is time
 MAX_BYTES = 256 << 20  # of K and V that are filled for a measurement
 LEAST_DEPTH = 512      # below this the time of a step says little about attention
 LEAST_AUTO_DEPTH = 128 # of a policy without slow steps: the cells of its window
+LEAST_CPU = 0.65       # of the time of all threads must be ours: 0.85 to 0.95 on an idle machine, 0.5 beside a program that computes
 PIECE = 16             # cells that are computed and repeated
 MAX_DEPTH = 1 << 24
 
@@ -119,7 +121,7 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[Timing]:
-    """Time steps at half the budget, the budget and twice the budget, in a context that is freed again."""
+    """Time steps at half the budget and at twice the budget, in a context that is freed again."""
     from sfi_local.session import Session
 
     deadline = time.perf_counter() + LIMIT_S
@@ -130,40 +132,31 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
     try:
         token = (model.tokenize("the") or [0])[-1]
         session.prefill([token] * PIECE)
-        return _time_all(session, depths, token, deadline)
+        on_cpu = not model.gpus
+        return [_time_at(session, depth, token, deadline, model.n_threads if on_cpu else 0) for depth in depths]
     finally:
         session.close()
 
 
 def _depths(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[int]:
-    """Where to measure; two depths where a third would take long to fill."""
+    """Where to measure: far apart, but where the deeper one would take long to fill."""
     from sfi_local import kv_layout
 
     unit, layers = max(2 * LEAST_DEPTH, params.budget), kv_layout.layers(model.file)
     available = available_memory()
     if available is not None and 2 * kv_layout.kv_bytes(layers, unit, type_k, type_v) > available:
         raise _CannotMeasure("too little memory is left")
-    depths = [unit // 2, unit, 2 * unit]
-    return depths if kv_layout.kv_bytes(layers, depths[-1], type_k, type_v) <= MAX_BYTES else depths[:2]
+    return [unit // 2, 2 * unit if kv_layout.kv_bytes(layers, 2 * unit, type_k, type_v) <= MAX_BYTES else unit]
 
 
-def _time_all(session: "Session", depths: list[int], token: int, deadline: float) -> list[Timing]:
-    """As many of the depths as there is time for, at least two."""
-    timings: list[Timing] = []
-    for depth in depths:
-        if len(timings) == 2 and deadline - time.perf_counter() < LIMIT_S / 2:
-            break
-        timings.append(_time_at(session, depth, token, deadline))
-    return timings
-
-
-def _time_at(session: "Session", depth: int, token: int, deadline: float) -> Timing:
-    """Rounds at one depth: several if there is time, the first three steps at least."""
+def _time_at(session: "Session", depth: int, token: int, deadline: float, n_threads: int) -> Timing:
+    """Rounds at one depth: several if there is time, the first three steps at least. n_threads: 0 where they mostly wait for a GPU"""
     from sfi_local import state_fill
 
     state_fill.fill(session._llama, session.context.ctx, depth)
     session.tokens[:] = [token] * depth
-    end = min(deadline, time.perf_counter() + LIMIT_S / 4)
+    start, cpu = time.perf_counter(), time.process_time()
+    end = min(deadline, start + LIMIT_S / 3)
     best = {"slow": float("inf"), "dense": float("inf"), "fast": float("inf")}
     for kind in ROUND * ROUNDS:
         info = session.step(token, lambda *_: kind)
@@ -173,6 +166,9 @@ def _time_at(session: "Session", depth: int, token: int, deadline: float) -> Tim
             break
         if not whole and time.perf_counter() > deadline:
             raise _CannotMeasure(f"the model is too slow to measure it in {LIMIT_S:g} s")
+    used, passed = time.process_time() - cpu, time.perf_counter() - start
+    if used < LEAST_CPU * n_threads * passed:
+        raise _CannotMeasure("other programs kept the processor busy")
     return Timing(depth, best["dense"], best["slow"], best["fast"])
 
 
