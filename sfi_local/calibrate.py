@@ -132,8 +132,8 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
     try:
         token = (model.tokenize("the") or [0])[-1]
         session.prefill([token] * PIECE)
-        on_cpu = not model.gpus
-        return [_time_at(session, depth, token, deadline, model.n_threads if on_cpu else 0) for depth in depths]
+        n_threads = 0 if model.gpus else model.n_threads
+        return [_time_at(session, depth, token, deadline, n_threads) for depth in depths]
     finally:
         session.close()
 

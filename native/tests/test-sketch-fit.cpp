@@ -231,10 +231,11 @@ static void test_degenerate() {
     same.data.assign(3*d, 1.5f);
     std::vector<float> basis(ggml_sketch_basis_size(&f, d, d));
     const double error = llama_sketch_fit(same, same, none, d, d, f, basis.data());
-    const part of_k(basis.data(), d, bits_of(8, 0, 0));
-    bool finite = std::isfinite(error) && std::all_of(of_k.mean, of_k.mean + d, [](float x) { return std::isfinite(x); });
-    for (int64_t i = 0; i < 8*d; ++i) {
-        finite = finite && std::isfinite(of_k.enc[i]) && std::isfinite(of_k.dec[i]);
+    const part of_k(basis.data(), d, bits_of(8, 0, 0)), of_v(of_k.next, d, bits_of(16, 0, 0));
+    bool finite = std::isfinite(error);
+    for (const part * of : { &of_k, &of_v }) {
+        const auto all_finite = [](const float * x, size_t n) { return std::all_of(x, x + n, [](float y) { return std::isfinite(y); }); };
+        finite = finite && all_finite(of->mean, d) && all_finite(of->enc, of->dec.size()) && all_finite(of->dec.data(), of->dec.size());
     }
     check(finite, "a basis of equal rows is not finite");
     const auto back = coded(same.data.data(), of_k, d);

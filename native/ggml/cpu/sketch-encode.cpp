@@ -21,41 +21,36 @@ namespace {
 
 constexpr int tile_cells = 64;
 
+// of one thread
+struct own_rows {
+    float * columns;    // [n_embd, tile_cells]
+    float * projected;  // [components, tile_cells]
+    float * few_rows;   // [max_vector, n_embd]
+
+    own_rows(const ggml_tensor * dst, sfi::arena & from) {
+        const sfi::sketch_layout l(dst);
+        const int64_t n_embd = std::max(dst->src[2]->ne[0], dst->src[3]->ne[0]);
+        from.take(columns,   tile_cells*n_embd);
+        from.take(projected, tile_cells*std::max(l.n_k, l.n_v));
+        from.take(few_rows,  sfi::max_vector*n_embd);
+    }
+};
+
 struct task {
     const ggml_tensor * basis, * k, * v, * cells;
     char   * codes;
     int64_t  head_bytes, n_blocks;
     sfi::sketch_layout l;
     sfi::tile_ops of_k, of_v;
-    // of this thread
-    float * columns;    // [n_embd, tile_cells]
-    float * projected;  // [components, tile_cells]
-    float * few_rows;   // [max_vector, n_embd]
+    const own_rows & own;
 
-    task(const ggml_compute_params * params, ggml_tensor * dst) :
+    task(const ggml_compute_params * params, ggml_tensor * dst, const own_rows & own) :
             basis(dst->src[1]), k(dst->src[2]), v(dst->src[3]), cells(dst->src[4]), codes((char *) dst->data),
             head_bytes(dst->ne[0]*dst->ne[1]), n_blocks(dst->ne[1]), l(dst),
-            of_k(sfi::tile_ops_for(k->type, GGML_TYPE_F32, params->use_ref)), of_v(sfi::tile_ops_for(v->type, GGML_TYPE_F32, params->use_ref)) {
-        sfi::arena own = { (char *) params->wdata + params->ith*scratch(dst), 0 };
-        take(own, dst);
-    }
-
-    explicit task(const ggml_tensor * dst) : k(dst->src[2]), v(dst->src[3]), l(dst) {}
-
-    void take(sfi::arena & own, const ggml_tensor * dst) {
-        const int64_t n_embd = std::max(dst->src[2]->ne[0], dst->src[3]->ne[0]);
-        own.take(columns,   tile_cells*n_embd);
-        own.take(projected, tile_cells*std::max(l.n_k, l.n_v));
-        own.take(few_rows,  sfi::max_vector*n_embd);
-    }
-    static int64_t scratch(const ggml_tensor * dst) {
-        sfi::arena own = { nullptr, 0 };
-        task(dst).take(own, dst);
-        return own.used;
-    }
+            of_k(sfi::tile_ops_for(k->type, GGML_TYPE_F32, params->use_ref)), of_v(sfi::tile_ops_for(v->type, GGML_TYPE_F32, params->use_ref)), own(own) {}
 };
 
-// passes 1 and 2: a.projected[j, c] = enc_j . (x_c - mean)
+// passes 1 and 2: projected[j, c] = enc_j . (x_c - mean)
 void project(const task & a, const ggml_tensor * t, const sfi::tile_ops & ops, const sfi::sketch_basis & b, int n_components, int64_t h,
              const int32_t * cells, int n) {
     const int n_embd = (int) t->ne[0];
@@ -63,13 +58,13 @@ void project(const task & a, const ggml_tensor * t, const sfi::tile_ops & ops, c
     for (int c = 0; c < n; ++c) {
         start[c] = (const char *) t->data + h*t->nb[2] + cells[c]*t->nb[1];
     }
-    ops.transpose(n_embd, { start, 0, n, nullptr, 0, 0, 0 }, a.columns, tile_cells, a.few_rows);
+    ops.transpose(n_embd, { start, 0, n, nullptr, 0, 0, 0 }, a.own.columns, tile_cells, a.own.few_rows);
     for (int i = 0; i < n_embd; ++i) {
         for (int c = 0; c < tile_cells; ++c) {
-            a.columns[i*tile_cells + c] -= b.mean[i];
+            a.own.columns[i*tile_cells + c] -= b.mean[i];
         }
     }
-    ops.gemm(b.enc, n_components, n_embd, a.columns, tile_cells, n, a.projected, tile_cells);
+    ops.gemm(b.enc, n_components, n_embd, a.own.columns, tile_cells, n, a.own.projected, tile_cells);
 }
 
 // NaN: 0
@@ -118,7 +113,7 @@ void tile::put_k() const {
         tile_words words;
         for (; field < a.l.k_first[plane + 1]; ++field) {
             for (int r = 0; r < 4; ++r) {
-                words.add(a.projected + (4*field + r)*tile_cells, a.l.k[field].mask, 8*r + a.l.k[field].shift);
+                words.add(a.own.projected + (4*field + r)*tile_cells, a.l.k[field].mask, 8*r + a.l.k[field].shift);
             }
         }
         for (int c = 0; c < n; ++c) {
@@ -133,7 +128,7 @@ void tile::put_v_in_records() const {
         next = j + 32/f.bits();
         tile_words words;
         for (int i = j; i < next; ++i) {
-            words.add(a.projected + i*tile_cells, f.mask, (i - j)*f.bits());
+            words.add(a.own.projected + i*tile_cells, f.mask, (i - j)*f.bits());
         }
         for (int c = 0; c < n; ++c) {
             words.store(c, at[c].record + a.l.record_v(j/16) + j % 16*f.bits()/8);
@@ -147,7 +142,7 @@ void tile::put_v_in_blocks() const {
         for (int j = 0; j < a.l.n_v; ++j) {
             const sfi::sketch_field & f = a.l.v[j/16][at[c].i/4];
             uint8_t & byte = (uint8_t &) at[c].block[f.plane*sfi::sketch_plane + 4*(j % 16) + at[c].i % 4];
-            byte = (uint8_t) ((byte & ~(f.mask << f.shift)) | code_of(a.projected[j*tile_cells + c], f.mask) << f.shift);
+            byte = (uint8_t) ((byte & ~(f.mask << f.shift)) | code_of(a.own.projected[j*tile_cells + c], f.mask) << f.shift);
         }
     }
 }
@@ -175,7 +170,9 @@ void encode_tile(const task & a, int64_t h, const int32_t * cells, int n) {
 } // namespace
 
 void sfi::sketch_encode(const ggml_compute_params * params, ggml_tensor * dst) {
-    const task a(params, dst);
+    sfi::arena from = { (char *) params->wdata + params->ith*sketch_encode_work_size(dst, 1), 0 };
+    const own_rows own(dst, from);
+    const task a(params, dst, own);
     const int32_t * list = (const int32_t *) a.cells->data;
 
     for (int64_t h = 0; h < dst->ne[2]; ++h) {
@@ -198,7 +195,9 @@ void sfi::sketch_encode(const ggml_compute_params * params, ggml_tensor * dst) {
 }
 
 size_t sfi::sketch_encode_work_size(const ggml_tensor * dst, int n_threads) {
-    return n_threads*task::scratch(dst);
+    sfi::arena own = { nullptr, 0 };
+    own_rows(dst, own);
+    return n_threads*own.used;
 }
 
 bool sfi::sketch_encode_supported(const ggml_tensor * dst) {
