@@ -48,11 +48,11 @@ class Layers:
         self.t_q, self.t_skip, self.t_plan = g.tensor(self.q), g.tensor(self.skip), g.tensor(np.array([self.n_list]))
 
     def scan(self, i):
-        """(tail, selected, looked) of a layer; looked is None if there is one look"""
+        """(tail, selected, counts) of a layer"""
         selected = self.g.new("i32", self.n_selected, self.n_head_kv)
-        looked = self.g.new("i32", self.n_head_kv) if self.form.n_first else None
-        return self.g.sketch_scan(self.t_q, self.t_codes[i], self.basis, self.t_skip, self.t_plan, self.t_least, selected,
-                                  self.n_list, self.n_embd, self.form, self.scale, 0.0, looked, self.second_look), selected, looked
+        counts = self.g.new("i32", 2, self.n_head_kv)
+        return self.g.sketch_scan(self.t_q, self.t_codes[i], self.basis, self.t_skip, self.t_plan, self.t_least, selected, counts,
+                                  self.n_list, self.n_embd, self.form, self.scale, 0.0, self.second_look), selected, counts
 
     def check(self, tail, selected):
         """The outermost heads against the reference."""
@@ -130,7 +130,7 @@ def main():
         bandwidth = read_bandwidth(args.threads)
         print(f"{args.shape}: {a.n_list} cells, {a.n_head_kv} KV heads, {a.n_head} query heads, form {args.form}, "
               f"{np.mean(selected >= 0) * a.n_selected:.0f} selected, {args.threads} threads, reading {bandwidth / 1e9:.1f} GB/s"
-              + (f", {100 * np.mean(g.read(scans[0][2])) / a.n_list:.0f} % looked at again" if form.n_first else ""))
+              + (f", {100 * np.mean(g.read(scans[0][2])[..., 1]) / a.n_list:.0f} % looked at again" if form.n_first else ""))
         wall, cpu = timed(g, graph_of(g, [scan[0] for scan in scans]), args.reps, args.threads)
         cells = a.n_list * a.n_head_kv * a.n
         gbps = form.cell_bytes * cells / wall / 1e9

@@ -22,7 +22,6 @@
 #include <map>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -693,21 +692,18 @@ static attended attended_by_sketch(const sfi * s, const llama_support & support,
     const llama_kv_cache * kv = support.get_kv();
     attended sum;
     for (int32_t il = 0; il < (int32_t) support.get_layers().size() && support.scanned(seq); ++il) {
-        const ggml_tensor * selected = support.layer(il).codes ? support.layer(il).selected : nullptr;
-        if (!selected) {
+        const auto & layer = support.layer(il);
+        if (!layer.counts) {
             continue;
         }
-        const int64_t n_list = selected->ne[0]*selected->ne[1];
-        const int32_t * list = results.of<int32_t>(selected);
-        const int64_t n = n_list - std::count(list, list + n_list, -1);
-        sum.n_heads += selected->ne[1];
-        sum.n_cells += n;
-        sum.bytes   += n*(int64_t) (ggml_row_size(kv->type_k(), hparams.n_embd_head_k(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_head_v(il)));
-        if (const ggml_tensor * looked = support.layer(il).looked) {
-            const int32_t * of_head = results.of<int32_t>(looked);
-            const auto & format = support.layer(il).format;
-            sum.bytes += std::accumulate(of_head, of_head + looked->ne[0], (int64_t) 0)*(ggml_sketch_cell_bytes(&format) - 4*format.n_first);
+        const int64_t cell_bytes = ggml_row_size(kv->type_k(), hparams.n_embd_head_k(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_head_v(il));
+        const int64_t more_bytes = ggml_sketch_cell_bytes(&layer.format) - 4*layer.format.n_first; // of a second look
+        const int32_t * counts = results.of<int32_t>(layer.counts);
+        for (int64_t h = 0; h < layer.n_head_kv; ++h) {
+            sum.n_cells += counts[2*h];
+            sum.bytes   += counts[2*h]*cell_bytes + counts[2*h + 1]*more_bytes;
         }
+        sum.n_heads += layer.n_head_kv;
     }
     return sum;
 }

@@ -69,8 +69,8 @@ def node_rows(node):
 
 
 def values_of(node):
-    """The values of an I32 node [ne0]."""
-    return np.array((ctypes.c_int32 * node.ne[0]).from_address(node.data))
+    """The values of a contiguous I32 node."""
+    return np.array((ctypes.c_int32 * (node.ne[0] * node.ne[1])).from_address(node.data))
 
 
 def attend_to(node, supports):

@@ -244,9 +244,9 @@ class Graph:
     def sketch_encode(self, codes, basis, k, v, cells, form):
         return self.lib.ggml_sketch_encode(self.ctx, codes, basis, k, v, cells, SketchFormat(*form))
 
-    def sketch_scan(self, q, codes, basis, skip, plan, least, selected, n_list, n_embd_v, form, scale=1.0, logit_softcap=0.0,
-                    looked=None, second_look=0.0):
-        return self.lib.ggml_sketch_scan(self.ctx, q, codes, basis, skip, plan, least, selected, looked, n_list, n_embd_v, scale,
+    def sketch_scan(self, q, codes, basis, skip, plan, least, selected, counts, n_list, n_embd_v, form, scale=1.0, logit_softcap=0.0,
+                    second_look=0.0):
+        return self.lib.ggml_sketch_scan(self.ctx, q, codes, basis, skip, plan, least, selected, counts, n_list, n_embd_v, scale,
                                          logit_softcap, second_look, SketchFormat(*form))
 
     def flash_attn(self, q, k, v, mask=None, sinks=None, scale=1.0, logit_softcap=0.0):

@@ -175,11 +175,11 @@ def test_what_is_read_counts_what_was_looked_at(opened, text, twice):
     read, codes, cell = [], (4 * 32 + 4 * 32) // 8, 2 * 32 * 2
 
     def look(il, node):
-        skip, plan, selected, looked = (node.src[i].contents for i in (3, 4, 6, 7))
+        skip, plan, selected, counts = (node.src[i].contents for i in (3, 4, 6, 7))
         n_used, skipped = values_of(plan)[0], values_of(skip)
         n_skipped = ((skipped >= 0) & (skipped < n_used)).sum()
         rows = [(ctypes.c_int32 * selected.ne[0]).from_address(selected.data + h * selected.nb[1]) for h in HEADS]
-        n_selected, n_looked = (np.array(rows) >= 0).sum(), values_of(looked).sum()
+        n_selected, n_looked = (np.array(rows) >= 0).sum(), values_of(counts)[1::2].sum()
         assert 0 < n_looked < len(HEADS) * (n_used - n_skipped)
         n_attended = len(HEADS) * (N + 1 - n_used + n_skipped) + n_selected
         read.append(4 * len(HEADS) * n_used + (codes - 4) * n_looked + cell * n_attended + len(HEADS) * 2 * 32 * (4 + 2 * 32))

@@ -176,15 +176,17 @@ class Scan:
         with Graph() as g:
             store = g.tensor(np.full((c.n_head_kv, c.n_selected + 3), 7, np.int32))  # 7: to be overwritten; but not the last three
             selected = g.lib.ggml_view_4d(g.ctx, store, c.n_selected, c.n_head_kv, 1, 1, *store.contents.nb[1:], 0)
-            looked = g.tensor(np.full(c.n_head_kv, -7, np.int32)) if c.form.n_first else None
+            counts = g.tensor(np.full((c.n_head_kv, 2), -7, np.int32))
             out = g.sketch_scan(g.strided(self.q), g.tensor(self.codes), g.tensor(flat(self.bases)), g.tensor(self.skip),
                                 g.tensor(np.array([self.n_used])), g.tensor(self.least) if c.least else None, selected,
-                                c.n_list, c.n_embd_v, c.form, self.scale, c.logit_softcap, looked, c.second_look)
+                                counts, c.n_list, c.n_embd_v, c.form, self.scale, c.logit_softcap, c.second_look)
             assert g.supported(out)
             tail = g.compute(out, n_threads or c.n_threads)[0, 0]
             rows = g.read(store)[0, 0]
             assert np.all(rows[:, c.n_selected:] == 7)
-            self.n_looked = g.read(looked).ravel() if looked else None
+            n_selected, self.n_looked = g.read(counts)[0, 0].T
+            np.testing.assert_array_equal(n_selected, (rows[:, :c.n_selected] >= 0).sum(axis=1))
+            assert c.form.n_first or not self.n_looked.any()
             return tail, rows[:, :c.n_selected]
 
     def logits(self, h, first=False):

@@ -239,7 +239,7 @@ GGML_API struct ggml_tensor * ggml_sketch_encode(
 //   plan      I32 [1] = { n_used }                     // so are cells from n_used on; n_used <= n_list
 //   least     F32 [n_head_kv]                          // NULL: none
 //   selected  I32 [n_selected, n_head_kv]              // written; order not promised, padded with -1
-//   looked    I32 [n_head_kv]                          // written: the cells that were looked at again; NULL: n_first is 0
+//   counts    I32 [2, n_head_kv]                       // written: the cells that were selected, and those that were looked at again
 //   result    F32 [n_embd_v + 1, n_head]               // a `tail` of ggml_sparse_attn()
 //
 // With w_j = dec_k_j . q, s = max_j |w_j|/127 and W_j = round(w_j/s):
@@ -266,7 +266,7 @@ GGML_API struct ggml_tensor * ggml_sketch_scan(
         struct ggml_tensor              * plan,
         struct ggml_tensor              * least,
         struct ggml_tensor              * selected,
-        struct ggml_tensor              * looked,
+        struct ggml_tensor              * counts,
         int64_t                           n_list,
         int64_t                           n_embd_v,
         float                             scale,

@@ -83,7 +83,7 @@ struct ggml_tensor * ggml_sketch_scan(
         struct ggml_tensor              * plan,
         struct ggml_tensor              * least,
         struct ggml_tensor              * selected,
-        struct ggml_tensor              * looked,
+        struct ggml_tensor              * counts,
         int64_t                           n_list,
         int64_t                           n_embd_v,
         float                             scale,
@@ -104,12 +104,9 @@ struct ggml_tensor * ggml_sketch_scan(
         assert_rows_of(least, GGML_TYPE_F32);
         GGML_ASSERT(least->ne[0] == codes->ne[2]);
     }
-    GGML_ASSERT((looked != NULL) == (format->n_first > 0));
-    if (looked) {
-        assert_rows_of(looked, GGML_TYPE_I32);
-        GGML_ASSERT(looked->ne[0] == codes->ne[2]);
-        GGML_ASSERT(logit_softcap == 0.0f);
-    }
+    assert_rows_of(counts, GGML_TYPE_I32);
+    GGML_ASSERT(counts->ne[0] == 2 && counts->ne[1] == codes->ne[2] && ggml_is_contiguous(counts));
+    GGML_ASSERT(format->n_first == 0 || logit_softcap == 0.0f);
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_v + 1, q->ne[1]);
     set_params(result, scale, logit_softcap, format);
@@ -124,7 +121,7 @@ struct ggml_tensor * ggml_sketch_scan(
     result->src[4] = plan;
     result->src[5] = least;
     result->src[6] = selected;
-    result->src[7] = looked;
+    result->src[7] = counts;
 
     return result;
 }

@@ -24,10 +24,10 @@ static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml
     ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(&format, k->ne[0], v->ne[0]), n_head_kv);
     ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
     ggml_tensor * selected = ggml_new_tensor_2d(c, GGML_TYPE_I32, n_list, n_head_kv);
-    ggml_tensor * looked = format.n_first > 0 ? ggml_new_tensor_1d(c, GGML_TYPE_I32, n_head_kv) : nullptr;
+    ggml_tensor * counts = ggml_new_tensor_2d(c, GGML_TYPE_I32, 2, n_head_kv);
     return {
         ggml_sketch_encode(c, codes, basis, k, v, cells, &format),
-        ggml_sketch_scan(c, q, codes, basis, cells, plan, nullptr, selected, looked, n_cells, v->ne[0], 1.0f, 0.0f, 1.0f, &format),
+        ggml_sketch_scan(c, q, codes, basis, cells, plan, nullptr, selected, counts, n_cells, v->ne[0], 1.0f, 0.0f, 1.0f, &format),
     };
 }
 

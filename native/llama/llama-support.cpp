@@ -184,27 +184,25 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
 // What every fast step with a sketch says of itself lies together, so that a device is asked once for all of its layers.
 void llama_support::allocate_results(ggml_context * ctx, const llama_model & model, const std::vector<int32_t> & ils) {
     const int64_t n_stream = streams.size();
-    int64_t n_selected = 0, n_mass = 0, n_looked = 0;
+    int64_t n_selected = 0, n_mass = 0, n_counts = 0;
     for (const int32_t il : ils) {
         n_selected += params.n_selected*layers[il].n_head_kv;
         n_mass     += 2*model.hparams.n_head(il);
-        n_looked   += layers[il].n_head_kv;
+        n_counts   += 2*layers[il].n_head_kv;
     }
     ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, n_stream);
     ggml_tensor * mass     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_mass, n_stream);
-    ggml_tensor * looked   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_looked, n_stream);
-    size_t at_selected = 0, at_mass = 0, at_looked = 0;
+    ggml_tensor * counts   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_counts, n_stream);
+    size_t at_selected = 0, at_mass = 0, at_counts = 0;
     for (const int32_t il : ils) {
         auto & layer = layers[il];
         layer.selected = ggml_view_3d(ctx, selected, params.n_selected, layer.n_head_kv, n_stream, params.n_selected*sizeof(int32_t),
                 selected->nb[1], at_selected);
         layer.mass = ggml_view_3d(ctx, mass, 2, model.hparams.n_head(il), n_stream, 2*sizeof(float), mass->nb[1], at_mass);
+        layer.counts = ggml_view_3d(ctx, counts, 2, layer.n_head_kv, n_stream, 2*sizeof(int32_t), counts->nb[1], at_counts);
         at_selected += params.n_selected*layer.n_head_kv*sizeof(int32_t);
         at_mass     += 2*model.hparams.n_head(il)*sizeof(float);
-        if (layer.format.n_first > 0) {
-            layer.looked = ggml_view_3d(ctx, looked, layer.n_head_kv, 1, n_stream, looked->nb[1], looked->nb[1], at_looked);
-            at_looked += layer.n_head_kv*sizeof(int32_t);
-        }
+        at_counts   += 2*layer.n_head_kv*sizeof(int32_t);
     }
 }
 
@@ -706,9 +704,8 @@ static ggml_tensor * scan_sketch(const llm_graph_context & g, const llama_suppor
         second_look = inp->support->get_params().second_look;
         least = ggml_view_1d(ctx, layer.least, n_head_kv, key.stream*layer.least->nb[1]);
     }
-    ggml_tensor * looked = layer.looked ? stream_of(ctx, layer.looked, key.stream) : nullptr;
-    ggml_tensor * tail = ggml_sketch_scan(ctx, q, codes, basis, inp->skip, inp->scan, least, stream_of(ctx, layer.selected, key.stream), looked,
-            key.n_scan, n_embd_v, kq_scale, softcap, second_look, &layer.format);
+    ggml_tensor * tail = ggml_sketch_scan(ctx, q, codes, basis, inp->skip, inp->scan, least, stream_of(ctx, layer.selected, key.stream),
+            stream_of(ctx, layer.counts, key.stream), key.n_scan, n_embd_v, kq_scale, softcap, second_look, &layer.format);
     g.cb(tail, "sketch_scan", il);
     ggml_build_forward_expand(g.gf, tail); // before who reads the selected cells
     return layer.format.n_v4 + layer.format.n_v2 > 0 ? tail : nullptr;

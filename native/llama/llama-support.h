@@ -83,7 +83,7 @@ struct llama_support_layer {
     ggml_tensor * queries   = nullptr; // F32 [n_embd_head_k*n_head, n_queries, n_stream], a ring
     ggml_tensor * selected  = nullptr; // I32 [n_selected, n_head_kv, n_stream]
     ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
-    // policy sketch; selected, mass and looked are parts of tensors that all layers of a device share
+    // policy sketch; selected, mass and counts are parts of tensors that all layers of a device share
     ggml_sketch_format format = {};
     int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
     float         kq_scale = 0.0f;
@@ -92,7 +92,7 @@ struct llama_support_layer {
     ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
     ggml_tensor * least     = nullptr; // F32 [n_head_kv, n_stream], see ggml_sketch_scan()
     ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
-    ggml_tensor * looked    = nullptr; // I32 [n_head_kv, 1, n_stream]: cells that were looked at again; null: one look
+    ggml_tensor * counts    = nullptr; // I32 [2, n_head_kv, n_stream], see ggml_sketch_scan()
     std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
     // path portable
     ggml_tensor * compact_k = nullptr; // [n_embd_head_k, n_compact, n_head_kv, n_stream], and the same of V

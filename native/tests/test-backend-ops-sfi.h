@@ -834,7 +834,7 @@ struct test_sketch_scan : public test_sketch {
     const float least;  // 0: NULL
     const float logit_softcap;
 
-    ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr, * t_least = nullptr, * selected = nullptr, * looked = nullptr;
+    ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr, * t_least = nullptr, * selected = nullptr, * counts = nullptr;
 
     std::string vars() override {
         return VARS_TO_STR10(form, nh_kv, nr, hs, n_list, n_used, n_skip, n_selected, least, logit_softcap);
@@ -859,16 +859,16 @@ struct test_sketch_scan : public test_sketch {
         plan     = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1), "plan");
         selected = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv), "selected");
         t_least  = least > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh_kv) : nullptr;
-        looked   = form[5] > 0 ? named(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, nh_kv), "looked") : nullptr;
+        counts   = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, nh_kv), "counts");
         const auto f = format(); // where there are two looks, both are at all cells; the others are tested in tests/test_sketch_ops.py
-        return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, looked, n_list, hs, scale(), logit_softcap, 0.0f, &f));
+        return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, counts, n_list, hs, scale(), logit_softcap, 0.0f, &f));
     }
 
     void init_list(ggml_tensor * t) override {
         if (t == selected) {
             set(t, std::vector<int32_t>(n_selected*nh_kv, 7)); // to be overwritten
-        } else if (t == looked) {
-            set(t, std::vector<int32_t>(nh_kv, -7));
+        } else if (t == counts) {
+            set(t, std::vector<int32_t>(2*nh_kv, -7));
         } else {
             set(t, t == plan ? std::vector<int32_t>{ (int32_t) n_used } : random_cells(n_skip, 0, n_list));
         }
@@ -1006,6 +1006,10 @@ struct test_sketch_scan : public test_sketch {
             cells.erase(-1);
             if (cells.size() + n_pads != (size_t) n_selected) {
                 return false; // twice the same
+            }
+            const auto counted = get(counts); // looked at again is all that is not left out
+            if (counted[2*kv] != (int32_t) cells.size() || counted[2*kv + 1] != (form[5] > 0 ? (int32_t) ranked.size() : 0)) {
+                return false;
             }
             size_t n_found = 0, n_sure = 0;
             double worst_in = INFINITY, best_out = 0.0;

@@ -332,6 +332,7 @@ void worker::finish(int64_t h_kv) const {
     const choice best = { own.cell, own.kept, a.ld, a.group, own.z, own.key, own.lse };
     const int64_t n = best.keep_best(keep_large(h_kv), a.n_selected);
     int32_t * selected = a.selected_of(h_kv);
+    a.write_counts(h_kv, n, 0);
     std::copy(own.cell, own.cell + n, selected);
     std::fill(own.cell + n, own.cell + GGML_PAD(n, max_vector), own.cell[0]); // any
     std::fill(selected + n, selected + a.n_selected, -1);

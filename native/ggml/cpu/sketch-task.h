@@ -39,6 +39,11 @@ struct task {
 
     int64_t   n_used() const { return std::clamp<int64_t>(*(const int32_t *) dst->src[4]->data, 0, n_list); }
     int32_t * selected_of(int64_t h_kv) const { return (int32_t *) ((char *) dst->src[6]->data + h_kv*dst->src[6]->nb[1]); }
+    void write_counts(int64_t h_kv, int64_t n_selected, int64_t n_looked) const {
+        int32_t * counts = (int32_t *) dst->src[7]->data + 2*h_kv;
+        counts[0] = (int32_t) n_selected;
+        counts[1] = (int32_t) n_looked;
+    }
     const uint8_t * codes_of(int64_t h_kv) const { return (const uint8_t *) codes->data + h_kv*codes->nb[2]; }
     const uint8_t * records_of(int64_t h_kv) const { return codes_of(h_kv) + codes->ne[1]*l.block_bytes(); }
 };

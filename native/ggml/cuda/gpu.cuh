@@ -120,6 +120,22 @@ static __device__ __forceinline__ float block_sum(float x, float * tmp) {
     return all;
 }
 
+template <int n_warps>
+static __device__ __forceinline__ float block_max(float x, float * tmp) {
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % warp_size == 0) {
+        tmp[threadIdx.x/warp_size] = x;
+    }
+    __syncthreads();
+    float all = tmp[0];
+#pragma unroll
+    for (int w = 1; w < n_warps; ++w) {
+        all = fmaxf(all, tmp[w]);
+    }
+    return all;
+}
+
 // True in all threads of the block that finishes last among n; the writes of the others are visible to it then.
 static __device__ __forceinline__ bool is_last_block(unsigned * counter, unsigned n) {
     __shared__ bool last;

@@ -17,8 +17,8 @@ struct encode_args {
     const float * basis;
     const char * k, * v;
     const int32_t * cells;
-    int64_t k_nb1, k_nb2, v_nb1, v_nb2, head_bytes;
-    int d_k, d_v, n_k, n_v, n_k4, n_k2, n_v4, n_listed, n_cells, basis_size, k_planes, block_bytes;
+    int64_t k_nb1, k_nb2, v_nb1, v_nb2, head_bytes, records_at;
+    int d_k, d_v, n_k, n_v, n_k4, n_k2, n_v4, n_listed, n_cells, basis_size, k_planes, first_planes, block_bytes, record_bytes;
 };
 
 static __device__ __forceinline__ int bits_of_k(const encode_args & a, int j) { return j < a.n_k4 ? 4 : j < a.n_k4 + a.n_k2 ? 2 : 1; }
@@ -37,17 +37,25 @@ static __device__ void put_bits(uint8_t * head, int64_t byte, int shift, int bit
     atomicOr(word, code << shift);
 }
 
+// Where a sketch is looked at twice, what the first look leaves lies in the record of the cell.
 static __device__ void put_code(const encode_args & a, uint8_t * head, int cell, bool of_v, int j, unsigned code) {
-    const int64_t block = (int64_t) (cell/16)*a.block_bytes;
+    const int64_t block = (int64_t) (cell/16)*a.block_bytes, record = a.records_at + (int64_t) cell*a.record_bytes;
     const int     i     = cell % 16;
     if (!of_v) {
-        const int bit = bit_of_k(a, j);
-        put_bits(head, block + bit/8*64 + 4*i + j % 4, bit % 8, bits_of_k(a, j), code);
+        const int bit = bit_of_k(a, j), plane = bit/8;
+        const int64_t byte = plane < a.first_planes ? block + plane*64 + 4*i : record + 4*(plane - a.first_planes);
+        put_bits(head, byte + j % 4, bit % 8, bits_of_k(a, j), code);
         return;
     }
     const int group = j/16, g4 = a.n_v4/16, bits = bits_of_v(a, j);
-    const int plane = a.k_planes + 2*min(group, g4) + max(group - g4, 0), bit = bits*(i/4);
-    put_bits(head, block + (plane + bit/8)*64 + 4*(j % 16) + i % 4, bit % 8, bits, code);
+    const int plane = a.k_planes + 2*min(group, g4) + max(group - g4, 0);
+    if (a.record_bytes > 0) {
+        const int bit = bits*(j % 16);
+        put_bits(head, record + 4*(plane - a.first_planes) + bit/8, bit % 8, bits, code);
+    } else {
+        const int bit = bits*(i/4);
+        put_bits(head, block + (plane + bit/8)*64 + 4*(j % 16) + i % 4, bit % 8, bits, code);
+    }
 }
 
 template <ggml_type T>
@@ -122,7 +130,7 @@ static __global__ void __launch_bounds__(encode_threads) sketch_encode_kernel(co
 
 bool sketch_encode_supported(const ggml_tensor * dst) {
     const ggml_tensor * k = dst->src[2], * v = dst->src[3];
-    return sfi::sketch_layout::looks_once(dst) && is_kv_type(k->type) && k->type == v->type
+    return sfi::sketch_layout::supported(dst) && is_kv_type(k->type) && k->type == v->type
         && k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 && k->ne[0] <= encode_head_size && v->ne[0] <= encode_head_size
         && k->ne[0] % ggml_blck_size(k->type) == 0 && v->ne[0] % ggml_blck_size(v->type) == 0
         && has_aligned_rows(k) && has_aligned_rows(v) && k->ne[2] <= 65535;
@@ -159,7 +167,10 @@ void sketch_encode(const gpu & g, ggml_tensor * dst) {
     a.n_cells     = (int) k->ne[1];
     a.basis_size  = (int) basis->ne[0];
     a.k_planes    = layout.k_planes;
-    a.block_bytes = (int) layout.block_bytes();
+    a.first_planes = layout.first_planes;
+    a.block_bytes  = (int) layout.block_bytes();
+    a.record_bytes = layout.record_bytes;
+    a.records_at   = codes->ne[1]*layout.block_bytes();
     if (a.n_listed == 0) {
         return;
     }

@@ -5,54 +5,20 @@
 //
 //   pass 1  the query in the basis of each head, as whole numbers
 //   pass 2  logits of all cells; the softmax's maximum and sum per chunk of cells
+//
+// Where a sketch is looked at twice, sketch-looks.cu goes on from here. Else:
+//
 //   pass 3  scores, as keys; those that may be selected are listed
 //   pass 4  the least rank among the best, and where each chunk writes its selected cells
 //   pass 5  selected cells in order; what all others contribute, merged by the block that finishes last
 //
 // All passes are in one stream and none asks the host anything.
 
-#include "sketch.h"
-#include "top-k.cuh"
+#include "sketch-scan.cuh"
 
 namespace sfi_cuda {
 
-constexpr int scan_threads  = 256; // of passes 2, 3, 5: as many as a chunk has cells at once
-constexpr int scan_warps    = scan_threads/warp_size;
 constexpr int pass4_threads = 512;
-constexpr int max_group     = 8;
-constexpr int max_k_fields  = 64;
-constexpr int max_v_groups  = 8;
-constexpr float least_tail_share = 1.0f/(1 << 20); // of a tail that counts
-
-struct scan_field { uint8_t plane, shift, bits; };
-
-struct scan_args {
-    const char * q;
-    const uint8_t * codes;
-    const float * basis, * least;
-    const int32_t * skip, * plan;
-    int32_t * selected;
-    float * out;
-    // scratch
-    int32_t  * weights; // [n_head, n_k/4]: four whole numbers in a word
-    float    * factor;  // [n_head, 2]: logit = factor*sum + offset
-    float    * logits;  // [n_head, n_list]
-    float    * stats;   // [n_head, n_chunks, 2]: maximum, sum
-    float    * total;   // [n_head, 2]: maximum, log-sum-exp
-    uint32_t * keys;    // [n_head_kv, n_list]
-    uint2    * listed;  // [n_head_kv, n_list]: key, cell
-    unsigned * n_listed;// [n_head_kv]
-    uint64_t * best;    // [n_head_kv]: the least rank that is selected
-    int32_t  * first;   // [n_head_kv, n_chunks]: where the selected cells of a chunk go
-    float    * tails;   // [n_head, n_chunks, n_v + 2]: components, weight of them, sum
-    unsigned * counters; // [n_head_kv]
-    unsigned * digits;   // [n_head_kv, key_digits], zeros before and after
-    int64_t q_nb1, head_bytes, selected_ld;
-    int d_k, d_v, n_k, n_v, n_skip, n_list, n_selected, n_head, group, n_chunks, chunk, basis_size, block_bytes, k_planes, n_k_fields, n_v_groups;
-    float scale, softcap;
-    scan_field k[max_k_fields];
-    scan_field v[max_v_groups][4];
-};
 
 // ---- pass 1: a block for each query head ----------------------------------------------------------------------------------
 
@@ -68,7 +34,7 @@ static __global__ void __launch_bounds__(scan_threads) scan_query_kernel(const s
     const float * mean = a.basis + (int64_t) h_kv*a.basis_size;
     const uint2 * dec  = (const uint2 *) (mean + (int64_t) (1 + a.n_k)*a.d_k); // of four values in F16
 
-    constexpr int at_once = 11; // 80 components and the mean, by 8 warps
+    constexpr int at_once = 12; // 88 components and the mean, by 8 warps
     for (int j0 = warp; j0 <= a.n_k; j0 += at_once*scan_warps) {
         float sum[at_once] = {};
         for (int e = 4*lane; e < a.d_k; e += 4*warp_size) {
@@ -97,29 +63,31 @@ static __global__ void __launch_bounds__(scan_threads) scan_query_kernel(const s
         most = fmaxf(most, fabsf(w[j]));
     }
     const float s = warp_max(most)/127.0f;
-    float centre = 0.0f; // of the sum, if every code were at its own
+    float centre = 0.0f, later = 0.0f; // of the sums of both looks, if every code were at its own
     for (int f = lane; f < a.n_k_fields; f += warp_size) {
         uint32_t word = 0;
+        int      sum  = 0;
         for (int r = 0; r < 4; ++r) {
             const int whole = s > 0.0f ? (int) rintf(fminf(fmaxf(w[4*f + r]/s, -127.0f), 127.0f)) : 0;
-            word   |= (uint32_t) (whole & 255) << 8*r;
-            centre += whole*0.5f*(float) ((1 << a.k[f].bits) - 1);
+            word |= (uint32_t) (whole & 255) << 8*r;
+            sum  += whole;
         }
         a.weights[(int64_t) h*a.n_k_fields + f] = (int32_t) word;
+        (f < a.n_first_fields ? centre : later) += 0.5f*(float) (sum*((1 << a.k[f].bits) - 1));
     }
     centre = warp_sum(centre);
+    later  = warp_sum(later);
     if (lane == 0) {
-        a.factor[2*h]     = a.scale*s;
-        a.factor[2*h + 1] = a.scale*(w[a.n_k] - s*centre);
-        if (h % a.group == 0) {
+        a.factor[3*h]     = a.scale*s;
+        a.factor[3*h + 1] = a.scale*(w[a.n_k] - s*centre);
+        a.factor[3*h + 2] = -a.scale*s*later;
+        if (a.n_listed && h % a.group == 0) {
             a.n_listed[h_kv] = 0;
         }
     }
 }
 
 // ---- pass 2 ------------------------------------------------------------------------------------------------------------------
-
-template <int G> struct alignas(G < 4 ? 4*G : 16) field_weights { int32_t of_head[G]; };
 
 template <int G, int C>
 static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const scan_args a) {
@@ -139,10 +107,10 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
         words[c] = (const uint32_t *) (head + (int64_t) (cell/16)*a.block_bytes) + cell % 16;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            word[c][p] = p < a.k_planes ? words[c][p*16] : 0;
+            word[c][p] = p < a.first_planes ? words[c][p*16] : 0;
         }
     }
-    for (int i = threadIdx.x; i < a.n_k_fields*G; i += scan_threads) {
+    for (int i = threadIdx.x; i < a.n_first_fields*G; i += scan_threads) {
         const int f = i/G, g = i % G;
         w[f].of_head[g] = g < a.group ? a.weights[(int64_t) (h0 + g)*a.n_k_fields + f] : 0;
     }
@@ -166,10 +134,10 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
             acc[c][g] = 0;
         }
     }
-    for (int p0 = 0, f = 0; p0 < a.k_planes; p0 += 4) {
+    for (int p0 = 0, f = 0; p0 < a.first_planes; p0 += 4) {
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            for (; f < a.n_k_fields && a.k[f].plane == p0 + p; ++f) {
+            for (; f < a.n_first_fields && a.k[f].plane == p0 + p; ++f) {
                 const int      shift = a.k[f].shift;
                 const uint32_t mask  = ((1u << a.k[f].bits) - 1)*0x01010101u;
                 const field_weights<G> wf = w[f];
@@ -183,12 +151,12 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
                 }
             }
         }
-        if (p0 + 4 < a.k_planes) {
+        if (p0 + 4 < a.first_planes) {
 #pragma unroll
             for (int c = 0; c < C; ++c) {
 #pragma unroll
                 for (int p = 0; p < 4; ++p) {
-                    word[c][p] = p0 + 4 + p < a.k_planes ? words[c][(p0 + 4 + p)*16] : 0;
+                    word[c][p] = p0 + 4 + p < a.first_planes ? words[c][(p0 + 4 + p)*16] : 0;
                 }
             }
         }
@@ -199,7 +167,7 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
         max[g] = -INFINITY;
         sum[g] = 0.0f;
         if (g < a.group) {
-            const float f = a.factor[2*(h0 + g)], o = a.factor[2*(h0 + g) + 1];
+            const float f = a.factor[3*(h0 + g)], o = a.factor[3*(h0 + g) + 1];
             float x[C];
 #pragma unroll
             for (int c = 0; c < C; ++c) {
@@ -242,28 +210,6 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
 
 // ---- pass 3 ------------------------------------------------------------------------------------------------------------------
 
-// maximum and log-sum-exp of head h, by one warp
-static __device__ float2 merge_stats(const scan_args & a, int h) {
-    const int lane = threadIdx.x % warp_size;
-    const float * stats = a.stats + (int64_t) h*a.n_chunks*2;
-    float max = -INFINITY, sum = 0.0f;
-    for (int c = lane; c < a.n_chunks; c += warp_size) {
-        const float most = fmaxf(max, stats[2*c]);
-        sum = sum*weight_of(max, most) + stats[2*c + 1]*weight_of(stats[2*c], most);
-        max = most;
-    }
-    const float most = warp_max(max), all = warp_sum(sum*weight_of(max, most));
-    return make_float2(most, all > 0.0f ? most + logf(all) : -INFINITY);
-}
-
-// Scores as keys. Those that single precision can hardly tell from 0 are ranked by their logarithm instead, below all others.
-constexpr float tiny_score = 1e-30f; // bits 0x0da24260
-constexpr float log_of_tiny = 69.1f, largest_log = 1e4f, keys_per_nat = 2e4f;
-
-static __device__ __forceinline__ uint32_t key_of_log(float log_score) {
-    return 1 + (uint32_t) (keys_per_nat*fmaxf(log_score + log_of_tiny + largest_log, 0.0f));
-}
-
 template <int G, int C>
 static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const scan_args a) {
     __shared__ float lse[G];
@@ -281,10 +227,10 @@ static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const sc
     if (warp < a.group) {
         const float2 m = merge_stats(a, h0 + warp);
         if (lane == 0) {
-            lse[warp] = m.y;
+            lse[warp] = m.y > 0.0f ? m.x + logf(m.y) : -INFINITY;
             if (chunk == 0) {
                 a.total[2*(h0 + warp)]     = m.x;
-                a.total[2*(h0 + warp) + 1] = m.y;
+                a.total[2*(h0 + warp) + 1] = lse[warp];
             }
         }
     }
@@ -294,30 +240,7 @@ static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const sc
 #pragma unroll
     for (int c = 0; c < C; ++c) {
         const int cell = begin + c*scan_threads + threadIdx.x;
-        float score = 0.0f, most = 0.0f;
-        bool  in = false;
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            if (g < a.group) {
-                const float share = weight_of(x[c][g], lse[g]);
-                in    = in || x[c][g] > -INFINITY;
-                score += share;
-                most  = fmaxf(most, share);
-            }
-        }
-        uint32_t key = in && most >= least ? __float_as_uint(score) + 1 : 0;
-        if (key != 0 && score < tiny_score) {
-            float top = -INFINITY, sum = 0.0f;
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-                top = g < a.group ? fmaxf(top, x[c][g] - lse[g]) : top;
-            }
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-                sum += g < a.group ? expf(x[c][g] - lse[g] - top) : 0.0f;
-            }
-            key = key_of_log(top + logf(sum));
-        }
+        const uint32_t key = key_of_cell<G>(x[c], lse, a.group, least);
         if (key != 0) {
             atomicAdd(&a.digits[h_kv*key_digits + digit_of(key)], 1u);
         }
@@ -336,15 +259,17 @@ static __global__ void __launch_bounds__(pass4_threads) scan_best_kernel(const s
     const int h_kv = blockIdx.x;
     choose_listed<pass4_threads>(a.listed + (int64_t) h_kv*a.n_list, (int) a.n_listed[h_kv], a.n_selected, a.digits + h_kv*key_digits,
             a.chunk, a.n_chunks, &a.best[h_kv], a.first + (int64_t) h_kv*a.n_chunks, a.selected + h_kv*a.selected_ld, sh);
+    if (threadIdx.x == 0) {
+        a.counts[2*h_kv]     = min((int) a.n_listed[h_kv], a.n_selected);
+        a.counts[2*h_kv + 1] = 0;
+    }
 }
 
 // ---- pass 5 ------------------------------------------------------------------------------------------------------------------
 
 // the last block of a KV head: from components back to values; z: [group, n_v + 2]
 static __device__ void finish_tail(const scan_args & a, int h_kv, float * z) {
-    const float * mean = a.basis + (int64_t) (h_kv + 1)*a.basis_size - (int64_t) (1 + a.n_v + a.n_v/2)*a.d_v;
-    const uint32_t * dec = (const uint32_t *) (mean + (int64_t) (1 + a.n_v)*a.d_v); // of two values in F16
-    const int     size = a.n_v + 2, h0 = h_kv*a.group;
+    const int size = a.n_v + 2, h0 = h_kv*a.group;
     for (int i = threadIdx.x; i < a.group*size; i += scan_threads) {
         const float * tails = a.tails + (int64_t) (h0 + i/size)*a.n_chunks*size + i % size;
         float sum = 0.0f;
@@ -360,17 +285,7 @@ static __device__ void finish_tail(const scan_args & a, int h_kv, float * z) {
         const float * x = z + (i/a.d_v)*size, weight = x[a.n_v];
         const float   share = x[a.n_v + 1]*weight_of(a.total[2*h], a.total[2*h + 1]);
         const bool    counts = weight > 0.0f && share >= least_tail_share;
-        float y = 0.0f;
-        if (counts) {
-            const float scale = 1.0f/weight;
-            y = mean[e];
-#pragma unroll 16
-            for (int j = 0; j < a.n_v; ++j) {
-                const float2 pair = f16x2_to_f32(dec[((int64_t) j*a.d_v + e)/2]);
-                y = fmaf(x[j]*scale - 0.5f*(float) ((1 << a.v[j/16][0].bits) - 1), e % 2 ? pair.y : pair.x, y);
-            }
-        }
-        a.out[(int64_t) h*(a.d_v + 1) + e] = y;
+        a.out[(int64_t) h*(a.d_v + 1) + e] = counts ? decoded_v(a, h_kv, x, 1.0f/weight, 1.0f, e) : 0.0f;
         if (e == 0) {
             a.out[(int64_t) h*(a.d_v + 1) + a.d_v] = counts ? a.total[2*h] + logf(x[a.n_v + 1]) : -INFINITY;
         }
@@ -509,13 +424,16 @@ static int cells_of_thread(int64_t n_list) {
 
 static size_t take_scratch(scan_args & a, char * base, int n_head_kv) {
     scratch_parts parts { base };
-    parts.take(a.weights,  (int64_t) a.n_head*a.n_k_fields);
-    parts.take(a.factor,   2*a.n_head);
-    parts.take(a.logits,   (int64_t) a.n_head*a.n_list);
-    parts.take(a.stats,    (int64_t) a.n_head*a.n_chunks*2);
+    parts.take(a.weights, (int64_t) a.n_head*a.n_k_fields);
+    parts.take(a.factor,  3*a.n_head);
+    parts.take(a.logits,  (int64_t) a.n_head*a.n_list);
+    parts.take(a.stats,   (int64_t) a.n_head*a.n_chunks*2);
+    parts.take(a.listed,  (int64_t) n_head_kv*a.n_list);
+    if (a.record_bytes > 0) {
+        return take_looks_scratch(a, parts, n_head_kv);
+    }
     parts.take(a.total,    2*a.n_head);
     parts.take(a.keys,     (int64_t) n_head_kv*a.n_list);
-    parts.take(a.listed,   (int64_t) n_head_kv*a.n_list);
     parts.take(a.n_listed, n_head_kv);
     parts.take(a.best,     n_head_kv);
     parts.take(a.first,    (int64_t) n_head_kv*a.n_chunks);
@@ -540,6 +458,7 @@ static scan_args args_of(const ggml_tensor * dst) {
     a.selected    = (int32_t *) selected->data;
     a.selected_ld = selected->nb[1]/sizeof(int32_t);
     a.n_selected  = (int) selected->ne[0];
+    a.counts      = (int32_t *) dst->src[7]->data;
     a.out         = (float *) dst->data;
     a.d_k         = (int) q->ne[0];
     a.d_v         = (int) dst->ne[0] - 1;
@@ -551,11 +470,16 @@ static scan_args args_of(const ggml_tensor * dst) {
     a.chunk       = scan_threads*cells_of_thread(a.n_list);
     a.n_chunks    = (int) n_chunks(a.n_list, a.chunk);
     a.block_bytes = (int) layout.block_bytes();
+    a.record_bytes = layout.record_bytes;
+    a.records_at  = codes->ne[1]*layout.block_bytes();
     a.k_planes    = layout.k_planes;
+    a.first_planes = layout.first_planes;
     a.n_k_fields  = layout.n_k_fields;
+    a.n_first_fields = layout.k_first[layout.first_planes];
     a.n_v_groups  = layout.n_v_groups;
     a.scale       = float_param(dst, 0);
     a.softcap     = float_param(dst, 1);
+    a.second_look = sfi::sketch_second_look(dst);
     const auto field = [](const sfi::sketch_field & f) {
         return scan_field { (uint8_t) f.plane, (uint8_t) f.shift, (uint8_t) f.bits() };
     };
@@ -571,7 +495,7 @@ static scan_args args_of(const ggml_tensor * dst) {
 }
 
 bool sketch_scan_supported(const ggml_tensor * dst) {
-    if (!sfi::sketch_layout::looks_once(dst)) {
+    if (!sfi::sketch_layout::supported(dst)) {
         return false;
     }
     const scan_args a = args_of(dst);
@@ -589,6 +513,10 @@ static void launch_cells(const gpu & g, const scan_args & a, int n_head_kv) {
     const dim3 grid(a.n_chunks, n_head_kv), block(scan_threads);
     SFI_LAUNCH(scan_query_kernel, dim3(a.n_head), block, g.stream, a);
     SFI_LAUNCH((scan_logits_kernel<G, C>), grid, block, g.stream, a);
+    if (a.record_bytes > 0) {
+        look_again(g, a, n_head_kv);
+        return;
+    }
     SFI_LAUNCH((scan_keys_kernel<G, C>), grid, block, g.stream, a);
     SFI_LAUNCH(scan_best_kernel, dim3(n_head_kv), dim3(pass4_threads), g.stream, a);
     if (a.n_v_groups <= 2) {

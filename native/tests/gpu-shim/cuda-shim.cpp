@@ -3,6 +3,7 @@
 #include "cuda-shim.h"
 
 #include "sketch-encode.cu"
+#include "sketch-looks.cu"
 #include "sketch-scan.cu"
 #include "sparse-attn.cu"
 #include "support.cu"
