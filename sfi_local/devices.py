@@ -74,7 +74,7 @@ def _nodes(ggml: "Ggml", context: int) -> dict[str, int]:
     always, selected, plan = tensor(_I32, 16), tensor(_I32, 16, 1), tensor(_I32, 3)
     cells, evidence = tensor(_I32, 64), tensor(_F32, 64, 1)
     q, queries = tensor(_F32, 64, 1, 2), tensor(_F32, 64, 2, 1)
-    sketch = ctypes.byref(_SketchFormat(4, 12, 24, 0, 16, 0))
+    sketch = ctypes.byref(_SketchFormat(8, 48, 0, 0, 16, 2))  # the default
     codes = tensor(_I8, 16 * ggml.sketch_cell_bytes(sketch), 4, 1)
     basis, used = tensor(_F32, ggml.sketch_basis_size(sketch, 64, 64), 1), tensor(_I32, 1)
     selector = ctypes.byref(_Selector(0, 16, 2, 16, *[0.5] * 9))
@@ -84,8 +84,8 @@ def _nodes(ggml: "Ggml", context: int) -> dict[str, int]:
         "support_select": ggml.support_select(context, evidence, cells, plan, None, 16, selector),
         "support_stability": ggml.support_stability(context, evidence, cells, plan, selected, selected),
         "sketch_encode": ggml.sketch_encode(context, codes, basis, k, v, cells, sketch),
-        "sketch_scan": ggml.sketch_scan(context, tensor(_F32, 64, 2), codes, basis, always, used, None, selected, None, 64, 64, 0.125,
-                                        0.0, 0.0, sketch),
+        "sketch_scan": ggml.sketch_scan(context, tensor(_F32, 64, 2), codes, basis, always, used, None, selected, tensor(_I32, 2, 1), 64, 64,
+                                        0.125, 0.0, 0.5, sketch),
     }
 
 

@@ -97,7 +97,7 @@ def sfi_bytes(all_layers: list[Layer], params: SfiParams, n_ctx: int) -> int:
 
 
 def _sketch_bytes(layer: Layer, params: SfiParams, n_ctx: int) -> int:
-    """Codes in blocks of 16 cells, mean and encoder (F32) and decoder (F16) of K and of V, what is kept of each step; by default those on a CPU."""
+    """Codes in blocks of 16 cells, mean and encoder (F32) and decoder (F16) of K and of V, what is kept of each step."""
     bits_k, n_k = 4 * params.sketch_k4 + 2 * params.sketch_k2 + params.sketch_k1, params.sketch_k4 + params.sketch_k2 + params.sketch_k1
     bits_v, n_v = 4 * params.sketch_v4 + 2 * params.sketch_v2, params.sketch_v4 + params.sketch_v2
     if not n_k:  # the default of llama-path.cpp, for every 64 values of a head
@@ -107,7 +107,7 @@ def _sketch_bytes(layer: Layer, params: SfiParams, n_ctx: int) -> int:
         bits_v, n_v = 32 * v, 16 * v
     codes = -(-n_ctx // 16) * 2 * (bits_k + bits_v)
     basis = layer.k_size * (4 + 6 * n_k) + layer.v_size * (4 + 6 * n_v)
-    return layer.n_head_kv * (codes + basis + 8) + 8 * layer.n_head
+    return layer.n_head_kv * (codes + basis + 12) + 8 * layer.n_head
 
 
 def _layer(file: GgufFile, il: int, whole: str) -> Layer:

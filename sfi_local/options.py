@@ -109,8 +109,8 @@ def sketch_options(command: Callable) -> Callable:
                                 f"the mean share of the attention [default: {_DEFAULT.second_look:g}].")(command)
     return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2[:N]",
                         help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
-                             "[default: on CPUs 8,48,0:0,16:2, for heads of 128 values 8,80,0:0,32:3, elsewhere 4,12,24:0,16 for every 64]. "
-                             "With N, on CPUs, N times 4 bytes of K are read of every cell, the rest only of cells that seem to matter.")(command)
+                             "[default: 8,48,0:0,16:2, for heads of 128 values 8,80,0:0,32:3]. "
+                             "With N, N times 4 bytes of K are read of every cell, the rest only of cells that seem to matter.")(command)
 
 
 def fidelity_option(command: Callable) -> Callable:

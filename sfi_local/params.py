@@ -42,12 +42,12 @@ class SfiParams:
                 sketch changes more, compared with how far it is from the mean of V, has a smaller one
     max_tail_mass: sketch: after a fast step that left more of the attention to the sketch, in the mean over all heads, the next
                 step is slow and the sketch is fitted anew to the latest queries; a share, 0: never
-    sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: on CPUs 8, 48, 0 for heads of up to 127
-                values with sketch_first 2, and per 64 values of larger ones 4, 40, 0 with sketch_first half of K, rounded up; per 64 values
-                4, 12, 24 on other devices, with tolerance 0 and for soft-capped logits
+    sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 8, 48, 0 for heads of up to 127 values
+                with sketch_first 2, and per 64 values of larger ones 4, 40, 0 with sketch_first half of K, rounded up; per 64 values
+                4, 12, 24 with tolerance 0 and for soft-capped logits
     sketch_v4, sketch_v2: ... of its V; all 0 with components of K given: the tail is dropped; else 0, 16
     sketch_first: a step reads so many 4 bytes of the sketch's K of every cell, and the rest of it only of cells that seem to
-                matter; 0: all of every cell; CPUs only
+                matter; 0: all of every cell
     second_look: ... which are those that have, by what is read of all, at least so many times the mean share of the attention
     alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
     """

@@ -59,3 +59,13 @@ if (UNIX)
         COMPILE_OPTIONS "-ffast-math;-Wno-attributes;-Wno-unused-parameter"
         OBJECT_DEPENDS "${SFI_GENERATED}/sfi-kernels.metal")
 endif()
+
+# What benchmarks/trace_steps.py has the CUDA driver load. CUPTI is a part of the toolkit that may not be there.
+if (TARGET ggml-cuda)
+    find_package(CUDAToolkit QUIET)
+    if (TARGET CUDA::cupti)
+        add_library(sfi-trace-cuda MODULE "${CMAKE_CURRENT_SOURCE_DIR}/tests/gpu-trace/trace-cuda.cpp")
+        target_link_libraries(sfi-trace-cuda PRIVATE CUDA::cupti)
+        set_target_properties(sfi-trace-cuda PROPERTIES CXX_STANDARD 17 PREFIX "lib" LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+    endif()
+endif()

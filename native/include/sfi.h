@@ -99,10 +99,10 @@ struct sfi_params {
     float   max_tail_mass;
 
     /* SFI_POLICY_SKETCH: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format.
-     * No components of K: on CPUs 8, 48, 0, 0, 16 for heads of up to 127 values with sketch_first 2, and for each 64 values of larger
-     * ones 4, 40, 0, 0, 16 with sketch_first half of K, rounded up: 5/64 and 1/16 of F16; on other devices, with tolerance 0 and for
+     * No components of K: 8, 48, 0, 0, 16 for heads of up to 127 values with sketch_first 2, and for each 64 values of larger
+     * ones 4, 40, 0, 0, 16 with sketch_first half of K, rounded up: 5/64 and 1/16 of F16; with tolerance 0 and for
      * soft-capped logits 4, 12, 24, 0, 16. No components of V: the tail is dropped.
-     * sketch_first, on CPUs: each step reads so many 4 bytes of K of every cell, and the rest of those cells alone that have
+     * sketch_first: each step reads so many 4 bytes of K of every cell, and the rest of those cells alone that have
      * at least second_look times the mean share of the attention by that (of 8192 cells, if there are more); 0: everything of
      * every cell, as with tolerance 0 or soft-capped logits */
     int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2, sketch_first;

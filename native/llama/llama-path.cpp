@@ -54,7 +54,7 @@ ggml_sketch_format llama_path_format(const llama_path_shape & s, const llama_sup
     ggml_sketch_format format = p.format;
     if (format.n_k4 + format.n_k2 + format.n_k1 == 0) {
         const int32_t n_k = std::max<int32_t>(1, s.n_embd_head_k/64), n_v = std::max<int32_t>(1, s.n_embd_head_v/64);
-        if (s.on_cpu && p.tolerance > 0.0f && !s.softcap) {
+        if (p.tolerance > 0.0f && !s.softcap) {
             return n_k == 1 ? ggml_sketch_format { 8, 48, 0, 0, 16*n_v, 2 } : ggml_sketch_format { 4*n_k, 40*n_k, 0, 0, 16*n_v, (3*n_k + 1)/2 };
         }
         return { 4*n_k, 12*n_k, 24*n_k, 0, 16*n_v, 0 };

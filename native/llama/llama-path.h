@@ -10,7 +10,6 @@ struct llama_path_shape {
     ggml_type type_k, type_v;
     bool      sinks = false; // learned ones
     bool      softcap = false; // of the logits
-    bool      on_cpu = false;
 };
 
 // The path of a layer on this device. NONE: *lacks, if it is not null, names the operations that the preferred path
@@ -22,5 +21,5 @@ llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_sh
 ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer);
 
 // The chosen format of a layer's sketch, or the default one. Soft-capped logits are looked at once, and where none was chosen, so is
-// what other devices than CPUs hold, and everything without a tolerance.
+// everything without a tolerance.
 ggml_sketch_format llama_path_format(const llama_path_shape & shape, const llama_support_params & params);

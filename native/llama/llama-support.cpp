@@ -81,9 +81,8 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
 
 static llama_path_shape shape_of(const llama_model & model, const llama_kv_cache & kv, int32_t il) {
     const auto & hparams = model.hparams;
-    const ggml_backend_dev_t dev = llama_path_device(kv.get_k_storage(il)->buffer);
     return { hparams.n_head(il), hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), kv.type_k(), kv.type_v(),
-        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap, dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU };
+        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap };
 }
 
 llama_support_path llama_support::path_of(const llama_model & model, int32_t il, const llama_support_params & p, std::string * lacks) const {

@@ -25,7 +25,8 @@ namespace {
 constexpr int64_t n_head = 32, n_head_kv = 8, d = 128; // Qwen3-4B, Llama-3-8B
 constexpr int64_t n_always = 260, n_selected = 2048;
 constexpr double  least_bytes = 1.5e9;  // of K and V together
-constexpr ggml_sketch_format sketch = { 8, 24, 48, 0, 32, 0 };
+constexpr float   logit_scale = 0.4f/16;   // of a scan
+constexpr ggml_sketch_format one_look = { 8, 24, 48, 0, 32, 0 }, two_looks = { 8, 80, 0, 0, 32, 3 }; // defaults without a tolerance, and with one
 
 ggml_backend_t backend;
 std::mt19937   gen(2603);
@@ -168,7 +169,7 @@ int layers_for(ggml_type type, int64_t n_cells, int64_t n_stream) {
     return (int) std::clamp(std::ceil(least_bytes/one), 2.0, 48.0);
 }
 
-struct measured { double us; double bytes; };
+struct measured { double us; double bytes; std::string note; };
 
 std::string only; // rows whose name has this in it
 
@@ -177,8 +178,8 @@ void row(const std::string & what, int64_t depth, int64_t batch, ggml_type type,
         return;
     }
     const measured m = measure();
-    printf("%-34s %8lld %5lld %5s %10.1f %10.2f %8.0f %7.0f%%\n", what.c_str(), (long long) depth, (long long) batch, ggml_type_name(type),
-            m.us, m.bytes/1e6, m.bytes/m.us/1e3, 100*m.bytes/m.us*1e6/bandwidth);
+    printf("%-34s %8lld %5lld %5s %10.1f %10.2f %8.0f %7.0f%%  %s\n", what.c_str(), (long long) depth, (long long) batch, ggml_type_name(type),
+            m.us, m.bytes/1e6, m.bytes/m.us/1e3, 100*m.bytes/m.us*1e6/bandwidth, m.note.c_str());
 }
 
 // ---- the rows ----------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ measured frozen_step(ggml_type type, int64_t depth, int64_t n_stream) {
         }
         set(t, list);
     }
-    return { time_of(g.graph)/n_layer*1e6, 2.0*ggml_row_size(type, d)*n_head_kv*n_stream*(n_always + n_selected) };
+    return { time_of(g.graph)/n_layer*1e6, 2.0*ggml_row_size(type, d)*n_head_kv*n_stream*(n_always + n_selected), "" };
 }
 
 enum class dense { ours, stock, slow };
@@ -247,27 +248,43 @@ measured dense_step(ggml_type type, int64_t depth, dense kind) {
     });
     set(cells, all(depth));
     set(plan, { 4, (int32_t) depth - 256 });
-    return { time_of(g.graph)/n_layer*1e6, 2.0*ggml_row_size(type, d)*n_head_kv*depth };
+    return { time_of(g.graph)/n_layer*1e6, 2.0*ggml_row_size(type, d)*n_head_kv*depth, "" };
 }
 
-// scan, then attention over what it selected; few: a threshold that few cells reach, as in decoding
-measured sketch_step(ggml_type type, int64_t depth, bool few, bool attend) {
+// cells that were selected, and that were looked at again, over all layers; the counts of ggml_sketch_scan()
+std::pair<double, double> total(const std::vector<ggml_tensor *> & counts) {
+    std::pair<double, double> sum;
+    for (const ggml_tensor * t : counts) {
+        std::vector<int32_t> of_head(ggml_nelements(t));
+        ggml_backend_tensor_get(t, of_head.data(), 0, ggml_nbytes(t));
+        for (size_t i = 0; i < of_head.size(); i += 2) {
+            sum.first  += of_head[i];
+            sum.second += of_head[i + 1];
+        }
+    }
+    return sum;
+}
+
+// Scan, then attention over what it selected. The logits of cells are as far apart as in decoding: some percent of them matter.
+measured sketch_step(ggml_type type, int64_t depth, const ggml_sketch_format & format, bool attend) {
     const int n_layer = layers_for(type, depth, 1);
-    const int64_t cell_bytes = ggml_sketch_cell_bytes(&sketch), n_skip = 512;
+    const int64_t n_skip = 512;
     ggml_tensor * always = nullptr, * skip = nullptr, * plan = nullptr, * least = nullptr;
+    std::vector<ggml_tensor *> counts;
     auto g = build([&](ggml_context * ctx) {
         std::vector<ggml_tensor *> out;
         always = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_always);
         skip   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_skip);
         plan   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
-        least  = few ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head_kv) : nullptr;
+        least  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head_kv);
         for (int il = 0; il < n_layer; ++il) {
             ggml_tensor * q_rows = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, d, n_head, 1, 1);
-            ggml_tensor * codes = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, 16*cell_bytes, depth/16, n_head_kv);
-            ggml_tensor * basis = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&sketch, d, d), n_head_kv);
-            ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, few ? n_selected : 256, n_head_kv);
+            ggml_tensor * codes = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, 16*ggml_sketch_cell_bytes(&format), depth/16, n_head_kv);
+            ggml_tensor * basis = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&format, d, d), n_head_kv);
+            ggml_tensor * selected = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1024, n_head_kv);
+            counts.push_back(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, n_head_kv));
             ggml_tensor * tail = ggml_sketch_scan(ctx, ggml_reshape_2d(ctx, q_rows, d, n_head), codes, basis, skip, plan, least, selected,
-                    nullptr, depth, d, 0.02f/std::sqrt((float) d), 0.0f, 0.0f, &sketch);
+                    counts.back(), depth, d, logit_scale, 0.0f, 0.5f, &format);
             out.push_back(tail);
             if (attend) {
                 ggml_tensor * q = ggml_permute(ctx, q_rows, 0, 2, 1, 3);
@@ -282,11 +299,18 @@ measured sketch_step(ggml_type type, int64_t depth, bool few, bool attend) {
     list.resize(n_skip, -1);
     set(skip, list);
     set(plan, { (int32_t) depth });
-    if (few) {
-        const std::vector<float> values(n_head_kv, 3.0f/depth);
-        ggml_backend_tensor_set(least, values.data(), 0, n_head_kv*sizeof(float));
-    }
-    return { time_of(g.graph)/n_layer*1e6, (double) cell_bytes*n_head_kv*depth + (attend ? 2.0*ggml_row_size(type, d)*n_head_kv*(n_always + 256) : 0) };
+    const std::vector<float> values(n_head_kv, 1e-3f);
+    ggml_backend_tensor_set(least, values.data(), 0, n_head_kv*sizeof(float));
+
+    const double us = time_of(g.graph)/n_layer*1e6;
+    const auto [n_selected_cells, n_again] = total(counts);
+    const double first_bytes = format.n_first > 0 ? 4*format.n_first : ggml_sketch_cell_bytes(&format);
+    const double scanned = first_bytes*n_head_kv*depth + (ggml_sketch_cell_bytes(&format) - first_bytes)*n_again/n_layer;
+    const double attended = 2.0*ggml_row_size(type, d)*(n_head_kv*n_always + n_selected_cells/n_layer);
+    char note[64];
+    snprintf(note, sizeof(note), "%.0f cells a head selected, %.1f %% looked at again", n_selected_cells/n_layer/n_head_kv,
+            100*n_again/n_layer/n_head_kv/depth);
+    return { us, scanned + (attend ? attended : 0), note };
 }
 
 } // namespace
@@ -326,9 +350,9 @@ int main(int argc, char ** argv) {
         }
     }
     for (int64_t depth : depths) {
-        row("sketch scan, 256 of all",           depth, 1, GGML_TYPE_F16, bandwidth, [&] { return sketch_step(GGML_TYPE_F16, depth, false, false); });
-        row("sketch scan, threshold",            depth, 1, GGML_TYPE_F16, bandwidth, [&] { return sketch_step(GGML_TYPE_F16, depth, true,  false); });
-        row("fast step, sketch, threshold",      depth, 1, GGML_TYPE_F16, bandwidth, [&] { return sketch_step(GGML_TYPE_F16, depth, true,  true); });
+        row("sketch scan, one look",          depth, 1, GGML_TYPE_F16, bandwidth, [&] { return sketch_step(GGML_TYPE_F16, depth, one_look,  false); });
+        row("sketch scan, two looks",         depth, 1, GGML_TYPE_F16, bandwidth, [&] { return sketch_step(GGML_TYPE_F16, depth, two_looks, false); });
+        row("fast step, sketch, two looks",   depth, 1, GGML_TYPE_F16, bandwidth, [&] { return sketch_step(GGML_TYPE_F16, depth, two_looks, true);  });
     }
     ggml_backend_free(backend);
     return 0;

@@ -9,16 +9,18 @@ shift
 archs=${*:-75 86 89 90 120}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
+toolkit=$(cd "$(dirname "$(readlink -f "$nvcc")")/.." && pwd)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
 compile() {  # compile ARCH FILE
     "$nvcc" -std=c++17 -O3 -use_fast_math -extended-lambda -arch="sm_$1" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror,-Wno-unused-function \
-        -Xptxas -v -I "$root/native/ggml" -I "$root/native/ggml/cuda" -I "$tree/ggml/include" -I "$tree/ggml/src" -I "$tree/ggml/src/ggml-cuda" \
+        -Xptxas -v -I "$root/native/ggml" -I "$root/native/ggml/cuda" -isystem "$tree/ggml/include" -isystem "$tree/ggml/src" \
+        -isystem "$tree/ggml/src/ggml-cuda" -isystem "$toolkit/include" \
         -c -o "$out/$1-$2.o" "$root/native/ggml/cuda/$2.cu" > "$out/$1-$2.log" 2>&1 || { cat "$out/$1-$2.log" >&2; return 255; }
 }
 export -f compile
-export nvcc root tree out
+export nvcc root tree out toolkit
 
 files=$(cd "$root/native/ggml/cuda" && ls *.cu | sed 's/\.cu$//; /^ggml-sfi-cuda$/d')
 "$nvcc" --version | grep release

@@ -10,10 +10,17 @@
 #ifdef SFI_GPU_SHIM
 #include "cuda-shim.h"
 #else
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "common.cuh"
 
-#define SFI_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+// From Hopper on a kernel is launched while the one before it still runs, and waits there, as upstream's kernels do.
+#define SFI_LAUNCH(kernel, grid, block, stream, ...) \
+    ggml_cuda_kernel_launch((kernel), ggml_cuda_kernel_launch_params((grid), (block), (size_t) 0, (stream)), __VA_ARGS__)
+
+// The first statement of every kernel: what the kernels before it read or wrote must not be touched earlier.
+static __device__ __forceinline__ void follow_previous() {
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
+}
 
 static __device__ __forceinline__ float2 f16x2_to_f32(uint32_t bits) {
     __half2 h;

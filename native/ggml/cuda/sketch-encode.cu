@@ -105,6 +105,7 @@ static __device__ void encode_components_of(const encode_args & a, uint8_t * hea
 
 template <ggml_type T>
 static __global__ void __launch_bounds__(encode_threads) sketch_encode_kernel(const encode_args a) {
+    follow_previous();
     __shared__ float x[encode_cells*encode_head_size];
     __shared__ int   cells[encode_cells];
     const int h_kv = blockIdx.y;

@@ -130,6 +130,7 @@ static __device__ __forceinline__ void look_at_record(const scan_args & a, const
 
 template <int G, int V, int C>
 static __global__ void __launch_bounds__(scan_threads) look_again_kernel(const scan_args a) {
+    follow_previous();
     constexpr int ld = C*scan_threads;
     __shared__ again_shared<G, V, C> sh;
     const int chunk = blockIdx.x, h_kv = blockIdx.y, begin = chunk*ld, h0 = h_kv*a.group;
@@ -517,6 +518,7 @@ static __device__ void write_tail(const scan_args & a, int h_kv, int g, const he
 
 template <int G, int V>
 static __global__ void __launch_bounds__(finish_threads) finish_looks_kernel(const scan_args a) {
+    follow_previous();
     __shared__ finish_shared<G, V> sh;
     const int h_kv = blockIdx.x, lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size;
     uint2 * listed = a.listed + (int64_t) h_kv*a.n_list;

@@ -28,6 +28,7 @@ static __device__ __forceinline__ float4 floats_of(uint2 halves) {
 }
 
 static __global__ void __launch_bounds__(scan_threads) scan_query_kernel(const scan_args a) {
+    follow_previous();
     __shared__ float w[4*max_k_fields + 1]; // of each component; then that of the mean
     const int h = blockIdx.x, h_kv = h/a.group, lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size;
     const float * q    = (const float *) (a.q + h*a.q_nb1);
@@ -91,6 +92,7 @@ static __global__ void __launch_bounds__(scan_threads) scan_query_kernel(const s
 
 template <int G, int C>
 static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const scan_args a) {
+    follow_previous();
     __shared__ field_weights<G> w[max_k_fields];
     __shared__ unsigned left_out[C*scan_threads/32]; // a bit for each cell of the chunk
     __shared__ float    warp_stats[scan_warps][G][2];
@@ -212,6 +214,7 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
 
 template <int G, int C>
 static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const scan_args a) {
+    follow_previous();
     __shared__ float lse[G];
     const int chunk = blockIdx.x, h_kv = blockIdx.y, begin = chunk*C*scan_threads;
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size, h0 = h_kv*a.group;
@@ -255,6 +258,7 @@ static __global__ void __launch_bounds__(scan_threads) scan_keys_kernel(const sc
 // ---- pass 4: a block for each KV head ----------------------------------------------------------------------------------------
 
 static __global__ void __launch_bounds__(pass4_threads) scan_best_kernel(const scan_args a) {
+    follow_previous();
     __shared__ best_shared sh;
     const int h_kv = blockIdx.x;
     choose_listed<pass4_threads>(a.listed + (int64_t) h_kv*a.n_list, (int) a.n_listed[h_kv], a.n_selected, a.digits + h_kv*key_digits,
@@ -297,6 +301,7 @@ struct alignas(16) weight_bytes { uint8_t of_cell[warp_size]; };
 
 template <int G, int V, int C>
 static __global__ void __launch_bounds__(scan_threads) scan_tail_kernel(const scan_args a) {
+    follow_previous();
     __shared__ weight_bytes bytes[scan_warps][G][2];
     __shared__ float        z[scan_warps][G][16*V + 2];
     __shared__ int          of_warp[C][scan_warps];

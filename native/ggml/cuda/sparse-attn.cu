@@ -148,6 +148,7 @@ static __device__ __forceinline__ void deal_sums(float * x, int i) {
 
 template <ggml_type T, int D, int G>
 static __global__ void __launch_bounds__(attn_threads, G <= 4 ? 3 : 2) sparse_attn_kernel(const attn_args a) {
+    follow_previous();
     constexpr int parts = D/8;                                      // of a row
     constexpr int lanes = parts <= 8 ? 8 : parts <= 16 ? 16 : 32;   // that share it
     constexpr int rows  = warp_size/lanes;                          // of a warp at once
@@ -385,6 +386,7 @@ static __global__ void __launch_bounds__(attn_threads, G <= 4 ? 3 : 2) sparse_at
 // the evidence of the query that attended: the mean over the group of its softmax, for the candidates
 static __global__ void own_evidence_kernel(const float * logits, const float * lse, const int32_t * cells, const int32_t * plan,
         int n_list, int group, float * evidence) {
+    follow_previous();
     const int j = blockIdx.x*blockDim.x + threadIdx.x, h_kv = blockIdx.y;
     if (j >= n_list) {
         return;
@@ -415,19 +417,20 @@ static int64_t list_length(const ggml_tensor * dst) {
 
 struct split { int n, length; };
 
-// So many blocks that every multiprocessor has a few, each with whole strides of rows for its warps. Tokens that see
-// different lengths of one list are split as each alone, so that they give the same bits.
+// So many blocks that every multiprocessor has a few, each with whole loads of its warps: with whole strides of blocks a short list would
+// be split into too few, and some multiprocessors would have a fifth more to do than the mean. Tokens that see different lengths of one
+// list are split as each alone, so that they give the same bits.
 static split split_of(const ggml_tensor * dst, int n_sm) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1];
     const bool    visible = dst->src[7] && dst->src[7]->type == GGML_TYPE_I32;
     const int64_t group  = q->ne[2]/k->ne[2];
     const int64_t blocks = k->ne[2]*n_chunks(group, group_part(group))*(visible ? 1 : q->ne[1])*q->ne[3];
-    const int64_t stride = attn_warps*flight_of(group_part(group))*(k->ne[0] <= 64 ? 4 : k->ne[0] <= 128 ? 2 : 1);
-    const int64_t strides = std::max<int64_t>(n_chunks(list_length(dst), stride), 1);
+    const int64_t load   = flight_of(group_part(group))*(k->ne[0] <= 64 ? 4 : k->ne[0] <= 128 ? 2 : 1);
+    const int64_t loads  = std::max<int64_t>(n_chunks(list_length(dst), load), 1);
     const int64_t at_once = n_sm*(group_part(group) <= 4 ? 3 : 2); // one more would run alone
-    const int64_t wanted  = std::clamp<int64_t>(at_once/blocks, 1, max_splits);
-    const int64_t length  = n_chunks(strides, wanted);
-    return { (int) n_chunks(strides, length), (int) (length*stride) };
+    const int64_t wanted  = std::clamp<int64_t>(std::min(at_once/blocks, loads/attn_warps), 1, max_splits);
+    const int64_t length  = n_chunks(loads, wanted);
+    return { (int) n_chunks(loads, length), (int) (length*load) };
 }
 
 bool sparse_attn_supported(const ggml_tensor * dst) {

@@ -98,6 +98,7 @@ static __device__ __forceinline__ int n_visible(const evidence_args & a, int row
 
 template <ggml_type T, bool shares>
 static __global__ void __launch_bounds__(evidence_threads) evidence_kernel(const evidence_args a) {
+    follow_previous();
     __shared__ evidence_tile tile;
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size, chunk = blockIdx.x, h_kv = blockIdx.y;
     const int j0 = max(a.plan[0], 0), j1 = min(a.plan[1], a.n_list);
@@ -171,6 +172,7 @@ static __global__ void __launch_bounds__(evidence_threads) evidence_kernel(const
 }
 
 static __global__ void evidence_lse_kernel(const evidence_args a) {
+    follow_previous();
     const int r = blockIdx.x*blockDim.x + threadIdx.x, h_kv = blockIdx.y;
     if (r >= a.n_rows) {
         return;
@@ -259,6 +261,7 @@ struct select_args {
 
 // A candidate's key is that of the best evidence from pool_after before it to pool_before after it.
 static __global__ void __launch_bounds__(select_threads) select_keys_kernel(const select_args a) {
+    follow_previous();
     __shared__ unsigned digits[key_digits];
     const int h_kv = blockIdx.y, j0 = max(a.plan[0], 0), j1 = min(a.plan[1], a.n_list);
     for (int i = threadIdx.x; i < key_digits; i += select_threads) {
@@ -294,6 +297,7 @@ static __global__ void __launch_bounds__(select_threads) select_keys_kernel(cons
 }
 
 static __global__ void __launch_bounds__(select_threads) select_list_kernel(const select_args a) {
+    follow_previous();
     const int h_kv = blockIdx.y;
     const unsigned least = least_digit<select_threads>(a.digits + h_kv*key_digits, a.n_selected);
     uint2 item[select_items];
@@ -307,6 +311,7 @@ static __global__ void __launch_bounds__(select_threads) select_list_kernel(cons
 }
 
 static __global__ void __launch_bounds__(best_threads) select_best_kernel(const select_args a) {
+    follow_previous();
     __shared__ best_shared sh;
     const int h_kv = blockIdx.x;
     choose_listed<best_threads>(a.listed + (int64_t) h_kv*a.n_list, (int) a.n_listed[h_kv], a.n_selected, a.digits + h_kv*key_digits,
@@ -314,6 +319,7 @@ static __global__ void __launch_bounds__(best_threads) select_best_kernel(const 
 }
 
 static __global__ void __launch_bounds__(select_threads) select_write_kernel(const select_args a) {
+    follow_previous();
     __shared__ int of_warp[select_items][select_warps];
     const int h_kv = blockIdx.y, begin = blockIdx.x*select_chunk;
     const uint64_t best = a.best[h_kv];
@@ -455,6 +461,7 @@ static __device__ float2 count_members(const int * slots, const int32_t * cells,
 }
 
 static __global__ void __launch_bounds__(stability_threads) stability_kernel(const stability_args a) {
+    follow_previous();
     __shared__ int   slots[set_slots];
     __shared__ float tmp[stability_warps];
     const int h_kv = blockIdx.y, j0 = max(a.plan[0], 0), j1 = min(a.plan[1], a.n_list);

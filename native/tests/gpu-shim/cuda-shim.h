@@ -22,7 +22,20 @@ inline uint4  make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { retur
 
 using cudaStream_t = void *;
 
-#define SFI_LAUNCH(kernel, grid, block, stream, ...) (void) (stream), sfi_shim::launch((grid), (block), [&] { (kernel)(__VA_ARGS__); })
+// here a kernel never runs beside the one before it; on a GPU it may, so each thread must say that it waits
+inline size_t n_following = 0;
+inline void follow_previous() { ++n_following; }
+
+template <class F>
+void launch_following(dim3 grid, dim3 block, F && thread) {
+    n_following = 0;
+    sfi_shim::launch(grid, block, thread);
+    if (n_following != (size_t) grid.x*grid.y*grid.z*block.x*block.y*block.z) {
+        sfi_shim::fail("a kernel that does not wait for the one before it");
+    }
+}
+
+#define SFI_LAUNCH(kernel, grid, block, stream, ...) (void) (stream), launch_following((grid), (block), [&] { (kernel)(__VA_ARGS__); })
 
 inline int lane_of_thread() { return sfi_shim::lane_of_thread(); }
 
