@@ -5,7 +5,7 @@
 // it loads their V, the K of the next ones and the cells of those after them. No barrier until a block is done: each row
 // group has its own online softmax.
 //
-//   pass 1  load the query, and the cells of the list
+//   pass 1  load the cells of the list, their first keys, and the query
 //   pass 2  logits of the group. Summing over the lanes also deals them out: each lane ends with those of one row
 //   pass 3  online softmax, a lane its own logits; then all lanes accumulate V with the weights of all
 //   pass 4  merge the row groups of a warp, then the warps of a block
@@ -53,14 +53,23 @@ struct merge_weights {
     float tail[8];
 };
 
-// pass 5, for the heads [h0, h0 + n_heads) of a token
+// pass 5, for the heads [h0, h0 + n_heads) of a token. The partials of the first splits are on their way while their weights are made.
 template <int D>
 static __device__ void merge_splits(const attn_args & a, int s, int t, int h0, int n_heads, merge_weights & w) {
+    constexpr int early = 16;
     const int     lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size;
     const int64_t token = (int64_t) s*a.n_tokens + t;
     const float * stats    = a.stats    + (token*a.n_head + h0)*a.n_split*2;
     const float * partials = a.partials + (token*a.n_head + h0)*a.n_split*D;
+    const auto partial_at = [&](int j, int i) {
+        return *(const float4 *) (partials + ((int64_t) (j/(D/4))*a.n_split + i)*D + j % (D/4)*4);
+    };
 
+    float4 first[early];
+#pragma unroll
+    for (int i = 0; i < early; ++i) {
+        first[i] = i < a.n_split && (int) threadIdx.x < n_heads*D/4 ? partial_at(threadIdx.x, i) : make_float4(0, 0, 0, 0);
+    }
     for (int g = warp; g < n_heads; g += attn_warps) {
         constexpr int turns = max_splits/warp_size;
         const int     h = h0 + g;
@@ -104,13 +113,21 @@ static __device__ void merge_splits(const attn_args & a, int s, int t, int h0, i
     __syncthreads();
     for (int j = threadIdx.x; j < n_heads*D/4; j += attn_threads) {
         const int g = j/(D/4), d = j % (D/4)*4;
-        const float * p = partials + (int64_t) g*a.n_split*D + d;
         float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 16
-        for (int i = 0; i < a.n_split; ++i) {
-            const float4 x = *(const float4 *) (p + i*D);
-            const float  y = w.split[g][i];
+        const auto add = [&](int i, const float4 & x) {
+            const float y = w.split[g][i];
             o = make_float4(fmaf(y, x.x, o.x), fmaf(y, x.y, o.y), fmaf(y, x.z, o.z), fmaf(y, x.w, o.w));
+        };
+        const bool has_first = j == (int) threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < early; ++i) {
+            if (has_first && i < a.n_split) {
+                add(i, first[i]);
+            }
+        }
+#pragma unroll 16
+        for (int i = has_first ? early : 0; i < a.n_split; ++i) {
+            add(i, partial_at(j, i));
         }
         if (w.tail[g] > 0.0f) {
             const float * x = a.tail + s*a.tail_s + t*a.tail_t + (h0 + g)*a.tail_h + d, y = w.tail[g];
@@ -169,24 +186,6 @@ static __global__ void __launch_bounds__(attn_threads, G <= 4 ? 3 : 2) sparse_at
     const int n_heads = min(G, a.group - g0), h0 = h_kv*a.group + g0;
 
     // pass 1
-    float q[G][8];
-    const float scale = a.softcap > 0.0f ? a.scale/a.softcap : a.scale;
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-#pragma unroll
-        for (int d = 0; d < 8; ++d) {
-            q[g][d] = 0.0f;
-        }
-        if (g < n_heads && has_part) {
-            octet<GGML_TYPE_F32> o;
-            o.load(a.q + t*a.q_nb1 + (h0 + g)*a.q_nb2 + s*a.q_nb3, i);
-            o.get(q[g]);
-#pragma unroll
-            for (int d = 0; d < 8; ++d) {
-                q[g][d] *= scale;
-            }
-        }
-    }
     const int32_t * always   = a.always   + t*a.always_t + s*a.always_s;
     const int32_t * selected = a.selected + h_kv*a.selected_h + t*a.selected_t + s*a.selected_s;
     const int       seen     = a.visible ? min(max(a.visible[s*a.visible_s + t], 0), a.n_always) : a.n_always;
@@ -225,6 +224,25 @@ static __global__ void __launch_bounds__(attn_threads, G <= 4 ? 3 : 2) sparse_at
         ks[u].clear();
         if (cell[u] >= 0 && has_part) {
             ks[u].load(k + cell[u]*a.k_nb1, i);
+        }
+    }
+    // the query comes last: the first keys, which wait for the list, are on their way
+    float q[G][8];
+    const float scale = a.softcap > 0.0f ? a.scale/a.softcap : a.scale;
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+#pragma unroll
+        for (int d = 0; d < 8; ++d) {
+            q[g][d] = 0.0f;
+        }
+        if (g < n_heads && has_part) {
+            octet<GGML_TYPE_F32> o;
+            o.load(a.q + t*a.q_nb1 + (h0 + g)*a.q_nb2 + s*a.q_nb3, i);
+            o.get(q[g]);
+#pragma unroll
+            for (int d = 0; d < 8; ++d) {
+                q[g][d] *= scale;
+            }
         }
     }
     for (int p0 = first; p0 < end; p0 += stride) {
