@@ -602,8 +602,10 @@ ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * vi
 // The ring of queries afterwards, [n_embd_head_k*n_head, n_queries].
 static ggml_tensor * store_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer, ggml_tensor * q) {
     const int64_t n = inp->built.n_stored;
-    ggml_tensor * last = ggml_view_3d(g.ctx0, q, q->ne[0], q->ne[1], n, q->nb[1], q->nb[2], (q->ne[2] - n)*q->nb[2]);
-    last = ggml_cont_2d(g.ctx0, last, q->ne[0]*q->ne[1], n);
+    const size_t  first = (q->ne[2] - n)*q->nb[2];
+    ggml_tensor * last = q->nb[1] == q->ne[0]*q->nb[0] // the heads of a token lie together
+        ? ggml_view_2d(g.ctx0, q, q->ne[0]*q->ne[1], n, q->nb[2], first)
+        : ggml_cont_2d(g.ctx0, ggml_view_3d(g.ctx0, q, q->ne[0], q->ne[1], n, q->nb[1], q->nb[2], first), q->ne[0]*q->ne[1], n);
     ggml_tensor * kept = ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows);
     ggml_build_forward_expand(g.gf, kept);
     return kept;

@@ -1192,7 +1192,8 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
             test_cases.emplace_back(new test_support_stability(n_list, n_selected, 3, n_list == 300));
         }
     }
-    test_cases.emplace_back(new test_support_stability(5000, 4200, 2)); // more than a set on chip takes at a time
+    test_cases.emplace_back(new test_support_stability(5000, 4200, 2));  // more cells than Metal's sets on chip take at a time,
+    test_cases.emplace_back(new test_support_stability(200000, 300, 1)); // a larger cache than CUDA's do
 
     // the sketch
     for (std::array<int32_t, 6> form : { std::array<int32_t, 6>{ 16, 0, 0, 16, 0, 0 }, { 4, 16, 16, 16, 0, 0 }, { 8, 0, 0, 16, 0, 0 }, { 16, 16, 32, 32, 0, 0 },

@@ -391,14 +391,15 @@ void support_select(const gpu & g, ggml_tensor * dst) {
 
 // ---- stability ---------------------------------------------------------------------------------------------------------
 //
-// A block has the sets as hash tables in shared memory, one after the other, and some of the candidates.
+// A block has some of the candidates, and both sets in shared memory as bits, one for each cell; of a cache with more cells than
+// there are bits, part after part.
 
 constexpr int stability_threads = 512;
 constexpr int stability_warps   = stability_threads/warp_size;
 constexpr int stability_items   = 8;
 constexpr int stability_chunk   = stability_items*stability_threads;
-constexpr int set_slots = 11264;
-constexpr int max_set   = 8192;
+constexpr int part_words = 5*1024; // of a set
+constexpr int part_cells = 32*part_words;
 
 struct stability_args {
     const float * evidence;
@@ -410,65 +411,51 @@ struct stability_args {
     int n_list, n_selected, n_previous, n_chunks;
 };
 
-static __device__ __forceinline__ unsigned slot_of(int cell) {
-    return (unsigned) (((uint64_t) ((unsigned) cell*2654435761u)*set_slots) >> 32);
+struct cell_sets {
+    unsigned now[part_words], before[part_words]; // selected, previous
+};
+
+static __device__ __forceinline__ bool has_cell(const unsigned * set, int cell) {
+    return (unsigned) cell < part_cells && (set[cell/32] >> cell % 32 & 1);
 }
 
-static __device__ void fill_set(int * slots, const int32_t * cells, int n) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < set_slots; i += stability_threads) {
-        slots[i] = -1;
-    }
-    __syncthreads();
+// the cells first .. first + part_cells - 1 of a list
+static __device__ void add_cells(unsigned * set, const int32_t * cells, int n, int first) {
     for (int i = threadIdx.x; i < n; i += stability_threads) {
-        const int cell = cells[i];
-        if (cell < 0) {
-            continue;
-        }
-        unsigned s = slot_of(cell);
-        while (true) {
-            const int found = atomicCAS(&slots[s], -1, cell);
-            if (found == -1 || found == cell) {
-                break;
-            }
-            s = s + 1 < set_slots ? s + 1 : 0;
+        const int cell = cells[i] - first;
+        if (cells[i] >= first && cell < part_cells) {
+            atomicOr(&set[cell/32], 1u << cell % 32);
         }
     }
+}
+
+static __device__ void load_sets(const stability_args & a, int h_kv, int first, cell_sets & sets) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < part_words; i += stability_threads) {
+        sets.now[i] = sets.before[i] = 0;
+    }
+    __syncthreads();
+    add_cells(sets.now,    a.selected + h_kv*a.selected_ld, a.n_selected, first);
+    add_cells(sets.before, a.previous + h_kv*a.previous_ld, a.n_previous, first);
     __syncthreads();
 }
 
-static __device__ bool has_cell(const int * slots, int cell) {
-    for (unsigned s = slot_of(cell); slots[s] != -1; s = s + 1 < set_slots ? s + 1 : 0) {
-        if (slots[s] == cell) {
-            return true;
-        }
-    }
-    return false;
-}
-
-// of the members that are no pads: how many there are, and how many of them the set in `slots` has too
-static __device__ float2 count_members(const int * slots, const int32_t * cells, int n, float * tmp) {
-    float all = 0.0f, common = 0.0f;
+static __device__ int last_cell(const int32_t * cells, int n) {
+    int last = -1;
     for (int i = threadIdx.x; i < n; i += stability_threads) {
-        if (cells[i] >= 0) {
-            all    += 1.0f;
-            common += has_cell(slots, cells[i]) ? 1.0f : 0.0f;
-        }
+        last = max(last, cells[i]);
     }
-    all    = block_sum<stability_warps>(all, tmp);
-    common = block_sum<stability_warps>(common, tmp);
-    return make_float2(all, common);
+    return last;
 }
 
 static __global__ void __launch_bounds__(stability_threads) stability_kernel(const stability_args a) {
     follow_previous();
-    __shared__ int   slots[set_slots];
-    __shared__ float tmp[stability_warps];
+    __shared__ cell_sets sets;
+    __shared__ float     tmp[stability_warps];
     const int h_kv = blockIdx.y, j0 = max(a.plan[0], 0), j1 = min(a.plan[1], a.n_list);
-    const int32_t * selected = a.selected + h_kv*a.selected_ld, * previous = a.previous + h_kv*a.previous_ld;
 
     int   cell[stability_items];
-    float e[stability_items], all = 0.0f, now = 0.0f, before = 0.0f;
+    float e[stability_items], all = 0.0f, now = 0.0f, before = 0.0f, common = 0.0f, either = 0.0f;
 #pragma unroll
     for (int c = 0; c < stability_items; ++c) {
         const int j = blockIdx.x*stability_chunk + c*stability_threads + threadIdx.x;
@@ -476,45 +463,47 @@ static __global__ void __launch_bounds__(stability_threads) stability_kernel(con
         e[c]    = cell[c] >= 0 ? a.evidence[h_kv*a.evidence_ld + j] : 0.0f;
         all    += e[c];
     }
-    fill_set(slots, previous, a.n_previous);
+    // cells have few enough digits for a float
+    const int last = (int) block_max<stability_warps>((float) max(last_cell(a.selected + h_kv*a.selected_ld, a.n_selected),
+            last_cell(a.previous + h_kv*a.previous_ld, a.n_previous)), tmp);
+    for (int first = 0; first <= last; first += part_cells) {
+        load_sets(a, h_kv, first, sets);
 #pragma unroll
-    for (int c = 0; c < stability_items; ++c) {
-        before += cell[c] >= 0 && has_cell(slots, cell[c]) ? e[c] : 0.0f;
+        for (int c = 0; c < stability_items; ++c) {
+            now    += cell[c] >= 0 && has_cell(sets.now,    cell[c] - first) ? e[c] : 0.0f;
+            before += cell[c] >= 0 && has_cell(sets.before, cell[c] - first) ? e[c] : 0.0f;
+        }
+        for (int i = threadIdx.x; i < part_words && blockIdx.x == 0; i += stability_threads) {
+            common += (float) __popc(sets.now[i] & sets.before[i]);
+            either += (float) __popc(sets.now[i] | sets.before[i]);
+        }
     }
-    fill_set(slots, selected, a.n_selected);
+    float * sums[] = { &all, &now, &before, &common, &either };
 #pragma unroll
-    for (int c = 0; c < stability_items; ++c) {
-        now += cell[c] >= 0 && has_cell(slots, cell[c]) ? e[c] : 0.0f;
+    for (int i = 0; i < 5; ++i) {
+        *sums[i] = block_sum<stability_warps>(*sums[i], tmp);
     }
-    all    = block_sum<stability_warps>(all, tmp);
-    now    = block_sum<stability_warps>(now, tmp);
-    before = block_sum<stability_warps>(before, tmp);
     if (threadIdx.x == 0) {
         float * partial = a.partials + ((int64_t) h_kv*a.n_chunks + blockIdx.x)*3;
         partial[0] = all;
         partial[1] = now;
         partial[2] = before;
+        if (blockIdx.x == 0) {
+            a.out[4*h_kv + 3] = either > 0.0f ? common/either : 1.0f;
+        }
     }
-    if (!is_last_block(a.counters + h_kv, a.n_chunks)) {
-        return;
-    }
-    const float2 before_and_common = count_members(slots, previous, a.n_previous, tmp);
-    const float2 now_only          = count_members(slots, selected, a.n_selected, tmp);
-    if (threadIdx.x < 3) {
+    if (is_last_block(a.counters + h_kv, a.n_chunks) && threadIdx.x < 3) {
         float sum = 0.0f;
+#pragma unroll 8
         for (int c = 0; c < a.n_chunks; ++c) {
             sum += a.partials[((int64_t) h_kv*a.n_chunks + c)*3 + threadIdx.x];
         }
         a.out[4*h_kv + threadIdx.x] = sum;
     }
-    if (threadIdx.x == 3) {
-        const float either = now_only.x + before_and_common.x - before_and_common.y;
-        a.out[4*h_kv + 3] = either > 0.0f ? before_and_common.y/either : 1.0f;
-    }
 }
 
 bool support_stability_supported(const ggml_tensor * dst) {
-    return dst->src[3]->ne[0] <= max_set && dst->src[4]->ne[0] <= max_set && dst->ne[1] <= n_counters;
+    return dst->ne[1] <= n_counters;
 }
 
 size_t support_stability_scratch(const ggml_tensor * dst, int) {

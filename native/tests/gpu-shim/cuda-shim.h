@@ -64,11 +64,6 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 template <class T> T atomicAdd(T * p, T x) { const T old = *p; *p = old + x; return old; }
 template <class T> T atomicOr (T * p, T x) { const T old = *p; *p = old | x; return old; }
 template <class T> T atomicAnd(T * p, T x) { const T old = *p; *p = old & x; return old; }
-template <class T> T atomicCAS(T * p, T expected, T x) {
-    const T old = *p;
-    *p = old == expected ? x : old;
-    return old;
-}
 
 inline int __popc(unsigned x) {
     int n = 0;
