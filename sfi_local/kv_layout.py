@@ -96,6 +96,18 @@ def sfi_bytes(all_layers: list[Layer], params: SfiParams, n_ctx: int) -> int:
         for layer in all_layers if layer.sparse)
 
 
+def compact_bytes(all_layers: list[Layer], params: SfiParams, n_ctx: int, type_k: str, type_v: str) -> int:
+    """Bytes of the portable path beside that: K and V of a support's cells close together, the set before and evidence of every cell."""
+    n_always = min(params.n_sink + params.n_recent + params.max_span, n_ctx)
+    n_selected = min(params.n_selected, n_ctx) if params.support == "frozen" else 0
+    n_rows = -(-(n_always + n_selected) // 256) * 256
+    kinds = ("f16" if kind == "f32" else kind for kind in (type_k, type_v))
+    of_row = [KV_TYPES[kind] for kind in kinds]
+    return sum(
+        layer.n_head_kv * (n_rows * (layer.k_size * of_row[0] + layer.v_size * of_row[1]) // 32 + (4 * (n_selected + n_ctx) if n_selected else 0))
+        for layer in all_layers if layer.sparse)
+
+
 def _sketch_bytes(layer: Layer, params: SfiParams, n_ctx: int) -> int:
     """Codes in blocks of 16 cells, mean and encoder (F32) and decoder (F16) of K and of V, what is kept of each step."""
     bits_k, n_k = 4 * params.sketch_k4 + 2 * params.sketch_k2 + params.sketch_k1, params.sketch_k4 + params.sketch_k2 + params.sketch_k1

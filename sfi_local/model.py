@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 from sfi_local import gpu, kv_layout
+from sfi_local.context_cost import check_memory, cost_of
 from sfi_local.engine import device_path, n_devices
-from sfi_local.errors import ArgumentError, BackendError, ModelFileError, OutOfMemoryError, SfiError
+from sfi_local.errors import ArgumentError, BackendError, ModelFileError, SfiError
 from sfi_local.exact import generate_exact
 from sfi_local.generate import generate
 from sfi_local.gguf_file import GgufFile, read_gguf
 from sfi_local.interrupt import InterruptFlag
 from sfi_local.library import last_log_lines, log, open_library
-from sfi_local.machine import available_memory, human_bytes, physical_cores
+from sfi_local.machine import physical_cores
 from sfi_local.params import PORTABLE_POLICY, SfiParams
 from sfi_local.prompt import ChatTemplate, Message, too_long
 from sfi_local.pull import resolve
 from sfi_local.sampling import Sampling
-from sfi_local.session import MODES, N_BATCH, Progress, Schedule, Session
+from sfi_local.session import MODES, Progress, Schedule, Session
 from sfi_local.span import MAX_DRAFTS
 from sfi_local.step import Step
 
@@ -29,7 +30,6 @@ MIN_CTX = 512        # a context smaller than this is of no use
 FIRST_CTX = 4096     # a context starts at this size and grows with the conversation
 MAX_THREADS = 512    # of ggml
 MAX_LAYERS = 9999    # more than any model has: all of them
-MEMORY_SHARE = 0.9   # of the available memory, what weights and KV cache may take
 
 
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
@@ -56,30 +56,35 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     file = read_gguf(resolve(os.fspath(model)))
     gpus, no_gpu = gpu.usable(gpu_layers)
     layers = kv_layout.layers(file)
-    room = _check_memory(file, layers, n_ctx or MIN_CTX, type_k, type_v, gpu.share_of(len(layers), gpu_layers, gpus), gpus)
-    _check_generates(file)
     settled, note = settle(file, mode, type_k, type_v, params, fidelity)
+    portable = portable_params if params else SfiParams.of(PORTABLE_POLICY)
+    cost = cost_of(layers, mode, type_k, type_v, settled, portable or settled, bool(gpus))
+    room = check_memory(file, cost, n_ctx or MIN_CTX, gpu.share_of(len(layers), gpu_layers, gpus), gpus)
+    _check_generates(file)
     native = open_library()
     log.verbose = verbose
     weights = _load_weights(native.llama_cpp, file.path, gpu_layers, progress)
-    model = Model(file, weights, room, mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
+    model = Model(file, weights, room and cost.cells(room), mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
                   type_v=type_v, params=settled, fit_budget=fit_budget or params is None, gpu_layers=gpu_layers,
-                  portable_params=portable_params if params else SfiParams.of(PORTABLE_POLICY))
+                  portable_params=portable)
     for sentence in filter(None, (note, no_gpu)):
         model._note(sentence)
     return model
 
 
 class Model:
-    """A loaded model and its one conversation. Not for several threads at a time (BusyError)."""
+    """A loaded model and its one conversation. Not for several threads at a time (BusyError).
 
-    def __init__(self, file: GgufFile, weights: Any, room: int | None, *, mode: str, n_ctx: int | None, n_threads: int,
+    n_fit: cells of the largest context that the memory holds; None: not known
+    """
+
+    def __init__(self, file: GgufFile, weights: Any, n_fit: int | None, *, mode: str, n_ctx: int | None, n_threads: int,
                  type_k: str, type_v: str, params: SfiParams, fit_budget: bool, gpu_layers: int | None = None,
                  portable_params: SfiParams | None = None):
         self.file, self.mode, self.n_threads, self.gpu_layers = file, mode, n_threads, gpu_layers
         self.notes: list[str] = []  # what was decided on the caller's behalf, in sentences
         self._n_notes_read = 0
-        self._weights, self._room, self._n_ctx = weights, room, n_ctx
+        self._weights, self._n_fit, self._n_ctx = weights, n_fit, n_ctx
         self._types, self._params, self._fit_budget, self._portable = (type_k, type_v), params, fit_budget, portable_params
         self.vocabulary = Vocabulary(weights)
         self.session: Session | None = None
@@ -105,8 +110,7 @@ class Model:
         if self._n_ctx:
             return self._n_ctx
         trained = self.file.n_ctx_train or FIRST_CTX
-        per_cell = _context_bytes(kv_layout.layers(self.file), MIN_CTX, *self._types) // MIN_CTX
-        return trained if self._room is None else max(MIN_CTX, min(trained, self._room // per_cell))
+        return trained if self._n_fit is None else max(MIN_CTX, min(trained, self._n_fit))
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -333,39 +337,6 @@ def _check_generates(file: GgufFile) -> None:
                              f"give a decoder model.")
     if file.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         raise ModelFileError(f"{file.path} has no tokenizer in it: convert the model again with its tokenizer files.")
-
-
-def _check_memory(file: GgufFile, layers: list, n_ctx: int, type_k: str, type_v: str, share: float, gpus: list) -> int | None:
-    """Bytes left for the KV cache beside the weights; None if the system does not tell. Refuses what cannot fit.
-
-    share: of the layers that the GPUs hold
-    """
-    kv = _context_bytes(layers, n_ctx, type_k, type_v)
-    rooms = []
-    if share > 0:
-        rooms.append(gpu.room_for_context(gpu.Need(str(file.path), file.n_bytes, kv, share), gpus, len(layers)))
-    if share < 1:
-        rooms.append(_check_host_memory(file, kv, n_ctx, 1 - share))
-    return min((room for room in rooms if room is not None), default=None)
-
-
-def _check_host_memory(file: GgufFile, kv: int, n_ctx: int, share: float) -> int | None:
-    """Bytes that a context may have beside the weights, of which the host's memory holds a share; None: not known."""
-    available = available_memory()
-    if available is None:
-        return None
-    usable = int(MEMORY_SHARE * available)
-    if share * (file.n_bytes + kv) > usable:
-        raise OutOfMemoryError(
-            f"{file.path} needs {human_bytes(file.n_bytes + kv)} (weights {human_bytes(file.n_bytes)}, context of {n_ctx} "
-            f"tokens {human_bytes(kv)}), {human_bytes(int(share * (file.n_bytes + kv)) - usable)} more than can be used here: "
-            f"close programs, lower --ctx, use --kv-type q8_0, or take a smaller quantisation of the model.")
-    return int(usable / share) - file.n_bytes
-
-
-def _context_bytes(layers: list, n_ctx: int, type_k: str, type_v: str) -> int:
-    """Bytes of a context: the KV cache, and a prefill batch's mask in F32 and F16."""
-    return kv_layout.kv_bytes(layers, n_ctx, type_k, type_v) + 6 * N_BATCH * n_ctx
 
 
 def _load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None) -> Any:

@@ -166,12 +166,14 @@ def test_a_model_may_be_used_from_another_thread(models):
 
 def test_too_little_memory_is_refused_with_numbers(tiny, monkeypatch):
     size, per_cell = tiny.stat().st_size, 4 * 2 * 64 * 2 + 512 * 6  # K and V of all layers; the mask of a batch
-    monkeypatch.setattr("sfi_local.model.available_memory", lambda: size)
+    monkeypatch.setattr("sfi_local.context_cost.available_memory", lambda: size)
     with pytest.raises(OutOfMemoryError, match="more than can be used"):
         load(tiny)
-    monkeypatch.setattr("sfi_local.model.available_memory", lambda: int((size + 1000 * per_cell) / 0.9) + 1)
-    with load(tiny, n_threads=1) as model:
+    monkeypatch.setattr("sfi_local.context_cost.available_memory", lambda: int((size + 1000 * per_cell) / 0.9) + 1)
+    with load(tiny, mode="stock", n_threads=1) as model:
         assert model.n_ctx_limit == 1000
+    with load(tiny, n_threads=1) as model: # what a sketch holds has to fit too
+        assert 512 <= model.n_ctx_limit < 900
 
 
 def test_a_second_generation_ends_the_first(models):

@@ -36,6 +36,26 @@ def test_too_little_memory_is_refused_with_what_is_missing_and_what_would_fit():
         gpu.room_for_context(need(6, 4, gpu.share_of(32, layers + 1, [CARD])), [CARD], 32)
 
 
+def test_a_context_costs_its_sketch_too(tiny):
+    from sfi_local import SfiParams
+    from sfi_local.context_cost import ContextCost, check_memory
+    from sfi_local.gguf_file import read_gguf
+    from sfi_local.kv_layout import layers, sfi_bytes
+
+    file = read_gguf(tiny)
+    stock, sketch = (ContextCost(layers(file), "f16", "f16", params) for params in (None, SfiParams()))
+    n = 1 << 20
+    assert sketch.bytes(n) == stock.bytes(n) + sfi_bytes(layers(file), SfiParams(), n)
+    for cost in (stock, sketch):
+        cells = cost.cells(1 << 28)
+        assert cost.bytes(cells) <= 1 << 28 < cost.bytes(cells + 1)
+    assert stock.cells(0) == 0
+    card = gpu.Gpu("CUDA0", "a card", free=int((file.n_bytes + stock.bytes(n)) / gpu.MEMORY_SHARE) + 1024, total=1 << 40)
+    assert check_memory(file, stock, n, 1.0, [card])
+    with pytest.raises(OutOfMemoryError, match="more than a card"):
+        check_memory(file, sketch, n, 1.0, [card])
+
+
 def test_layers_for_a_gpu_that_is_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(gpu, "gpus", lambda: [])
     monkeypatch.setattr(gpu, "backends", lambda: [])

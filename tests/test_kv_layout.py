@@ -80,3 +80,17 @@ def test_the_prediction_agrees_with_the_library(tiny):
             (b.sparse, b.n_head, b.n_head_kv, b.n_embd_head_k, b.n_embd_head_v) for b in theirs]
         assert kv_bytes(ours, 1) == sum(layer.kv_cell_bytes for layer in theirs)
         assert sfi_bytes(ours, engine.params, session.n_ctx) == pytest.approx(engine.memory(), rel=0.01)
+
+
+def test_the_compact_copy_of_the_portable_path_too(tiny, monkeypatch):
+    from sfi_local import SfiParams, load
+    from sfi_local.kv_layout import compact_bytes
+
+    monkeypatch.setenv("SFI_PORTABLE_PATH", "1")
+    for policy, kv_type in (("frozen", "f16"), ("frozen", "f32"), ("window", "q8_0")):
+        params = SfiParams.of(policy).fit_context(512)
+        with load(tiny, mode="sfi", n_threads=1, n_ctx=512, params=params, type_k=kv_type, type_v=kv_type) as loaded:
+            engine, ours = loaded.open_session(1, 1).engine, layers(read_gguf(tiny))
+            assert engine.path == "portable"
+            of_policy = sfi_bytes(ours, params, 512) if policy == "frozen" else 0
+            assert of_policy + compact_bytes(ours, params, 512, kv_type, kv_type) == pytest.approx(engine.memory(), rel=0.01)
