@@ -142,6 +142,10 @@ class Context:
     def logits(self):
         return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.address, -1), shape=(self.n_vocab,)).copy()
 
+    def n_reused(self):
+        """Graphs that were used again since the context was made."""
+        return self.llama.llama_perf_context(self.address).n_reused
+
     def cut(self, pos, end=-1, seq=0):
         """Remove the cells of positions [pos, end); -1: all from pos on."""
         assert self.llama.llama_memory_seq_rm(self.memory, seq, pos, end)

@@ -119,6 +119,15 @@ def test_cells_leave_the_window_in_batches_and_stay_attended_to(opened, text):
     assert np.abs(context.logits() - dense_logits(opened, text[:N], N - 60)[-1]).max() < NEAR
 
 
+def test_cells_get_their_codes_without_a_new_graph_of_the_steps(opened, text):
+    context = opened()
+    context.prefill(text[:N])
+    context.step(text[0])
+    before = context.n_reused()
+    assert all(context.step(token).kind == "fast" for token in text[:2 * BATCH])
+    assert context.n_reused() - before == 2 * BATCH
+
+
 def test_the_share_that_is_read_counts_codes_and_cells(ready, text):
     """Codes of K and V, 4 bits a value, are a quarter of F16; the bases, and 149 cells at most, come on top."""
     ready.engine.reset_stats()

@@ -165,6 +165,34 @@ def test_a_refused_step_keeps_the_support(ready):
     assert ready.step(2, "fast").depth == N + 2
 
 
+# ---- the graph of each kind of step -----------------------------------------------------------------------------------
+
+
+def test_graphs_are_used_again_across_kinds_of_steps(ready):
+    ready.steps(range(4), "fast")
+    ready.step(4, "slow")
+    before = ready.n_reused()
+    for token in range(10):
+        ready.step(token, "slow")
+        ready.step(token, "fast")
+    assert ready.n_reused() - before == 20
+
+
+def test_a_graph_that_was_made_anew_gives_the_same(opened, prompts):
+    """A control vector, even none, has llama.cpp make scheduler and graphs anew."""
+    def logits(renew):
+        context = opened()
+        context.prefill(prompts[0])
+        out = []
+        for i, token in enumerate(range(12)):
+            if renew and i % 4 == 3:
+                assert context.llama.llama_set_adapter_cvec(context.address, None, 0, 0, 0, 0) == 0
+            out.append(context.steps([token], "slow" if i % 3 == 1 else "fast"))
+        return np.array(out)
+
+    assert np.array_equal(logits(True), logits(False))
+
+
 # ---- several sequences ------------------------------------------------------------------------------------------------
 
 

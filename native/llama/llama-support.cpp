@@ -533,9 +533,6 @@ bool llama_support_input::can_reuse(const llm_graph_params &) {
 }
 
 bool llama_support_can_reuse(const llama_support_input * inp, const std::shared_ptr<llama_support> & support) {
-    if (support && support->scheduler_used) {
-        return false;
-    }
     if (!inp) {
         return !support || support->graph_key().kind == LLAMA_SUPPORT_NONE;
     }
@@ -550,9 +547,6 @@ static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int6
 }
 
 llama_support_input * llama_support_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
-    if (support) {
-        support->scheduler_used = false;
-    }
     if (!support || support->graph_key().kind == LLAMA_SUPPORT_NONE) {
         return nullptr;
     }

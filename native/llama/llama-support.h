@@ -195,9 +195,6 @@ public:
     std::vector<int32_t> read_selected (uint32_t stream, int32_t il, int32_t head_kv) const;
     std::array<float, 4> read_stability(uint32_t stream, int32_t il, int32_t head_kv) const;
 
-    // a graph was computed outside of llama_decode(), which the scheduler of the context does not survive
-    bool scheduler_used = false;
-
 private:
     friend struct llama_support_input;
     friend struct llama_portable_input;
@@ -246,7 +243,7 @@ private:
     void    find_holes(stream_state & st);
     std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is cells[0 .. first) and cells[second ..)
     struct layer_rows { std::vector<float> k, v, q; }; // that a basis is fitted to, [n, n_embd] of all heads
-    bool    compute(llama_context & lctx, ggml_cgraph * graph, const std::function<void()> & set_inputs);
+    bool    compute(llama_context & lctx, const std::function<ggml_cgraph *()> & build, const std::function<void()> & set_inputs);
     std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted);
     bool    fit(llama_context & lctx, uint32_t stream);
     bool    fit_rows(llama_context & lctx, uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries, layer_rows & out);
