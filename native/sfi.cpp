@@ -749,11 +749,11 @@ static void count(sfi * s, const llama_support & support, llama_seq_id seq, cons
     }
 }
 
-static llama_support_kind support_kind(sfi_step_kind kind) {
-    switch (kind) {
+static llama_support_kind support_kind(const slowfast::decision & d) {
+    switch (d.kind) {
         case SFI_STEP_SLOW: return LLAMA_SUPPORT_SLOW;
         case SFI_STEP_FAST: return LLAMA_SUPPORT_FAST;
-        default:            return LLAMA_SUPPORT_DENSE;
+        default:            return d.reason == SFI_REASON_SHORT ? LLAMA_SUPPORT_SHORT : LLAMA_SUPPORT_DENSE;
     }
 }
 
@@ -812,7 +812,7 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
             return sketch_failed();
         }
         if (const int err = repair ? repairing_step(s, support, seq, token)
-                : decode(s, support, seq, &token, 1, support_kind(d.kind), d.kind == SFI_STEP_SLOW, 1)) {
+                : decode(s, support, seq, &token, 1, support_kind(d), d.kind == SFI_STEP_SLOW, 1)) {
             return err;
         }
         s->tails[seq].feed(token, s->tokens[token], d.kind == SFI_STEP_SLOW);

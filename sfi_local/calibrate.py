@@ -28,7 +28,7 @@ ENV = "SFI_LOCAL_AUTO_DEPTH"  # cells: this depth instead of a measurement; 0: t
 MEAN_SPAN = 20         # fast steps per slow step of the schedule on prose
 GAIN = 0.03            # slow-fast must be faster than dense by this share
 LIMIT_S = 2.5          # a measurement that would take longer is given up
-ROUND = ("slow", "dense", "fast", "dense", "fast")
+ROUND = ("slow", "auto", "fast", "auto", "fast")  # auto: dense, see Timing
 ROUNDS = 6             # at each depth, if there is time
 MAX_BYTES = 256 << 20  # of K and V that are filled for a measurement
 LEAST_DEPTH = 512      # below this the time of a step says little about attention
@@ -40,7 +40,7 @@ MAX_DEPTH = 1 << 24
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of the fastest step of each kind at a depth."""
+    """Milliseconds of the fastest step of each kind at a depth; dense: as mode auto takes it below its depth."""
 
     depth: int
     dense: float
@@ -127,9 +127,10 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
     deadline = time.perf_counter() + LIMIT_S
     depths = _depths(model, params, type_k, type_v)
     longest = max(params.max_span, ROUND.count("fast")) if params.refreshes else 0
-    params = params.replace(auto_depth=0, max_span=longest)
+    params = params.replace(auto_depth=MAX_DEPTH, max_span=longest)
     session = Session(model._weights, depths[-1] + len(ROUND) * ROUNDS, "sfi", params, model.n_threads, type_k, type_v)
     try:
+        session.engine.params = params  # mode sfi leaves auto_depth out
         token = (model.tokenize("the") or [0])[-1]
         session.prefill([token] * PIECE)
         n_threads = 0 if model.gpus else model.n_threads

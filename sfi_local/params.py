@@ -33,7 +33,7 @@ class SfiParams:
     min_span:   fast steps before a boundary may make a step slow; steps
     boundary:   slow step at the first content token after the end of a sentence
     repair:     frozen, window: a slow step computes K and V of the span before it again, with dense attention
-    auto_depth: below this depth SFI_STEP_AUTO is dense; 0: slow-fast at every depth; cells
+    auto_depth: below this depth SFI_STEP_AUTO is dense, on a GPU by llama.cpp's own attention; 0: slow-fast at every depth; cells
     n_queries:  evidence of the last n queries; tokens, 1 .. 64
     n_slow_queries: ... of which a slow step takes the last n: its own costs nothing, more do; tokens, 1 .. 64
     pool_after, pool_before: an important cell also brings this many cells after and before it; cells

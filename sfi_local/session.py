@@ -1,9 +1,9 @@
 """One sequence in one context: the KV cache, the tokens in it, and how a step is done in each mode.
 
 modes: ``stock`` plain llama_decode, sfi never attached; ``dense`` every step dense with our kernel; ``sfi`` slow-fast
-at every depth; ``auto`` slow-fast from the depth where it pays, stock (with the reason in ``why_stock``) where the
-model cannot be sparse; ``exact`` fast steps whose tokens a dense pass verifies (exact.py), dense steps below the depth
-where that can pay.
+at every depth; ``auto`` slow-fast from the depth where it pays, below it dense with what is faster (on a GPU llama.cpp's
+own attention), stock (with the reason in ``why_stock``) where the model cannot be sparse; ``exact`` fast steps whose
+tokens a dense pass verifies (exact.py), below the depth where that can pay the steps of ``dense``.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ class Session:
                                "than single tokens: use mode dense, or mode sfi with --support frozen.")
 
     def _engine_step(self, token: int, schedule: Schedule | None) -> StepInfo:
-        exact = self.mode == "exact" and self.can_draft(token)  # else the schedule's step is a dense or a slow one
+        # mode exact lets the schedule choose slow steps alone: what it calls dense may be rounded otherwise
+        exact = self.mode == "exact" and (self.can_draft(token) or self.engine.peek(token)[0] == "dense")
         kind = "dense" if self.mode == "dense" or exact else "auto"
         if schedule:
             proposed = (kind, "forced") if kind == "dense" else self.engine.peek(token)

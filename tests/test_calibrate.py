@@ -173,6 +173,24 @@ def test_a_real_measurement_has_times_of_every_kind_and_leaves_the_model_usable(
     assert model.session is None and len(list(model.generate("abc", n=3, sampling=GREEDY))) == 3
 
 
+def test_dense_is_timed_as_auto_takes_it_below_its_depth(model, monkeypatch):
+    from sfi_local.session import Session
+
+    taken, step = set(), Session.step
+
+    def watched(self, *args):
+        info = step(self, *args)
+        taken.add((info.kind, info.reason))
+        return info
+
+    monkeypatch.setattr(Session, "step", watched)
+    monkeypatch.setattr(calibrate, "LIMIT_S", 60.0)
+    monkeypatch.setattr(calibrate, "ROUNDS", 1)
+    monkeypatch.setattr(calibrate, "LEAST_CPU", 0)
+    calibrate.measure(model, SMALL, "f16", "f16")
+    assert taken == {("slow", "forced"), ("fast", "forced"), ("dense", "short")}
+
+
 def test_beside_a_busy_program_nothing_is_measured(model, monkeypatch):
     monkeypatch.setattr(calibrate, "LIMIT_S", 60.0)
     monkeypatch.setattr(calibrate, "LEAST_CPU", 2)  # more than this process can have

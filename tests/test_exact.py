@@ -95,7 +95,7 @@ def test_the_stream_tells_what_was_done(models):
 
 def test_below_the_depth_where_it_can_pay_every_step_is_dense(models):
     tally = run(models("exact", LITTLE.replace(auto_depth=4000)))
-    assert tally.steps == {"dense": 39} and tally.reasons == {"short": 39}
+    assert tally.steps == {"dense": 39} and tally.reasons == {"forced": 39}
     assert tally.tokens == run(models("dense")).tokens
 
 

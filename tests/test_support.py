@@ -466,6 +466,15 @@ def test_peek_says_what_step_will_do(opened, prompts, small):
     assert set(context.engine.stats().reasons) == {"short", "first", "boundary", "max_span"}
 
 
+def test_on_a_cpu_a_short_step_is_a_dense_one(opened, prompts, small):
+    """On a GPU it is llama.cpp's own attention, which rounds otherwise."""
+    short, dense = opened(small.replace(auto_depth=1000)), opened()
+    for context in (short, dense):
+        context.prefill(prompts[0])
+    assert np.array_equal(short.steps(range(10)), dense.steps(range(10), "dense"))
+    assert set(short.engine.stats().reasons) == {"short"}
+
+
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 

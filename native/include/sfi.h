@@ -81,7 +81,8 @@ struct sfi_params {
     int32_t min_span;    /* fast steps before a boundary may make a step slow, >= 0 */
     bool    boundary;    /* slow step at the first content token after the end of a sentence */
     bool    repair;      /* frozen, window: a slow step computes K and V of the span before it again, with dense attention */
-    int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells; 0: slow-fast at every depth */
+    int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells, on a GPU by llama.cpp's own attention, which is faster
+                            there but rounds otherwise; 0: slow-fast at every depth */
 
     /* the selector */
     int32_t n_queries;   /* evidence of the last n queries, 1 .. 64 ... */
@@ -150,7 +151,7 @@ enum sfi_reason {
     SFI_REASON_UNSTABLE    = 4, /* slow: the support drifted (policies that can tell) */
     SFI_REASON_INVALIDATED = 5, /* slow: the cache was edited behind the support */
     SFI_REASON_FORCED      = 6, /* the caller asked for this kind */
-    SFI_REASON_SHORT       = 7, /* dense: fewer cells than auto_depth */
+    SFI_REASON_SHORT       = 7, /* dense: fewer cells than auto_depth, see there */
     SFI_REASON_VERIFY      = 8, /* slow or dense: sfi_verify() */
     SFI_REASON_COUNT       = 9,
 };

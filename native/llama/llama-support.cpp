@@ -444,8 +444,7 @@ llama_support::key llama_support::graph_key() const {
         const bool fast = ubatch_kind == LLAMA_SUPPORT_FAST;
         k.refresh  = ubatch_refresh && params.refreshes();
         k.stream   = stream;
-        const bool lists_all = ubatch_kind == LLAMA_SUPPORT_DENSE || ubatch_kind == LLAMA_SUPPORT_SLOW || ubatch_kind == LLAMA_SUPPORT_VERIFY || k.refresh
-            || (fast && params.policy == LLAMA_SUPPORT_ORACLE);
+        const bool lists_all = fast ? params.policy == LLAMA_SUPPORT_ORACLE : ubatch_kind != LLAMA_SUPPORT_PREFILL || k.refresh;
         k.n_list   = lists_all ? list_size() : 0;
         k.n_stored = params.selects() ? ubatch_stored : 0;
         if (fast && scanned(stream)) {
@@ -732,7 +731,8 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     if (key.refresh) {
         refresh_support(g, inp, layer, build_evidence(g, inp, layer, k, q->ne[1], kq_scale, softcap), inp->plan, k, il);
     }
-    if (key.kind == LLAMA_SUPPORT_PREFILL) {
+    const bool on_host = ggml_backend_buffer_is_host(inp->support->get_kv()->get_k_storage(il)->buffer);
+    if (key.kind == LLAMA_SUPPORT_PREFILL || (key.kind == LLAMA_SUPPORT_SHORT && !on_host)) {
         return nullptr;
     }
 

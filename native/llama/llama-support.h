@@ -28,6 +28,7 @@ enum llama_support_kind {
     LLAMA_SUPPORT_NONE,    // upstream's own path
     LLAMA_SUPPORT_PREFILL, // upstream's own path; the last queries are kept, the last ubatch refreshes
     LLAMA_SUPPORT_DENSE,   // every cell, our kernel
+    LLAMA_SUPPORT_SHORT,   // every cell, by what is faster: our kernel in the host's memory, elsewhere upstream's own path
     LLAMA_SUPPORT_SLOW,    // every cell, our kernel, then a refresh
     LLAMA_SUPPORT_FAST,    // the support alone
     LLAMA_SUPPORT_VERIFY,  // several tokens, each attends to every cell up to its own, our kernel; may end with a refresh
@@ -294,7 +295,7 @@ struct llama_support_input : public llm_graph_input_i {
     llama_portable_input         * portable = nullptr; // of the same graph
 
     ggml_tensor * always = nullptr; // I32 [always_size]    fast
-    ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, slow, verify, refreshing prefill, oracle
+    ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, short, slow, verify, refreshing prefill, oracle
     ggml_tensor * visible = nullptr; // I32 [n_tokens]      verify: how many of `cells` each token sees
     ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh; oracle [3]
     ggml_tensor * others = nullptr; // I32 [2 (+ n_queries)]  slow: a plan without the query at work, see build_slow_attn()
