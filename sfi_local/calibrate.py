@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfi_local import remembered
 from sfi_local.errors import SfiError
-from sfi_local.machine import available_memory, cache_dir
+from sfi_local.machine import available_memory, cache_dir, usable_cpus
 from sfi_local.params import SfiParams
 from sfi_local.params import auto_depth as depth_by_rule
 
@@ -33,7 +33,7 @@ ROUNDS = 6             # at each depth, if there is time
 MAX_BYTES = 256 << 20  # of K and V that are filled for a measurement
 LEAST_DEPTH = 512      # below this the time of a step says little about attention
 LEAST_AUTO_DEPTH = 128 # of a policy without slow steps: the cells of its window
-LEAST_CPU = 0.65       # of the time of all threads must be ours: 0.85 to 0.95 on an idle machine, 0.5 beside a program that computes
+LEAST_CPU = 0.65       # of the time of the CPUs at work must be ours: 0.85 to 0.95 on an idle machine, 0.5 beside a program that computes
 PIECE = 16             # cells that are computed and repeated
 MAX_DEPTH = 1 << 24
 
@@ -133,8 +133,8 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
         session.engine.params = params  # mode sfi leaves auto_depth out
         token = (model.tokenize("the") or [0])[-1]
         session.prefill([token] * PIECE)
-        n_threads = 0 if model.gpus else model.n_threads
-        return [_time_at(session, depth, token, deadline, n_threads) for depth in depths]
+        n_cpus = 0 if model.gpus else min(model.n_threads, len(usable_cpus()))
+        return [_time_at(session, depth, token, deadline, n_cpus) for depth in depths]
     finally:
         session.close()
 
@@ -150,8 +150,11 @@ def _depths(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
     return [unit // 2, 2 * unit if kv_layout.kv_bytes(layers, 2 * unit, type_k, type_v) <= MAX_BYTES else unit]
 
 
-def _time_at(session: "Session", depth: int, token: int, deadline: float, n_threads: int) -> Timing:
-    """Rounds at one depth: several if there is time, the first three steps at least. n_threads: 0 where they mostly wait for a GPU"""
+def _time_at(session: "Session", depth: int, token: int, deadline: float, n_cpus: int) -> Timing:
+    """Rounds at one depth: several if there is time, the first three steps at least.
+
+    n_cpus: that the threads can keep busy; 0 where they mostly wait for a GPU
+    """
     from sfi_local import state_fill
 
     state_fill.fill(session._llama, session.context.ctx, depth)
@@ -168,7 +171,7 @@ def _time_at(session: "Session", depth: int, token: int, deadline: float, n_thre
         if not whole and time.perf_counter() > deadline:
             raise _CannotMeasure(f"the model is too slow to measure it in {LIMIT_S:g} s")
     used, passed = time.process_time() - cpu, time.perf_counter() - start
-    if used < LEAST_CPU * n_threads * passed:
+    if used < LEAST_CPU * n_cpus * passed:
         raise _CannotMeasure("other programs kept the processor busy")
     return Timing(depth, best["dense"], best["slow"], best["fast"])
 

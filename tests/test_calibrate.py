@@ -197,6 +197,15 @@ def test_beside_a_busy_program_nothing_is_measured(model, monkeypatch):
     assert auto_depth_of(model, SMALL, "f16", "f16") == (2 * SMALL.budget, "not measured: other programs kept the processor busy")
 
 
+def test_more_threads_than_cpus_do_not_look_like_a_busy_program(model, monkeypatch):
+    n_cpus = []
+    monkeypatch.setattr(calibrate, "usable_cpus", lambda: {0})
+    monkeypatch.setattr(calibrate, "_time_at", lambda *args: n_cpus.append(args[-1]))
+    model.n_threads = 2
+    calibrate.measure(model, SMALL, "f16", "f16")
+    assert n_cpus == [1, 1]
+
+
 def test_a_run_that_calibrates_says_so_on_stderr_once(cli, tiny):
     options = ("run", tiny, "-p", "The quick brown fox. " * 12, "-n", 10, "--temp", 0, "-t", 1, "--n-recent", 32,
                "--n-selected", 40)
