@@ -207,6 +207,6 @@ def _key(model: "Model", params: SfiParams, type_k: str, type_v: str) -> dict[st
     """What a measurement depends on."""
     from sfi_local.machine import cpu_name
 
-    on_gpu = {"gpu": model.gpus, "gpu_layers": model.gpu_layers} if model.gpus else {}
+    on_gpu = {"gpu": model.gpus, "gpu_layers": model.gpu_layers, "dense": "stock"} if model.gpus else {}
     return {**remembered.model_key(model.path), "cpu": cpu_name(), "threads": model.n_threads, "type_k": type_k,
             "type_v": type_v, "budget": params.budget, "params": {**asdict(params), "auto_depth": 0}, **on_gpu}
