@@ -56,6 +56,10 @@ SIGNATURES = {
     "ggml_row_size": (SIZE, [I, c_int64]),
     "ggml_nbytes": (SIZE, [T]),
     "ggml_get_data": (c_void_p, [T]),
+    "ggml_get_mem_buffer": (c_void_p, [c_void_p]),
+    "ggml_get_mem_size": (SIZE, [c_void_p]),
+    "ggml_get_first_tensor": (T, [c_void_p]),
+    "ggml_get_next_tensor": (T, [c_void_p, T]),
     "ggml_quantize_chunk": (SIZE, [I, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "ggml_new_tensor_4d": (T, [c_void_p, I] + [c_int64] * 4),
     "ggml_view_4d": (T, [c_void_p, T] + [c_int64] * 4 + [SIZE] * 4),
@@ -72,6 +76,8 @@ SIGNATURES = {
     "ggml_backend_get_device": (c_void_p, [c_void_p]),
     "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_backend_cpu_buffer_from_ptr": (c_void_p, [c_void_p, SIZE]),
+    "ggml_backend_buffer_free": (None, [c_void_p]),
     "ggml_backend_supports_op": (c_bool, [c_void_p, T]),
     "ggml_backend_graph_compute": (I, [c_void_p, c_void_p]),
 }
@@ -159,11 +165,13 @@ class Graph:
     def __init__(self):
         self.lib = library()
         self.ctx = self.lib.ggml_init(InitParams(MEM_SIZE, None, False))
+        self.buffer = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.lib.ggml_backend_buffer_free(self.buffer)
         self.lib.ggml_free(self.ctx)
 
     # -- inputs --
@@ -263,11 +271,22 @@ class Graph:
             pytest.skip(f"{DEVICE} does not compute this")
         return answer
 
+    def give_buffer(self):
+        """A GPU's backend finds the memory of a tensor by its buffer, which those of a context do not have."""
+        if not self.buffer:
+            memory, size = self.lib.ggml_get_mem_buffer(self.ctx), self.lib.ggml_get_mem_size(self.ctx)
+            self.buffer = self.lib.ggml_backend_cpu_buffer_from_ptr(memory, size)
+        tensor = self.lib.ggml_get_first_tensor(self.ctx)
+        while tensor:
+            tensor.contents.buffer = self.buffer
+            tensor = self.lib.ggml_get_next_tensor(self.ctx, tensor)
+
     def compute(self, out, n_threads=1, in_place=False):
         """The F32, I32 or I8 result as an array. It is poisoned first, so what the operation does not write is seen;
         but not that of an operation which works in place."""
         if DEVICE:
             self.supported(out)
+            self.give_buffer()
         data, n_bytes = self.lib.ggml_get_data(out), self.lib.ggml_nbytes(out)
         if not in_place:
             ctypes.memset(data, POISON, n_bytes)

@@ -41,13 +41,14 @@ def test_the_selection_does_not_depend_on_the_order_of_blocks(name, seed):
     assert run_operations(f"{name.upper()}-shim", "SUPPORT_SELECT", GGML_BACKEND_PATH=shim, SFI_SHIM_SEED=str(seed))
 
 
-def test_cuda_kernels_match_the_reference_of_numpy():
+@pytest.mark.parametrize("name", ["cuda", "metal"])
+def test_kernels_match_the_reference_of_numpy(name):
     """Selection to the cell, large logits, empty lists, the bits of tokens that see different lengths of a list."""
-    folder = Path(program("libsfi-cuda-shim.so")).parent
+    folder = Path(program(f"libsfi-{name}-shim.so")).parent
     tests = Path(__file__).parent
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests / "test_ops.py", tests / "test_sketch_ops.py",
                            tests / "test_visible.py",
                            "-k", "TestCore or pads or mass"], capture_output=True, text=True, cwd=tests.parent,
-                          env={**os.environ, "SFI_TEST_DEVICE": "CUDA-shim", "SFI_LIB_DIR": str(folder)})
+                          env={**os.environ, "SFI_TEST_DEVICE": f"{name.upper()}-shim", "SFI_LIB_DIR": str(folder)})
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

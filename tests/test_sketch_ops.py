@@ -306,6 +306,9 @@ def scan_cases():
     for second_look in (0.0, 0.3, 1.0, 3.0, 1000.0):
         yield case(form=TWICE[0], least=0.003, n_selected=1000, second_look=second_look)
         yield case(form=TWICE[1], n_head=8, n_embd_k=128, n_embd_v=128, n_list=9008, second_look=second_look)
+    yield case(form=TWICE[0], n_list=33008, n_head=2, n_head_kv=1, second_look=3.0, n_selected=300)  # large chunks of cells
+    # as many components of V as a GPU's kernel takes
+    yield case(form=ref.SketchFormat(16, 32, 0, 64, 64, 1), n_head=16, n_embd_k=128, n_embd_v=128, n_list=2064)
     for n_head, n_head_kv in GROUPS.values():
         yield case(n_head=n_head, n_head_kv=n_head_kv, form=TWICE[0], n_threads=3, n_list=2064)
         yield case(n_head=n_head, n_head_kv=n_head_kv, form=TWICE[0], least=0.005, n_selected=1000, n_threads=3)

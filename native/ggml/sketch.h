@@ -95,7 +95,6 @@ struct sketch_layout {
         const ggml_sketch_format f = format_of(dst);
         return f.n_k4 + f.n_k2 + f.n_k1 <= sketch_max_components && f.n_v4 + f.n_v2 <= sketch_max_components;
     }
-    static bool looks_once(const ggml_tensor * dst) { return supported(dst) && format_of(dst).n_first == 0; }
 };
 
 // the cells that a scan may look at

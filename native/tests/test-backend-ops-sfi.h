@@ -1226,4 +1226,6 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
     test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 2, 2, 64, 272, 0, 20, 40));
     test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 0 }, 1, 2, 64, 33008, 33001, 20, 300)); // large chunks of cells
+    test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 1, 2, 64, 33008, 33001, 20, 300));
+    test_cases.emplace_back(new test_sketch_scan({ 16, 32, 0, 64, 64, 1 }, 2, 8, 128)); // as many components of V as a GPU's kernel takes
 }

@@ -78,8 +78,8 @@ SFI_CONSTANT int encode_cells     = 16;  // of a threadgroup
 SFI_CONSTANT int encode_head_size = 256; // at most
 
 struct encode_args {
-    int64_t k_nb1, k_nb2, v_nb1, v_nb2, head_bytes;
-    int32_t d_k, d_v, n_k, n_v, n_k4, n_k2, n_v4, n_listed, n_cells, basis_size, k_planes, block_bytes;
+    int64_t k_nb1, k_nb2, v_nb1, v_nb2, head_bytes, records_at;
+    int32_t d_k, d_v, n_k, n_v, n_k4, n_k2, n_v4, n_listed, n_cells, basis_size, k_planes, first_planes, block_bytes, record_bytes;
 };
 
 // ---- GGML_OP_SKETCH_SCAN -------------------------------------------------------------------------------------------------
@@ -98,12 +98,18 @@ struct scan_field {
 };
 
 struct scan_args {
-    int64_t q_nb1, head_bytes, selected_ld;
-    int32_t d_k, d_v, n_k, n_v, n_skip, n_list, n_selected, group, n_chunks, chunk, basis_size, block_bytes, k_planes, n_k_fields, n_v_groups;
-    int32_t has_least;
-    float   scale, softcap;
+    int64_t q_nb1, head_bytes, records_at, selected_ld;
+    int32_t d_k, d_v, n_k, n_v, n_skip, n_list, n_selected, group, n_chunks, chunk, basis_size, block_bytes, record_bytes;
+    int32_t k_planes, first_planes, n_k_fields, n_first_fields, n_v_groups, mean_cells, has_least;
+    float   scale, softcap, second_look;
     scan_field k[max_k_fields];
     scan_field v[max_v_groups][4];
+};
+
+// Of a head that looks twice. Weights of cells that were looked at again are relative to exp(top), those of all others to
+// exp(top_first).
+struct head_sums {
+    float top_first, others, top, weight, lse;
 };
 
 } // namespace sfi_metal

@@ -81,6 +81,25 @@ static inline float group_max(float x, threadgroup float * tmp, int lane, int sg
     return most;
 }
 
+// Where the thread's item goes that is taken; items go in the order of their threads, and `at` moves from the first one's
+// place to behind the last one's. of_simd: an int per simdgroup
+template <int n_simds>
+static inline int next_place(bool take, thread int & at, threadgroup int * of_simd, int lane, int sg) {
+    const int before_in_simd = simd_prefix_exclusive_sum(take ? 1 : 0), in_simd = simd_sum(take ? 1 : 0);
+    if (lane == 0) {
+        of_simd[sg] = in_simd;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    int before = at;
+#pragma unroll
+    for (int i = 0; i < n_simds; ++i) {
+        before += i < sg ? of_simd[i] : 0;
+        at     += of_simd[i];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    return before + before_in_simd;
+}
+
 // ---- rows of K and V -------------------------------------------------------------------------------------------------
 
 // Eight values of a row as they are stored: loading them is one thing, using them another, so that many loads can be

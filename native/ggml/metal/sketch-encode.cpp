@@ -9,7 +9,7 @@ namespace sfi_metal {
 
 bool sketch_encode_supported(const ggml_tensor * dst) {
     const ggml_tensor * k = dst->src[2], * v = dst->src[3];
-    return sfi::sketch_layout::looks_once(dst) && kv_type_name(k->type) && k->type == v->type
+    return sfi::sketch_layout::supported(dst) && kv_type_name(k->type) && k->type == v->type
         && k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 && k->ne[0] <= encode_head_size && v->ne[0] <= encode_head_size
         && k->ne[0] % ggml_blck_size(k->type) == 0 && v->ne[0] % ggml_blck_size(v->type) == 0
         && has_aligned_rows(k) && has_aligned_rows(v) && k->ne[2] <= 65535;
@@ -37,8 +37,11 @@ void sketch_encode(encoder & e, const ggml_tensor * dst) {
     a.n_listed    = (int) cells->ne[0];
     a.n_cells     = (int) k->ne[1];
     a.basis_size  = (int) basis->ne[0];
-    a.k_planes    = layout.k_planes;
-    a.block_bytes = (int) layout.block_bytes();
+    a.k_planes     = layout.k_planes;
+    a.first_planes = layout.first_planes;
+    a.block_bytes  = (int) layout.block_bytes();
+    a.record_bytes = layout.record_bytes;
+    a.records_at   = codes->ne[1]*layout.block_bytes();
 
     char kernel[64];
     snprintf(kernel, sizeof(kernel), "sfi_sketch_encode_%s", kv_type_name(k->type));

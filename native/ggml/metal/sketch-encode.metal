@@ -27,17 +27,25 @@ static inline void put_bits(device char * head, long byte, int shift, int bits, 
     atomic_fetch_or_explicit(word, code << at, memory_order_relaxed);
 }
 
+// Where a sketch is looked at twice, what the first look leaves lies in the record of the cell.
 static inline void put_code(constant encode_args & a, device char * head, int cell, bool of_v, int j, uint code) {
-    const long block = (long) (cell/16)*a.block_bytes;
+    const long block = (long) (cell/16)*a.block_bytes, record = a.records_at + (long) cell*a.record_bytes;
     const int  i     = cell % 16;
     if (!of_v) {
-        const int bit = bit_of_k(a, j);
-        put_bits(head, block + bit/8*64 + 4*i + j % 4, bit % 8, bits_of_k(a, j), code);
+        const int  bit  = bit_of_k(a, j), plane = bit/8;
+        const long byte = plane < a.first_planes ? block + plane*64 + 4*i : record + 4*(plane - a.first_planes);
+        put_bits(head, byte + j % 4, bit % 8, bits_of_k(a, j), code);
         return;
     }
     const int group = j/16, g4 = a.n_v4/16, bits = bits_of_v(a, j);
-    const int plane = a.k_planes + 2*min(group, g4) + max(group - g4, 0), bit = bits*(i/4);
-    put_bits(head, block + (plane + bit/8)*64 + 4*(j % 16) + i % 4, bit % 8, bits, code);
+    const int plane = a.k_planes + 2*min(group, g4) + max(group - g4, 0);
+    if (a.record_bytes > 0) {
+        const int bit = bits*(j % 16);
+        put_bits(head, record + 4*(plane - a.first_planes) + bit/8, bit % 8, bits, code);
+    } else {
+        const int bit = bits*(i/4);
+        put_bits(head, block + (plane + bit/8)*64 + 4*(j % 16) + i % 4, bit % 8, bits, code);
+    }
 }
 
 template <typename T>

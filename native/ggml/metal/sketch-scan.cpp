@@ -1,4 +1,4 @@
-// GGML_OP_SKETCH_SCAN on Metal: the kernels are in sketch-scan.metal.
+// GGML_OP_SKETCH_SCAN on Metal: the kernels are in sketch-scan.metal and sketch-looks.metal.
 
 #include "host.h"
 #include "sketch.h"
@@ -46,17 +46,23 @@ static scan_args args_of(const ggml_tensor * dst) {
     a.chunk       = chunk_size(a.n_list);
     a.n_chunks    = (int) n_chunks(a.n_list, a.chunk);
     a.block_bytes = (int) layout.block_bytes();
+    a.record_bytes = layout.record_bytes;
+    a.records_at   = codes->ne[1]*layout.block_bytes();
     a.k_planes    = layout.k_planes;
+    a.first_planes = layout.first_planes;
     a.n_k_fields  = layout.n_k_fields;
+    a.n_first_fields = layout.k_first[layout.first_planes];
     a.n_v_groups  = layout.n_v_groups;
+    a.mean_cells  = sfi::sketch_mean_cells;
     a.scale       = float_param(dst, 0);
     a.softcap     = float_param(dst, 1);
+    a.second_look = sfi::sketch_second_look(dst);
     set_fields(a, layout);
     return a;
 }
 
 bool sketch_scan_supported(const ggml_tensor * dst) {
-    if (!sfi::sketch_layout::looks_once(dst)) {
+    if (!sfi::sketch_layout::supported(dst)) {
         return false;
     }
     const scan_args a = args_of(dst);
@@ -68,22 +74,78 @@ namespace {
 
 struct scan_scratch {
     scratch_parts parts;
-    place weights, factor, logits, stats, total, keys, listed, n_listed, best, first, tails;
+    place weights, factor, logits, stats, listed, n_listed;
+    place total, keys, best, first, tails;     // one look
+    place cells, n_again, again, values, sums; // two looks
 
     scan_scratch(const scan_args & a, int64_t n_head, int64_t n_head_kv) {
         weights  = parts.take(n_head*a.n_k_fields, 4*sizeof(float));
-        factor   = parts.take(n_head, 2*sizeof(float));
+        factor   = parts.take(n_head, 3*sizeof(float));
         logits   = parts.take(n_head*a.n_list, sizeof(float));
         stats    = parts.take(n_head*a.n_chunks, 2*sizeof(float));
-        total    = parts.take(n_head, 2*sizeof(float));
-        keys     = parts.take(n_head_kv*a.n_list, sizeof(uint32_t));
         listed   = parts.take(n_head_kv*a.n_list, 2*sizeof(uint32_t));
         n_listed = parts.take(n_head_kv, sizeof(uint32_t));
-        best     = parts.take(n_head_kv, sizeof(uint64_t));
-        first    = parts.take(n_head_kv*a.n_chunks, sizeof(int32_t));
-        tails    = parts.take(n_head*a.n_chunks*(a.n_v + 1), sizeof(float));
+        if (a.record_bytes > 0) {
+            values  = parts.take(n_head*a.n_chunks*a.n_v, sizeof(float)); // may be nothing, so other parts lie behind it
+            cells   = parts.take(n_head_kv*a.n_list, sizeof(int32_t));
+            n_again = parts.take(n_head_kv*a.n_chunks, sizeof(int32_t));
+            again   = parts.take(n_head*a.n_chunks, 3*sizeof(float));
+            sums    = parts.take(n_head, sizeof(head_sums));
+        } else {
+            total = parts.take(n_head, 2*sizeof(float));
+            keys  = parts.take(n_head_kv*a.n_list, sizeof(uint32_t));
+            best  = parts.take(n_head_kv, sizeof(uint64_t));
+            first = parts.take(n_head_kv*a.n_chunks, sizeof(int32_t));
+            tails = parts.take(n_head*a.n_chunks*(a.n_v + 1), sizeof(float));
+        }
     }
 };
+
+// the size that kernels are made for
+int group_kernel(const scan_args & a) { return a.group <= 1 ? 1 : a.group <= 2 ? 2 : a.group <= 4 ? 4 : max_group; }
+int value_kernel(const scan_args & a) { return a.n_v_groups <= 2 ? 2 : max_v_groups; }
+
+void first_look(encoder & e, const ggml_tensor * dst, const scan_args & a, const scan_scratch & s) {
+    const ggml_tensor * q = dst->src[0], * codes = dst->src[1];
+    char kernel[64];
+    snprintf(kernel, sizeof(kernel), "sfi_scan_logits_%d", group_kernel(a));
+    e.run("sfi_scan_query", a, { whole(q), whole(dst->src[2]), s.weights, s.factor, s.n_listed }, { (int) q->ne[1] }, scan_threads);
+    e.barrier();
+    e.run(kernel, a, { whole(codes), whole(dst->src[3]), whole(dst->src[4]), s.weights, s.factor, s.logits, s.stats },
+        { a.n_chunks, (int) codes->ne[2] }, scan_threads);
+    e.barrier();
+}
+
+void choose_after_one_look(encoder & e, const ggml_tensor * dst, const scan_args & a, const scan_scratch & s) {
+    const ggml_tensor * q = dst->src[0], * codes = dst->src[1], * selected = dst->src[6];
+    const int n_head_kv = (int) codes->ne[2];
+    char kernel[64];
+    snprintf(kernel, sizeof(kernel), "sfi_scan_tail_%d_%d", group_kernel(a), value_kernel(a));
+    e.run("sfi_scan_keys", a, { whole_or(dst->src[5], q), s.logits, s.stats, s.total, s.keys, s.listed, s.n_listed },
+        { a.n_chunks, n_head_kv }, scan_threads);
+    e.barrier();
+    e.run("sfi_scan_best", a, { s.listed, s.n_listed, s.best, s.first, whole(selected), whole(dst->src[7]) }, { n_head_kv }, best_threads);
+    e.barrier();
+    e.run(kernel, a, { whole(codes), s.logits, s.total, s.keys, s.best, s.first, whole(selected), s.tails }, { a.n_chunks, n_head_kv },
+        scan_threads);
+    e.barrier();
+    e.run("sfi_scan_finish", a, { whole(dst->src[2]), s.tails, s.total, whole(dst) }, { (int) q->ne[1] }, scan_threads);
+}
+
+void look_again(encoder & e, const ggml_tensor * dst, const scan_args & a, const scan_scratch & s) {
+    const ggml_tensor * q = dst->src[0], * codes = dst->src[1], * counts = dst->src[7];
+    const int n_head_kv = (int) codes->ne[2];
+    char kernel[64];
+    snprintf(kernel, sizeof(kernel), "sfi_scan_again_%d_%d", group_kernel(a), value_kernel(a));
+    e.run(kernel, a, { whole(codes), whole(dst->src[4]), s.weights, s.factor, s.stats, s.logits, s.cells, s.n_again, s.again, s.values },
+        { a.n_chunks, n_head_kv }, scan_threads);
+    e.barrier();
+    e.run("sfi_scan_choose", a, { whole_or(dst->src[5], q), s.logits, s.stats, s.n_again, s.again, s.cells, s.sums, s.listed,
+        whole(dst->src[6]), whole(counts) }, { n_head_kv }, best_threads);
+    e.barrier();
+    e.run("sfi_scan_take_out", a, { whole(codes), whole(dst->src[2]), s.logits, s.cells, s.listed, whole(counts), s.sums, s.again,
+        s.values, whole(dst) }, { (int) q->ne[1] }, scan_threads);
+}
 
 } // namespace
 
@@ -92,28 +154,10 @@ size_t sketch_scan_scratch(const ggml_tensor * dst) {
 }
 
 void sketch_scan(encoder & e, const ggml_tensor * dst) {
-    const ggml_tensor * q = dst->src[0], * codes = dst->src[1], * basis = dst->src[2], * least = dst->src[5], * selected = dst->src[6];
-    const int n_head = (int) q->ne[1], n_head_kv = (int) codes->ne[2];
     const scan_args a = args_of(dst);
-    const scan_scratch s(a, n_head, n_head_kv);
-    const groups per_chunk = { a.n_chunks, n_head_kv };
-    const int group = a.group <= 1 ? 1 : a.group <= 2 ? 2 : a.group <= 4 ? 4 : 8;
-    char logits_kernel[64], tail_kernel[64];
-    snprintf(logits_kernel, sizeof(logits_kernel), "sfi_scan_logits_%d", group);
-    snprintf(tail_kernel, sizeof(tail_kernel), "sfi_scan_tail_%d_%d", group, a.n_v_groups <= 2 ? 2 : max_v_groups);
-
-    e.run("sfi_scan_query", a, { whole(q), whole(basis), s.weights, s.factor, s.n_listed }, { n_head }, scan_threads);
-    e.barrier();
-    e.run(logits_kernel, a, { whole(codes), whole(dst->src[3]), whole(dst->src[4]), s.weights, s.factor, s.logits, s.stats }, per_chunk,
-        scan_threads);
-    e.barrier();
-    e.run("sfi_scan_keys", a, { whole_or(least, q), s.logits, s.stats, s.total, s.keys, s.listed, s.n_listed }, per_chunk, scan_threads);
-    e.barrier();
-    e.run("sfi_scan_best", a, { s.listed, s.n_listed, s.best, s.first, whole(selected) }, { n_head_kv }, best_threads);
-    e.barrier();
-    e.run(tail_kernel, a, { whole(codes), s.logits, s.total, s.keys, s.best, s.first, whole(selected), s.tails }, per_chunk, scan_threads);
-    e.barrier();
-    e.run("sfi_scan_finish", a, { whole(basis), s.tails, s.total, whole(dst) }, { n_head }, scan_threads);
+    const scan_scratch s(a, dst->src[0]->ne[1], dst->src[1]->ne[2]);
+    first_look(e, dst, a, s);
+    (a.record_bytes > 0 ? look_again : choose_after_one_look)(e, dst, a, s);
 }
 
 } // namespace sfi_metal

@@ -5,6 +5,9 @@
 //
 //   pass 1  the query in the basis of each head, as whole numbers
 //   pass 2  logits of all cells; the softmax's maximum and sum per chunk of cells
+//
+// Where a sketch is looked at twice, sketch-looks.metal goes on from here. Else:
+//
 //   pass 3  scores, as keys; those that may be selected are listed
 //   pass 4  the least rank among the best, and where each chunk writes its selected cells
 //   pass 5  selected cells in order; what all others contribute, per chunk
@@ -29,7 +32,8 @@ struct query_shared {
     float tmp[scan_simds];
 };
 
-// weights [n_head, n_k/4]: whole numbers; factor [n_head, 2]: logit = factor*sum + offset
+// weights [n_head, n_k/4]: whole numbers; factor [n_head, 3]: logit = factor*sum + offset; after the second look also what its
+// sum lacks
 [[max_total_threads_per_threadgroup(scan_threads)]] kernel void sfi_scan_query(
         constant scan_args & a         [[buffer(0)]],
         device const char  * q_rows    [[buffer(1)]],
@@ -66,19 +70,23 @@ struct query_shared {
     most = group_max<scan_simds>(most, sh.tmp, lane, sg);
     const float s = most/127.0f;
 
-    float centre = 0.0f; // of the sum, if every code were at its own
+    float centre = 0.0f, later = 0.0f; // of the sums of both looks, if every code were at its own
     for (int f = tid; f < a.n_k_fields; f += scan_threads) {
-        float whole[4];
+        float whole[4], sum = 0.0f;
         for (int r = 0; r < 4; ++r) {
             whole[r] = s > 0.0f ? rint(min(max(sh.w[4*f + r]/s, -127.0f), 127.0f)) : 0.0f;
-            centre  += whole[r]*centre_of(a.k[f]);
+            sum     += whole[r]*centre_of(a.k[f]);
         }
+        centre += f < a.n_first_fields ? sum : 0.0f;
+        later  += f < a.n_first_fields ? 0.0f : sum;
         weights[h*a.n_k_fields + f] = float4(whole[0], whole[1], whole[2], whole[3]);
     }
     centre = group_sum<scan_simds>(centre, sh.tmp, lane, sg);
+    later  = group_sum<scan_simds>(later, sh.tmp, lane, sg);
     if (tid == 0) {
-        factor[2*h]     = a.scale*s;
-        factor[2*h + 1] = a.scale*(base - s*centre);
+        factor[3*h]     = a.scale*s;
+        factor[3*h + 1] = a.scale*(base - s*centre);
+        factor[3*h + 2] = -a.scale*s*later;
         if (h % a.group == 0) {
             atomic_store_explicit(&n_listed[h_kv], 0u, memory_order_relaxed);
         }
@@ -109,7 +117,7 @@ template <int G>
     SFI_SHARED(logits_shared<G>, sh);
     const int chunk = block.x, h_kv = block.y, begin = chunk*a.chunk, n_used = min(plan[0], a.n_list), h0 = h_kv*a.group;
 
-    for (int i = tid; i < a.n_k_fields*G; i += scan_threads) {
+    for (int i = tid; i < a.n_first_fields*G; i += scan_threads) {
         const int f = i/G, g = i % G;
         sh.w[i] = g < a.group ? weights[(h0 + g)*a.n_k_fields + f] : float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -140,15 +148,15 @@ template <int G>
         for (int g = 0; g < G; ++g) {
             acc[g] = 0.0f;
         }
-        for (int p0 = 0, f = 0; p0 < a.k_planes; p0 += 4) {
+        for (int p0 = 0, f = 0; p0 < a.first_planes; p0 += 4) {
             uint word[4];
 #pragma unroll
             for (int p = 0; p < 4; ++p) { // all loads before the first use
-                word[p] = p0 + p < a.k_planes ? words[(p0 + p)*16] : 0u;
+                word[p] = p0 + p < a.first_planes ? words[(p0 + p)*16] : 0u;
             }
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
-                for (; f < a.n_k_fields && a.k[f].plane == p0 + p; ++f) {
+                for (; f < a.n_first_fields && a.k[f].plane == p0 + p; ++f) {
                     const float4 c = codes_of(word[p], a.k[f]);
 #pragma unroll
                     for (int g = 0; g < G; ++g) {
@@ -161,7 +169,7 @@ template <int G>
 #pragma unroll
         for (int g = 0; g < G; ++g) {
             if (g < a.group) {
-                const float y = fma(factor[2*(h0 + g)], acc[g], factor[2*(h0 + g) + 1]);
+                const float y = fma(factor[3*(h0 + g)], acc[g], factor[3*(h0 + g) + 1]);
                 const float x = out ? no_logit : a.softcap > 0.0f ? soft_capped(y/a.softcap, a.softcap) : y;
                 logits[(long) (h0 + g)*a.n_list + cell] = x;
                 const float now = max(most[g], x);
@@ -194,7 +202,7 @@ template <int G>
 
 // ---- pass 3 ------------------------------------------------------------------------------------------------------------------
 
-// maximum and log-sum-exp of a head, by one simdgroup
+// maximum and sum of a head by the first look, by one simdgroup
 static inline float2 merge_stats(device const float * stats, int n_chunks, int lane) {
     float most = no_logit, sum = 0.0f;
     for (int c = lane; c < n_chunks; c += simd_size) {
@@ -202,8 +210,8 @@ static inline float2 merge_stats(device const float * stats, int n_chunks, int l
         sum  = sum*weight_of(most, now) + stats[2*c + 1]*weight_of(stats[2*c], now);
         most = now;
     }
-    const float now = simd_max(most), all = simd_sum(sum*weight_of(most, now));
-    return float2(now, all > 0.0f ? now + log(all) : no_logit);
+    const float now = simd_max(most);
+    return float2(now, simd_sum(sum*weight_of(most, now)));
 }
 
 struct scan_keys_shared {
@@ -216,6 +224,32 @@ SFI_CONSTANT float log_of_tiny = 69.1f, largest_log = 1e4f, keys_per_nat = 2e4f;
 
 static inline uint key_of_log(float log_score) {
     return 1 + (uint) (keys_per_nat*max(log_score + log_of_tiny + largest_log, 0.0f));
+}
+
+// Of a cell with the logits x[0], x[ld] ...: 0 if it is left out, or its share is below `least` in every head of the group.
+static inline uint key_of_cell(device const float * x, int ld, threadgroup const float * lse, int group, float least) {
+    float score = 0.0f, most = 0.0f;
+    bool  in = false;
+    for (int g = 0; g < group; ++g) {
+        const float y = x[(long) g*ld], share = weight_of(y, lse[g]);
+        in     = in || y > no_logit;
+        score += share;
+        most   = max(most, share);
+    }
+    if (!in || most < least) {
+        return 0;
+    }
+    if (score >= tiny_score) {
+        return as_type<uint>(score) + 1;
+    }
+    float top = no_logit, sum = 0.0f;
+    for (int g = 0; g < group; ++g) {
+        top = max(top, x[(long) g*ld] - lse[g]);
+    }
+    for (int g = 0; g < group; ++g) {
+        sum += exp(x[(long) g*ld] - lse[g] - top);
+    }
+    return key_of_log(top + log(sum));
 }
 
 // total [n_head, 2]: maximum, log-sum-exp; keys [n_head_kv, n_list]; listed [n_head_kv, n_list]: key, cell; n_listed [n_head_kv]
@@ -234,10 +268,11 @@ static inline uint key_of_log(float log_score) {
     if (sg < a.group) {
         const float2 m = merge_stats(stats + (long) (h0 + sg)*a.n_chunks*2, a.n_chunks, lane);
         if (lane == 0) {
-            sh.lse[sg] = m.y;
+            const float lse = m.y > 0.0f ? m.x + log(m.y) : no_logit;
+            sh.lse[sg] = lse;
             if (chunk == 0) {
                 total[2*(h0 + sg)]     = m.x;
-                total[2*(h0 + sg) + 1] = m.y;
+                total[2*(h0 + sg) + 1] = lse;
             }
         }
     }
@@ -247,25 +282,7 @@ static inline uint key_of_log(float log_score) {
         const int cell = begin + j0 + tid;
         uint key = 0;
         if (cell < a.n_list) {
-            float score = 0.0f, most = 0.0f;
-            bool  counts = false;
-            for (int g = 0; g < a.group; ++g) {
-                const float x = logits[(long) (h0 + g)*a.n_list + cell], share = weight_of(x, sh.lse[g]);
-                counts = counts || x > no_logit;
-                score += share;
-                most = max(most, share);
-            }
-            key = counts && most >= least ? as_type<uint>(score) + 1 : 0;
-            if (key != 0 && score < tiny_score) {
-                float top = no_logit, sum = 0.0f;
-                for (int g = 0; g < a.group; ++g) {
-                    top = max(top, logits[(long) (h0 + g)*a.n_list + cell] - sh.lse[g]);
-                }
-                for (int g = 0; g < a.group; ++g) {
-                    sum += exp(logits[(long) (h0 + g)*a.n_list + cell] - sh.lse[g] - top);
-                }
-                key = key_of_log(top + log(sum));
-            }
+            key = key_of_cell(logits + (long) h0*a.n_list + cell, a.n_list, sh.lse, a.group, least);
             keys[(long) h_kv*a.n_list + cell] = key;
         }
         const uint before = simd_prefix_exclusive_sum(key != 0 ? 1u : 0u), n = simd_sum(key != 0 ? 1u : 0u);
@@ -301,6 +318,7 @@ struct best_shared {
         device ulong       * best_all   [[buffer(3)]],
         device int         * first      [[buffer(4)]],
         device int         * selected   [[buffer(5)]],
+        device int         * counts     [[buffer(6)]],
         SFI_POSITION) {
     SFI_SHARED(best_shared, sh);
     const int h_kv = block.x, n = (int) n_listed[h_kv];
@@ -334,6 +352,10 @@ struct best_shared {
     }
     for (int i = min(n, a.n_selected) + tid; i < a.n_selected; i += best_threads) {
         selected[h_kv*a.selected_ld + i] = -1;
+    }
+    if (tid == 0) {
+        counts[2*h_kv]     = min(n, a.n_selected);
+        counts[2*h_kv + 1] = 0;
     }
 }
 
@@ -379,20 +401,9 @@ template <int G, int V>
     for (int j0 = 0; j0 < a.chunk && begin + j0 < a.n_list; j0 += scan_threads) {
         const int  cell = begin + j0 + tid;
         const bool take = cell < a.n_list && is_best(keys[(long) h_kv*a.n_list + cell], (uint) cell, best);
-        const int  before_in_simd = simd_prefix_exclusive_sum(take ? 1 : 0), in_simd = simd_sum(take ? 1 : 0);
-        if (lane == 0) {
-            sh.of_simd[sg] = in_simd;
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        int before = at;
-#pragma unroll
-        for (int i = 0; i < scan_simds; ++i) {
-            before += i < sg ? sh.of_simd[i] : 0;
-            at     += sh.of_simd[i];
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+        const int  place = next_place<scan_simds>(take, at, sh.of_simd, lane, sg);
         if (take) {
-            selected[h_kv*a.selected_ld + before + before_in_simd] = cell;
+            selected[h_kv*a.selected_ld + place] = cell;
         }
 
         // weights of the others
@@ -458,6 +469,18 @@ template <int G, int V>
 
 SFI_CONSTANT float least_tail_share = 1.0f/(1 << 20); // of a tail that counts
 
+// value e of V with the components scale*(those given) - centres*(centre of each)
+static inline float decoded_v(constant scan_args & a, device const float * basis, int h_kv, threadgroup const float * components,
+        float scale, float centres, int e) {
+    device const float * mean = basis + (long) (h_kv + 1)*a.basis_size - (long) (1 + a.n_v + a.n_v/2)*a.d_v;
+    device const half  * dec  = (device const half *) (mean + (long) (1 + a.n_v)*a.d_v);
+    float y = mean[e];
+    for (int j = 0; j < a.n_v; ++j) {
+        y = fma(components[j]*scale - centres*centre_of(a.v[j/16][0]), (float) dec[(long) j*a.d_v + e], y);
+    }
+    return y;
+}
+
 struct finish_shared {
     float z[16*max_v_groups + 1];
 };
@@ -471,8 +494,6 @@ struct finish_shared {
         SFI_POSITION) {
     SFI_SHARED(finish_shared, sh);
     const int h = block.x, h_kv = h/a.group, size = a.n_v + 1;
-    device const float * mean  = basis + (long) (h_kv + 1)*a.basis_size - (long) (1 + a.n_v + a.n_v/2)*a.d_v;
-    device const half  * dec   = (device const half *) (mean + (long) (1 + a.n_v)*a.d_v);
     device const float * tails = tails_all + (long) h*a.n_chunks*size;
     device float       * out   = out_all + (long) h*(a.d_v + 1);
     for (int j = tid; j < size; j += scan_threads) {
@@ -486,14 +507,7 @@ struct finish_shared {
     const float sum = sh.z[a.n_v], share = sum*weight_of(total[2*h], total[2*h + 1]);
     const bool  counts = sum > 0.0f && share >= least_tail_share;
     for (int e = tid; e < a.d_v; e += scan_threads) {
-        float y = 0.0f;
-        if (counts) {
-            y = mean[e];
-            for (int j = 0; j < a.n_v; ++j) {
-                y = fma(sh.z[j]/sum - centre_of(a.v[j/16][0]), (float) dec[(long) j*a.d_v + e], y);
-            }
-        }
-        out[e] = y;
+        out[e] = counts ? decoded_v(a, basis, h_kv, sh.z, 1.0f/sum, 1.0f, e) : 0.0f;
     }
     if (tid == 0) {
         store_logit(out + a.d_v, counts, total[2*h] + log(max(sum, 1e-37f)));

@@ -100,7 +100,8 @@ static const ggml_tensor * result;
 static std::vector<uint32_t> result_memory;
 
 ggml_metal_buffer_id ggml_metal_buffer_get_id(ggml_metal_buffer_t, const ggml_tensor * t) {
-    return { t == result ? result_memory.data() : t->data, 0 };
+    static char nothing[1]; // the memory of an empty tensor
+    return { t == result ? result_memory.data() : ggml_is_empty(t) ? nothing : t->data, 0 };
 }
 
 bool shim_supported(const ggml_tensor * op) {
