@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sfi_local import remembered
+from sfi_local import gpu, remembered
+from sfi_local.context_cost import ContextCost
 from sfi_local.errors import SfiError
 from sfi_local.machine import available_memory, cache_dir, usable_cpus
 from sfi_local.params import SfiParams
@@ -28,12 +29,15 @@ ENV = "SFI_LOCAL_AUTO_DEPTH"  # cells: this depth instead of a measurement; 0: t
 MEAN_SPAN = 20         # fast steps per slow step of the schedule on prose
 GAIN = 0.03            # slow-fast must be faster than dense by this share
 LIMIT_S = 2.5          # a measurement that would take longer is given up
+GPU_LIMIT_S = 8.0      # ... where a deep context has to be filled and its sketch made
 ROUND = ("slow", "auto", "fast", "auto", "fast")  # auto: dense, see Timing
 ROUNDS = 6             # at each depth, if there is time
 MAX_BYTES = 256 << 20  # of K and V that are filled for a measurement
 LEAST_DEPTH = 512      # below this the time of a step says little about attention
 LEAST_AUTO_DEPTH = 128 # of a policy without slow steps: the cells of its window
 LEAST_CPU = 0.65       # of the time of the CPUs at work must be ours: 0.85 to 0.95 on an idle machine, 0.5 beside a program that computes
+GPU_DEPTH = 16384      # cells; a GPU reads a few thousand in no time that one could measure
+GPU_SHARE = 0.5        # of its free memory, what a measurement may take
 PIECE = 16             # cells that are computed and repeated
 MAX_DEPTH = 1 << 24
 
@@ -57,16 +61,16 @@ def auto_depth_of(model: "Model", params: SfiParams, type_k: str, type_v: str) -
     try:
         given = os.environ.get(ENV, "")
         if given.isdigit():
-            return int(given) or depth_by_rule(params), f"{ENV} is {given}"
+            return int(given) or _rule(model, params), f"{ENV} is {given}"
         key = _key(model, params, type_k, type_v)
         entry = remembered.entries(calibration_file(), _is_entry).get(remembered.spelled(key))
         if entry and entry["timings"]:
             return entry["auto_depth"], "measured before"
         if entry and entry["date"] == _today():
-            return depth_by_rule(params), f"not measured: {entry['why']}"
+            return _rule(model, params), f"not measured: {entry['why']}"
         return _measure_and_remember(key, model, params, type_k, type_v)
     except Exception as error:  # a calibration must never make a run fail
-        return depth_by_rule(params), f"not measured: {error}"
+        return _rule(model, params), f"not measured: {error}"
 
 
 def _measure_and_remember(key: dict[str, Any], model: "Model", params: SfiParams, type_k: str,
@@ -76,13 +80,18 @@ def _measure_and_remember(key: dict[str, Any], model: "Model", params: SfiParams
         timings = measure(model, params, type_k, type_v)
         depth = break_even(timings, params)
     except _CannotMeasure as error:
-        remember(key, depth_by_rule(params), [], str(error))
+        remember(key, _rule(model, params), [], str(error))
         raise
     try:
         remember(key, depth, timings)
     except SfiError:
         pass  # a cache that cannot be written: measured again next time
     return depth, "measured"
+
+
+def _rule(model: "Model", params: SfiParams) -> int:
+    """The depth where nothing was measured; of a GPU, on which attention is a small part of a step below some thousand cells, a later one."""
+    return max(depth_by_rule(params), GPU_DEPTH if model.gpus else 0)
 
 
 def break_even(timings: list[Timing], params: SfiParams) -> int:
@@ -121,10 +130,11 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[Timing]:
-    """Time steps at half the budget and at twice the budget, in a context that is freed again."""
+    """Time steps at two depths, in a context that is freed again."""
     from sfi_local.session import Session
 
-    deadline = time.perf_counter() + LIMIT_S
+    limit = GPU_LIMIT_S if model.gpus else LIMIT_S
+    deadline = time.perf_counter() + limit
     depths = _depths(model, params, type_k, type_v)
     longest = max(params.max_span, ROUND.count("fast")) if params.refreshes else 0
     params = params.replace(auto_depth=MAX_DEPTH, max_span=longest)
@@ -134,25 +144,36 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
         token = (model.tokenize("the") or [0])[-1]
         session.prefill([token] * PIECE)
         n_cpus = 0 if model.gpus else min(model.n_threads, len(usable_cpus()))
-        return [_time_at(session, depth, token, deadline, n_cpus) for depth in depths]
+        return [_time_at(session, depth, token, (deadline, limit), n_cpus) for depth in depths]
     finally:
         session.close()
 
 
 def _depths(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[int]:
-    """Where to measure: far apart, but where the deeper one would take long to fill."""
+    """Where to measure: far apart, but where the deeper one would take long to fill or more memory than there is."""
     from sfi_local import kv_layout
 
     unit, layers = max(2 * LEAST_DEPTH, params.budget), kv_layout.layers(model.file)
+    if model.gpus:
+        return _gpu_depths(unit, ContextCost(layers, type_k, type_v, params))
     available = available_memory()
     if available is not None and 2 * kv_layout.kv_bytes(layers, unit, type_k, type_v) > available:
         raise _CannotMeasure("too little memory is left")
     return [unit // 2, 2 * unit if kv_layout.kv_bytes(layers, 2 * unit, type_k, type_v) <= MAX_BYTES else unit]
 
 
-def _time_at(session: "Session", depth: int, token: int, deadline: float, n_cpus: int) -> Timing:
+def _gpu_depths(unit: int, cost: ContextCost) -> list[int]:
+    """The same for layers on GPUs."""
+    deep = min(max(2 * unit, GPU_DEPTH), cost.cells(int(GPU_SHARE * sum(g.free for g in gpu.gpus()))))
+    if deep < 2 * unit:
+        raise _CannotMeasure("too little memory is left on the GPU")
+    return [deep // 4, deep]
+
+
+def _time_at(session: "Session", depth: int, token: int, until: tuple[float, float], n_cpus: int) -> Timing:
     """Rounds at one depth: several if there is time, the first three steps at least.
 
+    until:  when the measurement must end, and the seconds that it has in all
     n_cpus: that the threads can keep busy; 0 where they mostly wait for a GPU
     """
     from sfi_local import state_fill
@@ -160,7 +181,8 @@ def _time_at(session: "Session", depth: int, token: int, deadline: float, n_cpus
     state_fill.fill(session._llama, session.context.ctx, depth)
     session.tokens[:] = [token] * depth
     start, cpu = time.perf_counter(), time.process_time()
-    end = min(deadline, start + LIMIT_S / 3)
+    deadline, limit = until
+    end = min(deadline, start + limit / 3)
     best = {"slow": float("inf"), "dense": float("inf"), "fast": float("inf")}
     for kind in ROUND * ROUNDS:
         info = session.step(token, lambda *_: kind)
@@ -169,7 +191,7 @@ def _time_at(session: "Session", depth: int, token: int, deadline: float, n_cpus
         if whole and time.perf_counter() > end:
             break
         if not whole and time.perf_counter() > deadline:
-            raise _CannotMeasure(f"the model is too slow to measure it in {LIMIT_S:g} s")
+            raise _CannotMeasure(f"the model is too slow to measure it in {limit:g} s")
     used, passed = time.process_time() - cpu, time.perf_counter() - start
     if used < LEAST_CPU * n_cpus * passed:
         raise _CannotMeasure("other programs kept the processor busy")

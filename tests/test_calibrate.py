@@ -1,6 +1,7 @@
 """Where auto begins to be slow-fast: measured once, remembered, never in the way of a run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -214,3 +215,15 @@ def test_a_run_that_calibrates_says_so_on_stderr_once(cli, tiny):
     notes, why = json.loads(runs[0].stdout)["notes"], json.loads(calibration_file().read_text())[0]["why"]
     assert why or "Measured once" in notes[0] and b"Measured once" in runs[0].stderr
     assert b"Measured" not in runs[1].stdout + runs[1].stderr
+
+
+def test_on_a_gpu_depths_are_larger_and_must_fit_its_memory(model, monkeypatch):
+    monkeypatch.setattr(type(model), "gpus", ["a card"])
+    card = calibrate.gpu.Gpu("CUDA0", "a card", free=1 << 40, total=1 << 40)
+    monkeypatch.setattr(calibrate.gpu, "gpus", lambda: [card])
+    assert calibrate._depths(model, SMALL, "f16", "f16") == [4096, 16384]
+    monkeypatch.setattr(calibrate.gpu, "gpus", lambda: [replace(card, free=1 << 25)])
+    shallow, deep = calibrate._depths(model, SMALL, "f16", "f16")
+    assert 2048 <= deep < 16384 and shallow == deep // 4
+    monkeypatch.setattr(calibrate.gpu, "gpus", lambda: [replace(card, free=1 << 20)])
+    assert auto_depth_of(model, SMALL, "f16", "f16") == (16384, "not measured: too little memory is left on the GPU")
