@@ -121,7 +121,7 @@ const char * sfi_source_id(void) {
 static void destroy(const sfi * s) {
     if (const auto support = s->support.lock()) {
         llama_synchronize(s->lctx);
-        s->lctx->drop_graph_slots(); // whose graphs keep the support
+        s->lctx->forget_graphs(); // which keep the support
         support->get_kv()->support.reset();
     }
     delete s;
@@ -498,7 +498,7 @@ int sfi_set_params(struct sfi * s, const struct sfi_params * params) {
             return err;
         }
         llama_synchronize(s->lctx);
-        s->lctx->drop_graph_slots(); // whose graphs keep the old support
+        s->lctx->forget_graphs(); // which keep the old support
         s->support  = fresh;
         s->params   = *params;
         kv->support = std::move(fresh); // `support` stays alive until guarded() returns

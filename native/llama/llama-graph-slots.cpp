@@ -54,6 +54,16 @@ void llama_context::drop_graph_slots() {
     graph_slots = {};
 }
 
+void llama_context::forget_graphs() {
+    use_graph_slot(LLAMA_GRAPH_SLOT_MAIN);
+    for (auto & slot : graph_slots) {
+        for (auto & res : slot.gf_res_prev) {
+            res.reset();
+        }
+        slot.gf_res_prev_active = nullptr;
+    }
+}
+
 size_t llama_context::idle_graph_slots_size(ggml_backend_t backend) const {
     size_t size = 0;
     for (const auto & slot : graph_slots) {
