@@ -408,6 +408,7 @@ class SelectCase(Case):
     pool_before: int = 0
     levels: int = 0  # > 0: evidence takes so many values, so that there are ties
     flat: bool = False  # evidence nearly the same everywhere: the prior gets a small weight, or none
+    like_prior: bool = False  # evidence is the prior, but for a thousandth: the prior's weight is a quotient of small differences
     pads: bool = False
     nms_radius: int = 16
     lambda_clip: float = 0.3
@@ -440,6 +441,12 @@ class Select:
             self.cells[is_pad] = -1
             self.evidence[:, is_pad] = 0
         self.j0, self.j1 = ref.candidates(c.n_list, c.n_sink, c.n_recent)
+        if c.like_prior:
+            self.evidence[:, self.j0:self.j1] = [beside(r, rng) ** c.alpha for r in self.priors()]
+
+    def priors(self):
+        cells, constants = self.cells[self.j0:self.j1], {name: self.paper[name] for name in ("gamma", "beta", "p", "eta")}
+        return [ref.prior(norm, cells >= 0, **constants) for norm in np.linalg.norm(self.k[:, cells], axis=-1)]
 
     @property
     def k(self):
@@ -474,6 +481,14 @@ class Select:
         else:
             for row, z in zip(got, self.score()):
                 check_best(row, z, self.cells[self.j0:self.j1])
+
+
+def beside(r, rng):
+    """A distribution that is a thousandth off r, and in whose fusion with r each has the weight 1/2."""
+    off = r * rng.uniform(-1e-3, 1e-3, len(r))
+    off -= r * off.sum()
+    slope = r * (r - r @ r)  # sums to 0, as `off` does
+    return r + off - slope * (off @ off / 2 + r @ off) / (r @ slope)
 
 
 def check_best(selected, z, candidates):
@@ -522,6 +537,7 @@ def select_cases():
                     dict(lambda_clip=1.0), dict(lambda_clip=1.0, flat=True), dict(flat=True),
                     dict(lambda_clip=0.02, a_soft=0.5, a_cross=0.35), dict(a_cross=0.0), dict(alpha=1.0), dict(alpha=0.25)):
         yield case(kind=PAPER, n_head_kv=3, **changes)
+    yield case(kind=PAPER, n_head_kv=1, n_embd=32, n_list=40000, n_selected=5000, lambda_clip=1.0, like_prior=True)
 
 
 # ---- support_stability --------------------------------------------------------------------------------------------

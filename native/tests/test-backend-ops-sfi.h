@@ -470,16 +470,19 @@ struct test_support_select : public test_support {
     const int32_t pool_before;
     const bool ties;  // evidence takes few values
     const bool paper; // no expected result here: the backends need to agree but for near ties
+    const ggml_type type_K; // paper
+    const float alpha;
 
     ggml_tensor * evidence = nullptr, * k = nullptr;
 
     std::string vars() override {
-        return VARS_TO_STR8(n_list, n_selected, nh_kv, pool_after, pool_before, ties, paper, pads);
+        return VARS_TO_STR10(n_list, n_selected, nh_kv, pool_after, pool_before, ties, paper, pads, type_K, alpha);
     }
 
     test_support_select(int64_t n_list = 300, int64_t n_selected = 64, int64_t nh_kv = 2, int32_t pool_after = 0, int32_t pool_before = 0,
-            bool ties = false, bool paper = false, bool pads = false)
-        : test_support(n_list, 1, pads), n_selected(n_selected), nh_kv(nh_kv), pool_after(pool_after), pool_before(pool_before), ties(ties), paper(paper) {}
+            bool ties = false, bool paper = false, bool pads = false, ggml_type type_K = GGML_TYPE_F16, float alpha = 0.5f)
+        : test_support(n_list, 1, pads), n_selected(n_selected), nh_kv(nh_kv), pool_after(pool_after), pool_before(pool_before), ties(ties),
+          paper(paper), type_K(type_K), alpha(alpha) {}
 
     double max_nmse_err() override {
         return paper ? 0.02 : 0.0; // the part of the cells that may differ
@@ -493,9 +496,9 @@ struct test_support_select : public test_support {
         sel.pool_after  = pool_after;
         sel.pool_before = pool_before;
         if (paper) {
-            k = cache(ctx, GGML_TYPE_F16, 64, n_cells(), nh_kv, 1, true);
+            k = cache(ctx, type_K, 64, n_cells(), nh_kv, 1, true);
             sel.nms_radius  = 16;
-            sel.alpha       = 0.5f;
+            sel.alpha       = alpha;
             sel.gamma       = 0.5f;
             sel.beta        = 0.568f;
             sel.p           = 1.8f;
@@ -1184,6 +1187,16 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
 
     for (int n_selected : { 64, 2048 }) {
         test_cases.emplace_back(new test_support_select(9000, n_selected, 2, 16, 2));
+        test_cases.emplace_back(new test_support_select(9000, n_selected, 3, 0, 0, false, true, true));
+    }
+    for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
+        test_cases.emplace_back(new test_support_select(1025, 200, 2, 0, 0, false, true, false, type));
+    }
+    for (int nh_kv : { 1, 2, 3, 8 }) {
+        for (float alpha : { 0.2f, 1.0f, 2.0f }) {
+            test_cases.emplace_back(new test_support_select(1025, 200, nh_kv, 0, 0, false, true, true, F16, alpha));
+        }
+        test_cases.emplace_back(new test_support_select(1, 4, nh_kv, 0, 0, false, true));
     }
 
     // support_stability

@@ -1,6 +1,6 @@
 // GGML_OP_SUPPORT_EVIDENCE, GGML_OP_SUPPORT_SELECT and GGML_OP_SUPPORT_STABILITY on Metal: the kernels are in support.metal.
 
-#include "host.h"
+#include "paper-score.h"
 
 #include <cstdio>
 
@@ -73,37 +73,61 @@ void support_evidence(encoder & e, const ggml_tensor * dst) {
 
 // ---- selection ---------------------------------------------------------------------------------------------------------
 
-bool support_select_supported(const ggml_tensor * dst) {
-    return selector_of(dst).kind == GGML_SUPPORT_SELECTOR_TOPK && dst->ne[1] <= 65535;
+static bool is_paper(const ggml_tensor * dst) {
+    return selector_of(dst).kind == GGML_SUPPORT_SELECTOR_PAPER;
 }
 
-static place take_keys(const ggml_tensor * dst, scratch_parts & parts) {
-    return parts.take(dst->src[0]->ne[0]*dst->ne[1], sizeof(uint32_t));
+bool support_select_supported(const ggml_tensor * dst) {
+    return (!is_paper(dst) || paper_score_supported(dst)) && dst->ne[1] <= 65535;
 }
+
+namespace {
+
+struct select_scratch {
+    scratch_parts parts;
+    place keys;
+    paper_places paper = {};
+
+    explicit select_scratch(const ggml_tensor * dst) {
+        keys = parts.take(dst->src[0]->ne[0]*dst->ne[1], sizeof(uint32_t));
+        if (is_paper(dst)) {
+            paper = take_paper(dst, parts);
+        }
+    }
+};
+
+} // namespace
 
 size_t support_select_scratch(const ggml_tensor * dst) {
-    scratch_parts parts;
-    take_keys(dst, parts);
-    return parts.size();
+    return select_scratch(dst).parts.size();
+}
+
+static select_args args_of_select(const ggml_tensor * dst) {
+    const ggml_support_selector selector = selector_of(dst);
+    select_args a = {};
+    a.evidence_ld = dst->src[0]->nb[1]/sizeof(float);
+    a.out_ld      = dst->nb[1]/sizeof(int32_t);
+    a.n_list      = (int) dst->src[0]->ne[0];
+    a.n_selected  = (int) dst->ne[0];
+    a.behind      = is_paper(dst) ? 0 : selector.pool_after;
+    a.ahead       = is_paper(dst) ? 0 : selector.pool_before;
+    return a;
 }
 
 void support_select(encoder & e, const ggml_tensor * dst) {
     const ggml_tensor * evidence = dst->src[0], * cells = dst->src[1], * plan = dst->src[2];
-    const ggml_support_selector selector = selector_of(dst);
+    const select_scratch s(dst);
     const int n_head_kv = (int) dst->ne[1];
-    scratch_parts parts;
-    const place keys = take_keys(dst, parts);
-    select_args a = {};
-    a.evidence_ld = evidence->nb[1]/sizeof(float);
-    a.out_ld      = dst->nb[1]/sizeof(int32_t);
-    a.n_list      = (int) evidence->ne[0];
-    a.n_selected  = (int) dst->ne[0];
-    a.behind      = selector.pool_after;
-    a.ahead       = selector.pool_before;
-    e.run("sfi_select_keys", a, { whole(evidence), whole(cells), whole(plan), keys },
+    select_args a = args_of_select(dst);
+    place score = whole(evidence);
+    if (is_paper(dst)) {
+        score         = paper_score(e, dst, s.paper);
+        a.evidence_ld = a.n_list;
+    }
+    e.run("sfi_select_keys", a, { score, whole(cells), whole(plan), s.keys },
         { (int) n_chunks(a.n_list, list_threads), n_head_kv }, list_threads);
     e.barrier();
-    e.run("sfi_select", a, { keys, whole(cells), whole(dst) }, { n_head_kv }, select_threads);
+    e.run("sfi_select", a, { s.keys, whole(cells), whole(dst) }, { n_head_kv }, select_threads);
 }
 
 // ---- stability ---------------------------------------------------------------------------------------------------------
