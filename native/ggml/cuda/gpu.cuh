@@ -91,9 +91,11 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// over groups of n lanes
+template <int n = warp_size>
 static __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int o = warp_size/2; o > 0; o >>= 1) {
+    for (int o = n/2; o > 0; o >>= 1) {
         x += __shfl_xor_sync(all_lanes, x, o);
     }
     return x;

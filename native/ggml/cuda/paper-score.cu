@@ -52,14 +52,6 @@ static __device__ __forceinline__ int candidate_cell(const paper_args & a, const
     return cell < a.n_cells ? cell : -1;
 }
 
-static __device__ __forceinline__ float sum_over_row_lanes(float x) {
-#pragma unroll
-    for (int o = row_lanes/2; o > 0; o >>= 1) {
-        x += __shfl_xor_sync(all_lanes, x, o);
-    }
-    return x;
-}
-
 // this lane's part of the squares of a row
 template <ggml_type T>
 static __device__ __forceinline__ float sum_of_squares(const char * row, int lane, int d) {
@@ -85,7 +77,7 @@ static __device__ void key_norms(const paper_args & a, const candidates & c, int
     for (int i = threadIdx.x/row_lanes; i < paper_threads; i += paper_threads/row_lanes) {
         const int   cell = candidate_cell(a, c, first + i);
         const float mine = cell >= 0 ? sum_of_squares<T>(a.k + cell*a.k_nb1 + h_kv*a.k_nb2, lane, a.d) : 0.0f;
-        const float sum  = sum_over_row_lanes(mine);
+        const float sum  = warp_sum<row_lanes>(mine);
         if (lane == 0) {
             norms[i] = sqrtf(sum);
         }
