@@ -493,4 +493,4 @@ def test_the_backend_says_no_to_more_components_than_it_has_room_for():
     with Graph() as g:
         codes, basis = g.new("i8", 16 * form.cell_bytes, 4, 2), g.new("f32", 64 * (1 + 272 + 272 // 2) + 64 * (1 + 16 + 16 // 2), 2)
         assert not g.supported(g.sketch_scan(g.new("f32", 64, 2), codes, basis, g.new("i32", 1), g.new("i32", 1), None,
-                                             g.new("i32", 8, 2), 64, 64, form))
+                                             g.new("i32", 8, 2), g.new("i32", 2, 2), 64, 64, form))
