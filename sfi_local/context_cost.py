@@ -6,8 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from sfi_local import gpu, kv_layout
-from sfi_local.devices import Ggml
-from sfi_local.engine import device_path
+from sfi_local.devices import all_native
 from sfi_local.errors import OutOfMemoryError
 from sfi_local.gguf_file import GgufFile
 from sfi_local.kv_layout import Layer
@@ -17,7 +16,6 @@ from sfi_local.session import N_BATCH
 
 MEMORY_SHARE = 0.9     # of the available memory, what weights and context may take
 LONGEST_CTX = 1 << 24  # cells
-_CPU = 0               # enum ggml_backend_dev_type
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,7 @@ def cost_of(layers: list[Layer], mode: str, type_k: str, type_v: str, params: Sf
     """With the policy that the devices leave, see Model._settle_policy(). on_gpus: they hold layers"""
     if mode == "stock":
         return ContextCost(layers, type_k, type_v, None)
-    ggml = Ggml()
-    used = [i for i in range(ggml.backend_dev_count()) if on_gpus or ggml.backend_dev_type(ggml.backend_dev_get(i)) == _CPU]
-    if all(device_path(i, params)[0] == "native" for i in used):
+    if all_native(params, on_gpus):
         return ContextCost(layers, type_k, type_v, params)
     return ContextCost(layers, type_k, type_v, portable_params, portable=True)
 

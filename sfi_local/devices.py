@@ -12,6 +12,7 @@ from sfi_local.library import open_library
 from sfi_local.params import POLICIES, SfiParams
 
 _F32, _F16, _I8, _I32 = 0, 1, 24, 26  # enum ggml_type
+_CPU = 0  # enum ggml_backend_dev_type
 _ARENA = 1 << 16  # bytes of tensor descriptions; nothing is computed, so no data is allocated
 
 
@@ -51,6 +52,13 @@ def devices() -> list[Device]:
         return [_device(ggml, i, nodes) for i in range(ggml.backend_dev_count())]
     finally:
         ggml.free(context)
+
+
+def all_native(params: SfiParams, on_gpus: bool) -> bool:
+    """Whether every device that may hold layers computes the operations of a policy itself. on_gpus: not CPUs alone"""
+    ggml = Ggml()
+    used = (i for i in range(ggml.backend_dev_count()) if on_gpus or ggml.backend_dev_type(ggml.backend_dev_get(i)) == _CPU)
+    return all(device_path(i, params)[0] == "native" for i in used)
 
 
 def _device(ggml: "Ggml", number: int, nodes: dict[str, int]) -> Device:

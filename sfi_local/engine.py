@@ -264,11 +264,6 @@ def status_error(status: int) -> SfiError:
     return from_status(name, native.ffi.string(native.lib.sfi_last_error()).decode("utf-8", errors="replace"))
 
 
-def n_devices() -> int:
-    """How many devices ggml sees."""
-    return int(open_library().llama_cpp.llama_cpp._lib.ggml_backend_dev_count())
-
-
 def device_path(device: int, params: SfiParams) -> tuple[str, str]:
     """(path of layers on this device of ggml, what it lacks if that is ``none``), see ``sfi_device_path()``."""
     native = open_library()

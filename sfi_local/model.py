@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 from sfi_local import gpu, kv_layout
 from sfi_local.context_cost import check_memory, cost_of
-from sfi_local.engine import device_path, n_devices
+from sfi_local.devices import all_native
 from sfi_local.errors import ArgumentError, BackendError, ModelFileError, SfiError
 from sfi_local.exact import generate_exact
 from sfi_local.generate import generate
@@ -230,7 +230,7 @@ class Model:
         portable, self._portable = self._portable, None
         if portable is None or self.mode == "stock" or self._params.support == portable.support:
             return
-        if all(device_path(i, self._params)[0] == "native" for i in range(n_devices())):
+        if all_native(self._params, bool(self.gpus)):
             return
         mode = "sfi" if self.mode == "auto" else self.mode  # auto would not say why
         try:

@@ -84,12 +84,11 @@ static ggml_cgraph * allocated(llama_context & lctx, const std::function<ggml_cg
 // Computes a graph of our own on the devices that hold its tensors. It is built again where the first has no memory, for a scheduler
 // has changed it by then.
 bool llama_support::compute(llama_context & lctx, const std::function<ggml_cgraph *()> & build, const std::function<void()> & set_inputs) {
-    lctx.use_graph_slot(LLAMA_GRAPH_SLOT_SIDE);
-    ggml_cgraph * graph = allocated(lctx, build);
-    if (!graph && lctx.give_up_graph_slot()) {
+    ggml_cgraph * graph;
+    do {
         lctx.use_graph_slot(LLAMA_GRAPH_SLOT_SIDE);
         graph = allocated(lctx, build);
-    }
+    } while (!graph && lctx.give_up_graph_slot());
     if (!graph) {
         return false;
     }

@@ -96,34 +96,27 @@ struct again_shared {
 // the logits x of a cell by the first look become those by both
 template <int G>
 static __device__ __forceinline__ void look_at_record(const scan_args & a, const uint8_t * record, const field_weights<G> * w, int h0, float * x) {
-    const uint32_t * words = (const uint32_t *) record - a.first_planes;
-    int acc[G];
+    const uint32_t * words = (const uint32_t *) record;
+    int acc[1][G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        acc[g] = 0;
+        acc[0][g] = 0;
     }
     for (int p0 = a.first_planes, f = a.n_first_fields; p0 < a.k_planes; p0 += 4) {
         uint32_t word[4];
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            word[p] = p0 + p < a.k_planes ? words[p0 + p] : 0;
+            word[p] = p0 + p < a.k_planes ? words[p0 + p - a.first_planes] : 0;
         }
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            for (; f < a.n_k_fields && a.k[f].plane == p0 + p; ++f) {
-                const int codes = (int) (word[p] >> a.k[f].shift & ((1u << a.k[f].bits) - 1)*0x01010101u);
-                const field_weights<G> wf = w[f - a.n_first_fields];
-#pragma unroll
-                for (int g = 0; g < G; ++g) {
-                    acc[g] = __dp4a(codes, wf.of_head[g], acc[g]);
-                }
-            }
+            add_plane<G, 1>(a, p0 + p, &word[p], w, a.n_first_fields, a.n_k_fields, f, acc);
         }
     }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         if (g < a.group) {
-            x[g] += fmaf(a.factor[3*(h0 + g)], (float) acc[g], a.factor[3*(h0 + g) + 2]);
+            x[g] += fmaf(a.factor[3*(h0 + g)], (float) acc[0][g], a.factor[3*(h0 + g) + 2]);
         }
     }
 }
@@ -178,15 +171,7 @@ static __global__ void __launch_bounds__(scan_threads) look_again_kernel(const s
             kept[g] += take[c] ? share[g] : 0.0f;
         }
     }
-    places_of<C, scan_warps>(take, 0, sh.of_warp, place);
-    int n = 0;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-#pragma unroll
-        for (int w = 0; w < scan_warps; ++w) {
-            n += sh.of_warp[c][w];
-        }
-    }
+    const int n = places_of<C, scan_warps>(take, 0, sh.of_warp, place);
     if (threadIdx.x == 0) {
         a.n_again[(int64_t) h_kv*a.n_chunks + chunk] = n;
     }
@@ -384,15 +369,11 @@ static __device__ int list_best(const scan_args & a, int h_kv, const int * begin
             key[u]  = key_of_cell<G>(x[u], lse, a.group, least);
             take[u] = key[u] != 0;
         }
-        places_of<U, finish_warps>(take, n_listed, of_warp, place);
+        n_listed = places_of<U, finish_warps>(take, n_listed, of_warp, place);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (take[u]) {
                 listed[place[u]] = make_uint2(key[u], at[u]);
-            }
-#pragma unroll
-            for (int w = 0; w < finish_warps; ++w) {
-                n_listed += of_warp[u][w];
             }
         }
         __syncthreads(); // of_warp is read
@@ -408,13 +389,9 @@ static __device__ void keep_best(uint2 * listed, int n, uint64_t best, int (*of_
         const uint2 item = i < n ? listed[i] : make_uint2(0, 0);
         const bool  take[1] = { is_best(item.x, item.y, best) };
         int place[1];
-        places_of<1, finish_warps>(take, n_kept, of_warp, place);
+        n_kept = places_of<1, finish_warps>(take, n_kept, of_warp, place);
         if (take[0]) {
             listed[place[0]] = item;
-        }
-#pragma unroll
-        for (int w = 0; w < finish_warps; ++w) {
-            n_kept += of_warp[0][w];
         }
         __syncthreads();
     }
@@ -577,25 +554,14 @@ static void launch_looks(const gpu & g, const scan_args & a, int n_head_kv) {
     SFI_LAUNCH((finish_looks_kernel<G, V>), dim3(n_head_kv), dim3(finish_threads), g.stream, a);
 }
 
-template <int G>
-static void launch_groups(const gpu & g, const scan_args & a, int n_head_kv) {
-    if (a.n_v_groups <= 2) {
-        launch_looks<G, 2>(g, a, n_head_kv);
-    } else {
-        launch_looks<G, max_v_groups>(g, a, n_head_kv);
-    }
-}
-
 void look_again(const gpu & g, const scan_args & a, int n_head_kv) {
-    if (a.group <= 1) {
-        launch_groups<1>(g, a, n_head_kv);
-    } else if (a.group <= 2) {
-        launch_groups<2>(g, a, n_head_kv);
-    } else if (a.group <= 4) {
-        launch_groups<4>(g, a, n_head_kv);
-    } else {
-        launch_groups<8>(g, a, n_head_kv);
-    }
+    with_group(a.group, [&](auto group) {
+        if (a.n_v_groups <= 2) {
+            launch_looks<decltype(group)::value, 2>(g, a, n_head_kv);
+        } else {
+            launch_looks<decltype(group)::value, max_v_groups>(g, a, n_head_kv);
+        }
+    });
 }
 
 } // namespace sfi_cuda

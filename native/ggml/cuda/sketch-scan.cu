@@ -102,14 +102,14 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
     // the words of the first planes are under way while the rest is prepared
     const uint8_t * head = a.codes + h_kv*a.head_bytes;
     const uint32_t * words[C];
-    uint32_t word[C][4];
+    uint32_t word[4][C];
 #pragma unroll
     for (int c = 0; c < C; ++c) {
         const int cell = min(begin + c*scan_threads + (int) threadIdx.x, a.n_list - 1);
         words[c] = (const uint32_t *) (head + (int64_t) (cell/16)*a.block_bytes) + cell % 16;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            word[c][p] = p < a.first_planes ? words[c][p*16] : 0;
+            word[p][c] = p < a.first_planes ? words[c][p*16] : 0;
         }
     }
     for (int i = threadIdx.x; i < a.n_first_fields*G; i += scan_threads) {
@@ -139,26 +139,14 @@ static __global__ void __launch_bounds__(scan_threads) scan_logits_kernel(const 
     for (int p0 = 0, f = 0; p0 < a.first_planes; p0 += 4) {
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            for (; f < a.n_first_fields && a.k[f].plane == p0 + p; ++f) {
-                const int      shift = a.k[f].shift;
-                const uint32_t mask  = ((1u << a.k[f].bits) - 1)*0x01010101u;
-                const field_weights<G> wf = w[f];
-#pragma unroll
-                for (int c = 0; c < C; ++c) {
-                    const int codes = (int) (word[c][p] >> shift & mask);
-#pragma unroll
-                    for (int g = 0; g < G; ++g) {
-                        acc[c][g] = __dp4a(codes, wf.of_head[g], acc[c][g]);
-                    }
-                }
-            }
+            add_plane<G, C>(a, p0 + p, word[p], w, 0, a.n_first_fields, f, acc);
         }
         if (p0 + 4 < a.first_planes) {
 #pragma unroll
             for (int c = 0; c < C; ++c) {
 #pragma unroll
                 for (int p = 0; p < 4; ++p) {
-                    word[c][p] = p0 + 4 + p < a.first_planes ? words[c][(p0 + 4 + p)*16] : 0;
+                    word[p][c] = p0 + 4 + p < a.first_planes ? words[c][(p0 + 4 + p)*16] : 0;
                 }
             }
         }
@@ -546,15 +534,7 @@ void sketch_scan(const gpu & g, ggml_tensor * dst) {
     take_scratch(a, g.scratch, n_head_kv);
     a.counters = g.counters;
     a.digits   = g.counters + n_head_kv;
-    if (a.group <= 1) {
-        launch_scan<1>(g, a, n_head_kv);
-    } else if (a.group <= 2) {
-        launch_scan<2>(g, a, n_head_kv);
-    } else if (a.group <= 4) {
-        launch_scan<4>(g, a, n_head_kv);
-    } else {
-        launch_scan<8>(g, a, n_head_kv);
-    }
+    with_group(a.group, [&](auto group) { launch_scan<decltype(group)::value>(g, a, n_head_kv); });
 }
 
 } // namespace sfi_cuda

@@ -51,11 +51,44 @@ struct scan_args {
     scan_field v[max_v_groups][4];
 };
 
+// f(std::integral_constant of the number of heads that kernels are made for)
+template <class F>
+static void with_group(int group, F f) {
+    if (group <= 1) {
+        f(std::integral_constant<int, 1>());
+    } else if (group <= 2) {
+        f(std::integral_constant<int, 2>());
+    } else if (group <= 4) {
+        f(std::integral_constant<int, 4>());
+    } else {
+        f(std::integral_constant<int, max_group>());
+    }
+}
+
 // the second look's kernels
 size_t take_looks_scratch(scan_args & a, scratch_parts & parts, int n_head_kv);
 void   look_again(const gpu & g, const scan_args & a, int n_head_kv);
 
 template <int G> struct alignas(G < 4 ? 4*G : 16) field_weights { int32_t of_head[G]; };
+
+// Adds codes times weights of the fields of a plane, f and those after it up to `last`, for C cells. w: of the fields from `first` on
+template <int G, int C>
+static __device__ __forceinline__ void add_plane(const scan_args & a, int plane, const uint32_t * word, const field_weights<G> * w,
+        int first, int last, int & f, int (*acc)[G]) {
+    for (; f < last && a.k[f].plane == plane; ++f) {
+        const int      shift = a.k[f].shift;
+        const uint32_t mask  = ((1u << a.k[f].bits) - 1)*0x01010101u;
+        const field_weights<G> wf = w[f - first];
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+            const int codes = (int) (word[c] >> shift & mask);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                acc[c][g] = __dp4a(codes, wf.of_head[g], acc[c][g]);
+            }
+        }
+    }
+}
 
 // maximum and sum of head h by the first look, by one warp
 static __device__ float2 merge_stats(const scan_args & a, int h) {

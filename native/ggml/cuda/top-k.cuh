@@ -266,10 +266,10 @@ static __device__ void choose_listed(const uint2 * listed, int n, int n_selected
     }
 }
 
-// The block of a chunk: where the thread's item c goes that is taken, item c of warp w coming before c + 1 of any warp.
-// of_warp: shared
+// The block of a chunk: where the thread's item c goes that is taken, item c of warp w coming before c + 1 of any warp. Returns where the
+// next would go. of_warp: shared
 template <int C, int n_warps>
-static __device__ void places_of(const bool * take, int first, int (*of_warp)[n_warps], int * place) {
+static __device__ int places_of(const bool * take, int first, int (*of_warp)[n_warps], int * place) {
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size;
     unsigned taken[C];
 #pragma unroll
@@ -290,6 +290,7 @@ static __device__ void places_of(const bool * take, int first, int (*of_warp)[n_
         }
         place[c] = before + __popc(taken[c] & ((1u << lane) - 1));
     }
+    return first;
 }
 
 } // namespace sfi_cuda

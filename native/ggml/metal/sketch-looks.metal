@@ -119,29 +119,12 @@ static inline int list_again(constant scan_args & a, device const float * logits
 template <int G>
 static inline void look_at_record(constant scan_args & a, device const char * record, threadgroup const float4 * w,
         device const float * factor, thread float * x) {
-    device const uint * words = (device const uint *) record;
     float acc[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         acc[g] = 0.0f;
     }
-    for (int p0 = a.first_planes, f = a.n_first_fields; p0 < a.k_planes; p0 += 4) {
-        uint word[4];
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            word[p] = p0 + p < a.k_planes ? words[p0 + p - a.first_planes] : 0u;
-        }
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            for (; f < a.n_k_fields && a.k[f].plane == p0 + p; ++f) {
-                const float4 c = codes_of(word[p], a.k[f]);
-#pragma unroll
-                for (int g = 0; g < G; ++g) {
-                    acc[g] += dot(c, w[(f - a.n_first_fields)*G + g]);
-                }
-            }
-        }
-    }
+    add_planes<G>(a, (device const uint *) record, 1, a.first_planes, a.k_planes, a.n_first_fields, a.n_k_fields, w, acc);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         if (g < a.group) {

@@ -95,6 +95,30 @@ struct query_shared {
 
 // ---- pass 2 ------------------------------------------------------------------------------------------------------------------
 
+// Adds codes times weights of planes and their fields, from the first of each up to the last; words of a cell lie `stride` apart.
+// w [field, head]: from the first field on
+template <int G>
+static inline void add_planes(constant scan_args & a, device const uint * words, int stride, int first_plane, int last_plane,
+        int first_field, int last_field, threadgroup const float4 * w, thread float * acc) {
+    for (int p0 = first_plane, f = first_field; p0 < last_plane; p0 += 4) {
+        uint word[4];
+#pragma unroll
+        for (int p = 0; p < 4; ++p) { // all loads before the first use
+            word[p] = p0 + p < last_plane ? words[(p0 + p - first_plane)*stride] : 0u;
+        }
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            for (; f < last_field && a.k[f].plane == p0 + p; ++f) {
+                const float4 c = codes_of(word[p], a.k[f]);
+#pragma unroll
+                for (int g = 0; g < G; ++g) {
+                    acc[g] += dot(c, w[(f - first_field)*G + g]);
+                }
+            }
+        }
+    }
+}
+
 template <int G>
 struct logits_shared {
     float4      w[G*max_k_fields];         // [field, head]
@@ -148,23 +172,7 @@ template <int G>
         for (int g = 0; g < G; ++g) {
             acc[g] = 0.0f;
         }
-        for (int p0 = 0, f = 0; p0 < a.first_planes; p0 += 4) {
-            uint word[4];
-#pragma unroll
-            for (int p = 0; p < 4; ++p) { // all loads before the first use
-                word[p] = p0 + p < a.first_planes ? words[(p0 + p)*16] : 0u;
-            }
-#pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                for (; f < a.n_first_fields && a.k[f].plane == p0 + p; ++f) {
-                    const float4 c = codes_of(word[p], a.k[f]);
-#pragma unroll
-                    for (int g = 0; g < G; ++g) {
-                        acc[g] += dot(c, sh.w[f*G + g]);
-                    }
-                }
-            }
-        }
+        add_planes<G>(a, words, 16, 0, a.first_planes, 0, a.n_first_fields, sh.w, acc);
         const bool out = cell >= n_used || (atomic_load_explicit(&sh.left_out[j/32], memory_order_relaxed) >> (j % 32) & 1u);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
