@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 import click
 
-from sfi_local import machine
+from sfi_local import cpus, machine
 from sfi_local.machine import human_bytes
 
 PACKAGES = ("sfi-local", "llama-cpp-python", "cffi", "click", "numpy", "huggingface_hub")
@@ -101,8 +101,8 @@ def _devices() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    memory = machine.available_memory()
-    return {"cpu": machine.cpu_name(), "cores": machine.physical_cores(), "logical_cpus": len(machine.usable_cpus()),
+    memory, choice = machine.available_memory(), cpus.choose()
+    return {"cpu": machine.cpu_name(), "cores": choice.n, "threads": f"{choice.n} ({choice.why})", "logical_cpus": len(cpus.usable_cpus()),
             "available_memory_bytes": memory if memory is not None else "unknown",
             "cpu_flags": _interesting(machine.cpu_flags())}
 

@@ -40,7 +40,7 @@ class SlowFastLlama(Llama):
     fidelity:   as in sfi_local.load: nats from dense, or ``floor``, for the tolerance in modes ``auto`` and ``sfi``; None without
                 sfi_params: ``floor``, if the model is calibrated
     Everything else is as in llama_cpp.Llama, except that flash attention is always on and that n_threads is one per
-    physical core unless given.
+    physical core unless given, and n_threads_batch as many.
 
     last_step:  StepInfo of the latest decode step, None before it
     steps:      Stats since the model was loaded or ``reset_steps()``; None where sfi is not attached
@@ -70,6 +70,7 @@ class SlowFastLlama(Llama):
         self.last_step: StepInfo | None = None
         kwargs["flash_attn"] = True
         kwargs["n_threads"] = kwargs.get("n_threads") or physical_cores()
+        kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]  # llama-cpp-python's own is all CPUs of the machine
         log.verbose = kwargs.setdefault("verbose", False)
         super().__init__(os.fspath(model_path), **kwargs)
         self.why_stock = self._why_not() or self._attach(file, params)
