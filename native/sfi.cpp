@@ -118,11 +118,22 @@ const char * sfi_source_id(void) {
     return SFI_SOURCE_ID;
 }
 
+// The next graph of the context is built anew: one that was built for another support, or for none, does not fit, and it keeps
+// that support alive, as its inputs do.
+static void forget_graphs(llama_context & lctx) {
+    llama_synchronize(&lctx);
+    const auto full = lctx.get_memory()->init_full();
+    const uint32_t n_seq = lctx.n_seq_max();
+    lctx.graph_reserve(n_seq, n_seq, 1, full.get(), true); // resets the others; splits this one, and allocates nothing
+}
+
 static void destroy(const sfi * s) {
     if (const auto support = s->support.lock()) {
-        llama_synchronize(s->lctx);
-        s->lctx->forget_graphs(); // which keep the support
         support->get_kv()->support.reset();
+        try {
+            forget_graphs(*s->lctx);
+        } catch (const std::exception &) { // out of memory; the next graph gives back what this one was to
+        }
     }
     delete s;
 }
@@ -152,6 +163,7 @@ static int guarded(const sfi * s, F && f) {
         return fail(SFI_ERR_DETACHED, "The llama_context that this was attached to has been freed.");
     }
     try {
+        support->notice_edits();
         return f(*support);
     } catch (const std::bad_alloc &) {
         return fail(SFI_ERR_MEMORY, "Out of memory; use a smaller context or a smaller KV type.");
@@ -445,6 +457,7 @@ static int attach(llama_context * lctx, const sfi_params & params, std::unique_p
     s->tails.resize(kv->get_n_stream());
     s->tail_mass.resize(kv->get_n_stream());
     kv->support = std::move(support);
+    forget_graphs(*lctx);
     out = std::move(s);
     return SFI_OK;
 }
@@ -497,11 +510,10 @@ int sfi_set_params(struct sfi * s, const struct sfi_params * params) {
         if (const int err = check_layers(*fresh, model, sp)) {
             return err;
         }
-        llama_synchronize(s->lctx);
-        s->lctx->forget_graphs(); // which keep the old support
         s->support  = fresh;
         s->params   = *params;
         kv->support = std::move(fresh); // `support` stays alive until guarded() returns
+        forget_graphs(*s->lctx);
         return (int) SFI_OK;
     });
 }
@@ -576,6 +588,9 @@ static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llam
     const int ret = llama_decode(s->lctx, *batch);
     llama_synchronize(s->lctx);
     support.finish(ret == 0);
+    if (ret == 0 && refresh && !support.refresh_portable(*s->lctx, seq, kind == LLAMA_SUPPORT_SLOW)) {
+        return fail(SFI_ERR_DECODE, "The support could not be chosen; llama.cpp's log says why.");
+    }
     if (ret == 0 && refresh && !support.update_sketch(*s->lctx, seq)) {
         return sketch_failed();
     }
@@ -766,8 +781,12 @@ static int remove_last(sfi * s, llama_support & support, llama_seq_id seq, int32
         return fail(SFI_ERR_CONTEXT, "%d tokens cannot be taken back: the sliding-window layers have dropped the cells before "
                 "them. Make the context with swa_full = true.", n);
     }
-    if (n > 0 && !support.roll_back(seq, n, [&] { return llama_memory_seq_rm(memory, seq, first, -1); })) {
+    if (n > 0 && !llama_memory_seq_rm(memory, seq, first, -1)) {
+        support.invalidate(seq);
         return fail(SFI_ERR_DECODE, "The last %d tokens could not be removed from the memory of this model.", n);
+    }
+    if (n > 0) {
+        support.roll_back(seq, n);
     }
     return SFI_OK;
 }

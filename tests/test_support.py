@@ -1,6 +1,7 @@
 """The KV cache owns the support: what makes it invalid, what it holds, and what is refused."""
 
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -165,17 +166,49 @@ def test_a_refused_step_keeps_the_support(ready):
     assert ready.step(2, "fast").depth == N + 2
 
 
-# ---- the graph of each kind of step -----------------------------------------------------------------------------------
+# ---- graphs, and what they hold ---------------------------------------------------------------------------------------
 
 
-def test_graphs_are_used_again_across_kinds_of_steps(ready):
-    ready.steps(range(4), "fast")
-    ready.step(4, "slow")
-    before = ready.n_reused()
-    for token in range(10):
-        ready.step(token, "slow")
-        ready.step(token, "fast")
-    assert ready.n_reused() - before == 20
+def test_an_edit_that_another_one_hides_is_noticed(ready):
+    """As many cells as before, but others: the cache is asked at each call, and plain decoding tells by itself."""
+    ready.cut(N - 3)
+    ready.decode([9, 9, 9, 9])
+    assert took(ready.step(2)) == ("slow", "invalidated")
+
+
+def test_a_graph_from_before_attaching_is_not_used_again(opened, open_context, tiny_weights, prompts, small):
+    """Of the same shape as a slow step's, it would choose nothing."""
+    from sfi_local.engine import Engine
+
+    context = open_context(tiny_weights, None)
+    context.decode(prompts[0])
+    context.decode([1])
+    context.engine = Engine(context.address, small)
+    assert took(context.step(2)) == ("slow", "first")
+    assert len(context.engine.selected(0, 0)[0]) == small.n_selected
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("how", ["close", "set_params"])
+def test_what_a_support_took_is_given_back(opened, prompts, small, how):
+    """Over 32 MB, so that the allocator returns it at once."""
+    from sfi_local import SfiParams
+
+    context = opened(SfiParams.of("sketch"), n_ctx=1 << 18, kv="q4_0")
+    context.prefill(prompts[0])
+    context.step(1)
+    took, before = context.engine.memory(), resident()
+    assert took > 36 << 20
+    if how == "close":
+        context.engine.close()
+    else:
+        context.engine.params = small
+    assert before - resident() > 0.8 * took
 
 
 def test_a_graph_that_was_made_anew_gives_the_same(opened, prompts):

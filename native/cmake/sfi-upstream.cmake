@@ -83,6 +83,12 @@ foreach (target IN LISTS SFI_CPU_TARGETS)
     target_include_directories(${target} PRIVATE "${native}/ggml" "${native}/ggml/cpu" "${SFI_TREE}/ggml/src" "${SFI_TREE}/ggml/src/ggml-cpu")
 endforeach()
 
+# where GCC drops a part of AMX's tile configuration; that header says why
+if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND SFI_CPU_TARGETS)
+    set_property(SOURCE "${SFI_TREE}/ggml/src/ggml-cpu/amx/mmq.cpp" TARGET_DIRECTORY ${SFI_CPU_TARGETS}
+        APPEND PROPERTY COMPILE_OPTIONS "-include;${native}/cmake/sfi-amx-tile-config.h")
+endif()
+
 # likewise in the GPUs' targets
 file(GLOB SFI_CUDA_SOURCES CONFIGURE_DEPENDS "${native}/ggml/cuda/*.cu")
 foreach (target ggml-cuda ggml-hip ggml-musa)

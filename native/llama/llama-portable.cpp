@@ -1,5 +1,6 @@
 #include "llama-portable.h"
 
+#include "llama-context.h"
 #include "llama-model.h"
 
 #include <cmath>
@@ -184,34 +185,19 @@ bool llama_support::overwritten(int32_t n) const {
     return has_portable() && !params.pinned && params.n_sink + params.n_recent + n > always_size();
 }
 
-llama_portable_key llama_support::portable_key() const {
-    const auto & st = streams[stream];
-    llama_portable_key k;
-    if (ubatch_kind == LLAMA_SUPPORT_NONE) {
-        return k;
+int64_t llama_support::portable_append() const {
+    if (ubatch_kind == LLAMA_SUPPORT_NONE || ubatch_refresh || !streams[stream].valid) {
+        return 0; // a refresh writes all of always anew
     }
     const int64_t n_ring = always_size() - params.n_sink;
-    if (ubatch_refresh) {
-        k.n_append = always_size();
-    } else if (st.valid) { // of more than the ring holds, the latest
-        k.n_append = std::min<int64_t>(ubatch_tokens, n_ring > 0 ? n_ring : always_size());
-    }
-    if (ubatch_refresh && params.refreshes()) {
-        const auto [j0, j1] = candidates((int32_t) st.cells.size());
-        k.n_scan = scan_size(st);
-        k.n_top  = std::min(params.n_selected, j1 - j0);
-        for (size_t i = 0; i < st.cells.size() && k.ordered; ++i) {
-            k.ordered = st.cells[i] == (int32_t) i;
-        }
-    }
-    return k;
+    return std::min<int64_t>(ubatch_tokens, n_ring > 0 ? n_ring : always_size()); // of more than the ring holds, the latest
 }
 
 llama_portable_input::llama_portable_input(std::shared_ptr<llama_support> support) :
-        support(std::move(support)), built(this->support->graph_key()), key(this->support->portable_key()) {}
+        support(std::move(support)), built(this->support->graph_key()), n_append(this->support->portable_append()) {}
 
 bool llama_portable_input::can_reuse(const llm_graph_params &) {
-    return built == support->graph_key() && key == support->portable_key();
+    return built == support->graph_key() && n_append == support->portable_append();
 }
 
 static bool is_used(const ggml_tensor * t) {
@@ -243,125 +229,53 @@ static std::vector<int64_t> always_places(std::pair<int32_t, int32_t> window, in
     return places;
 }
 
-void llama_portable_input::set_input(const llama_ubatch *) {
-    if (is_used(cells)) {
-        set_append();
-    }
-    if (is_used(in_use)) {
-        set_in_use();
-    }
-    if (is_used(visible)) {
-        set_evidence();
-    }
-    if (is_used(own_head)) {
-        const int64_t n = own_head->ne[1];
-        std::vector<float> diagonal(n*n, 0.0f);
-        for (int64_t h = 0; h < n; ++h) {
-            diagonal[h*n + h] = 1.0f;
-        }
-        set(own_head, diagonal);
-    }
-    if (is_used(order)) {
-        set_order();
-    }
-    if (is_used(top)) {
-        std::vector<int64_t> rows(key.n_top);
-        std::iota(rows.begin(), rows.end(), 0);
-        set(top, rows);
-    }
-}
-
-// After a refresh all of always is written anew, as it may never have been; else the cells of this ubatch are.
-void llama_portable_input::set_append() {
-    const auto & st = support->streams[built.stream];
-    const int32_t n = (int32_t) st.cells.size();
-    const auto places = support->ubatch_refresh ? always_places(support->candidates(n), n) : always_places({ 0, n - (int32_t) key.n_append }, n);
+// Fills the lists of the cells at these places of the text, and of their rows.
+static void set_always(ggml_tensor * cells, ggml_tensor * slots, const std::vector<int32_t> & text, const std::vector<int64_t> & places,
+                       const llama_support_params & p, int64_t n_always) {
     std::vector<int32_t> list;
     std::vector<int64_t> rows;
     for (const int64_t i : places) {
-        list.push_back(st.cells[i]);
-        rows.push_back(selected_rows(support->params) + slot_of(i, support->params, support->always_size()));
+        list.push_back(text[i]);
+        rows.push_back(selected_rows(p) + slot_of(i, p, n_always));
     }
-    list.resize(key.n_append, list.back()); // the same row twice does no harm
-    rows.resize(key.n_append, rows.back());
+    list.resize(slots->ne[0], list.back()); // the same row twice does no harm
+    rows.resize(slots->ne[0], rows.back());
     set_cells(cells, list);
     set(slots, rows);
 }
 
-void llama_portable_input::set_in_use() {
+void llama_portable_input::set_input(const llama_ubatch *) {
     const auto & st = support->streams[built.stream];
-    const int64_t n_selected = selected_rows(support->params);
-    std::vector<ggml_fp16_t> mask(in_use->ne[0], blind);
-    std::fill_n(mask.begin(), n_selected > 0 ? st.n_chosen : 0, sees);
-    for (const int64_t i : always_places(support->window(st), st.cells.size())) {
-        mask[n_selected + slot_of(i, support->params, support->always_size())] = sees;
+    const auto & p  = support->params;
+    const int64_t n = st.cells.size(), n_always = support->always_size();
+    if (is_used(cells)) {
+        set_always(cells, slots, st.cells, always_places({ 0, (int32_t) (n - n_append) }, n), p, n_always);
     }
-    set(in_use, mask);
-}
-
-// how many cells each query sees, 0: it gives no evidence
-std::vector<int32_t> llama_portable_input::n_visible() const {
-    const auto & st = support->streams[built.stream];
-    const int32_t n = (int32_t) st.cells.size();
-    const bool slow = built.kind == LLAMA_SUPPORT_SLOW;
-    if (visible->ne[1] == 1 && slow) {
-        return { n }; // the query at work
-    }
-    std::vector<int32_t> seen;
-    for (const llama_pos pos : st.query_pos) {
-        const llama_pos age = st.last_pos - pos;
-        const bool used = pos >= 0 && age >= 0 && age < (slow ? support->params.n_slow_evidence : support->params.n_evidence);
-        seen.push_back(used ? std::max(0, n - age) : 0);
-    }
-    return seen;
-}
-
-void llama_portable_input::set_evidence() {
-    const auto & st = support->streams[built.stream];
-    const auto seen = n_visible();
-    const int64_t n_q = seen.size(), n_used = n_q - std::count(seen.begin(), seen.end(), 0);
-
-    // a query that gives no evidence may see anything, but not nothing: that has no softmax
-    std::vector<ggml_fp16_t> mask(key.n_scan*n_q, blind);
-    std::vector<float> shares(n_q);
-    for (int64_t q = 0; q < n_q; ++q) {
-        shares[q] = seen[q] ? (float) n_q/n_used : 0.0f;
-        for (int32_t i = 0; i < std::max(seen[q], 1); ++i) {
-            mask[q*key.n_scan + st.cells[i]] = sees;
+    if (is_used(in_use)) {
+        const int64_t n_selected = selected_rows(p);
+        std::vector<ggml_fp16_t> mask(in_use->ne[0], blind);
+        std::fill_n(mask.begin(), n_selected > 0 ? st.n_chosen : 0, sees);
+        for (const int64_t i : always_places(support->window(st), n)) {
+            mask[n_selected + slot_of(i, p, n_always)] = sees;
         }
-    }
-    set(visible, mask);
-    if (is_used(weights)) {
-        set(weights, shares);
-    }
-    std::vector<float> ones(key.n_scan, 0.0f), penalty(key.n_scan, never);
-    const auto [j0, j1] = support->candidates((int32_t) st.cells.size());
-    for (int32_t j = j0; j < j1; ++j) {
-        ones[st.cells[j]] = 1.0f;
-        penalty[st.cells[j]] = 0.0f;
-    }
-    set(is_candidate, ones);
-    if (is_used(handicap)) {
-        set(handicap, penalty);
+        set(in_use, mask);
     }
 }
 
-void llama_portable_input::set_order() {
-    const auto & st = support->streams[built.stream];
-    std::vector<int32_t> list = st.cells, places(key.n_scan, (int32_t) key.n_scan - 1);
-    list.resize(key.n_scan, st.cells.back()); // recent, so without evidence
-    for (size_t i = 0; i < st.cells.size(); ++i) {
-        places[st.cells[i]] = (int32_t) i;
-    }
-    set_cells(order, list);
-    set_cells(place, places);
-}
-
-static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t ne0, int64_t ne1, const char * name, int64_t ne3 = 1) {
-    ggml_tensor * t = ggml_new_tensor_4d(g.ctx0, type, ne0, ne1, 1, ne3);
+static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1, const char * name, int64_t ne3 = 1) {
+    ggml_tensor * t = ggml_new_tensor_4d(ctx, type, ne0, ne1, 1, ne3);
     ggml_set_input(t);
     ggml_set_name(t, name);
     return t;
+}
+
+// the most KV heads that a layer has
+static int64_t most_heads(const llama_support & support) {
+    int64_t n = 0;
+    for (const auto & layer : support.get_layers()) {
+        n = layer.compact_k ? std::max(n, layer.compact_k->ne[2]) : n;
+    }
+    return n;
 }
 
 llama_portable_input * llama_portable_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
@@ -369,32 +283,12 @@ llama_portable_input * llama_portable_build_input(const llm_graph_context & g, c
         return nullptr;
     }
     auto inp = std::make_unique<llama_portable_input>(support);
-    const auto & key = inp->key;
-    const auto & p   = support->get_params();
-    int64_t n_head_kv = 0;
-    for (const auto & layer : support->get_layers()) {
-        n_head_kv = layer.compact_k ? std::max(n_head_kv, layer.compact_k->ne[2]) : n_head_kv;
-    }
-    if (key.n_append > 0) {
-        inp->cells = new_input(g, GGML_TYPE_I32, key.n_append, n_head_kv, "portable_cells");
-        inp->slots = new_input(g, GGML_TYPE_I64, key.n_append, 1, "portable_slots");
+    if (inp->n_append > 0) {
+        inp->cells = new_input(g.ctx0, GGML_TYPE_I32, inp->n_append, most_heads(*support), "portable_cells");
+        inp->slots = new_input(g.ctx0, GGML_TYPE_I64, inp->n_append, 1, "portable_slots");
     }
     if (inp->built.kind == LLAMA_SUPPORT_FAST) {
-        inp->in_use = new_input(g, GGML_TYPE_F16, compact_rows(p, support->always_size()), 1, "portable_in_use");
-    }
-    if (key.n_scan > 0) {
-        const int64_t n_q = inp->built.kind == LLAMA_SUPPORT_SLOW && p.n_slow_evidence == 1 ? 1 : p.n_queries;
-        inp->visible      = new_input(g, GGML_TYPE_F16, key.n_scan, n_q, "portable_visible");
-        inp->weights      = n_q > 1 ? new_input(g, GGML_TYPE_F32, 1, n_q, "portable_weights") : nullptr;
-        inp->is_candidate = new_input(g, GGML_TYPE_F32, key.n_scan, 1, "portable_is_candidate");
-        inp->own_head     = ggml_is_quantized(support->get_kv()->type_k())
-            ? new_input(g, GGML_TYPE_F32, 1, n_head_kv, "portable_own_head", n_head_kv) : nullptr;
-    }
-    if (key.n_top > 0) {
-        inp->handicap = new_input(g, GGML_TYPE_F32, key.n_scan, 1, "portable_handicap");
-        inp->top      = new_input(g, GGML_TYPE_I64, key.n_top, 1, "portable_top");
-        inp->order    = key.ordered ? nullptr : new_input(g, GGML_TYPE_I32, key.n_scan, n_head_kv, "portable_order");
-        inp->place    = key.ordered ? nullptr : new_input(g, GGML_TYPE_I32, key.n_scan, n_head_kv, "portable_place");
+        inp->in_use = new_input(g.ctx0, GGML_TYPE_F16, compact_rows(support->get_params(), support->always_size()), 1, "portable_in_use");
     }
     return (llama_portable_input *) g.res->add_input(std::move(inp));
 }
@@ -406,53 +300,20 @@ static ggml_tensor * for_heads(ggml_context * ctx, ggml_tensor * lists, int64_t 
     return !lists || lists->ne[1] == n_head_kv ? lists : ggml_view_2d(ctx, lists, lists->ne[0], n_head_kv, lists->nb[1], 0);
 }
 
-// evidence -> selected cells, I32 [n_top, n_head_kv]; null if there is no candidate. What the set before was is kept.
-static ggml_tensor * refresh(const llm_graph_context & g, const llama_portable_input * inp, const llama_support_layer & layer,
-                             ggml_tensor * q, ggml_tensor * k, float kq_scale, float softcap, int il) {
-    ggml_context * ctx = g.ctx0;
-    const uint32_t stream = inp->built.stream;
-    ggml_tensor * evidence = evidence_of(ctx, q, k, inp->visible, inp->weights, inp->is_candidate, inp->own_head, kq_scale, softcap);
-    g.cb(evidence, "portable_evidence", il);
-    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, evidence, first_of(ctx, layer.evidence, stream, inp->key.n_scan)));
-
-    const int64_t n = layer.selected->ne[0];
-    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, first_of(ctx, layer.selected, stream, n), first_of(ctx, layer.previous, stream, n)));
-    if (inp->key.n_top == 0) {
-        return nullptr;
-    }
-    ggml_tensor * top = select(ctx, evidence, inp->handicap, for_heads(ctx, inp->order, k->ne[2]), for_heads(ctx, inp->place, k->ne[2]),
-            inp->key.n_top, inp->support->get_params().selector);
-    g.cb(top, "portable_selected", il);
-    ggml_build_forward_expand(g.gf, ggml_cpy(ctx, top, first_of(ctx, layer.selected, stream, inp->key.n_top)));
-    return top;
-}
-
-// The compact cache of K or V after this ubatch.
-static ggml_tensor * update(const llm_graph_context & g, const llama_portable_input * inp, ggml_tensor * compact, ggml_tensor * cache,
-                            ggml_tensor * top) {
-    ggml_tensor * cur = stream_of(g.ctx0, compact, inp->built.stream);
-    if (top) {
-        cur = copy_rows(g.ctx0, cache, top, cur, inp->top);
-    }
-    if (inp->cells) {
-        cur = copy_rows(g.ctx0, cache, for_heads(g.ctx0, inp->cells, cache->ne[2]), cur, inp->slots);
-    }
-    ggml_build_forward_expand(g.gf, cur);
-    return cur;
-}
-
-ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama_portable_input * inp, ggml_tensor * q, ggml_tensor * q_kept,
+ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama_portable_input * inp, ggml_tensor * q,
         ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale, float softcap, int il) {
     ggml_context * ctx = g.ctx0;
     const auto & layer = inp->support->layer(il);
-    ggml_tensor * top = nullptr;
-    if (inp->visible) {
-        ggml_tensor * queries = inp->visible->ne[1] == 1 && inp->built.kind == LLAMA_SUPPORT_SLOW ? q
-            : ggml_reshape_3d(ctx, q_kept, q->ne[0], q->ne[1], q_kept->ne[1]);
-        top = refresh(g, inp, layer, queries, k, kq_scale, softcap, il);
-    }
-    k = update(g, inp, layer.compact_k, k, top);
-    v = update(g, inp, layer.compact_v, v, top);
+    const auto update = [&](ggml_tensor * compact, ggml_tensor * cache) {
+        ggml_tensor * cur = stream_of(ctx, compact, inp->built.stream);
+        if (inp->cells) {
+            cur = copy_rows(ctx, cache, for_heads(ctx, inp->cells, cache->ne[2]), cur, inp->slots);
+            ggml_build_forward_expand(g.gf, cur);
+        }
+        return cur;
+    };
+    k = update(layer.compact_k, k);
+    v = update(layer.compact_v, v);
     if (inp->built.kind != LLAMA_SUPPORT_FAST) {
         return nullptr;
     }
@@ -461,6 +322,207 @@ ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);
     return cur;
+}
+
+// ---- the graph of a refresh ----------------------------------------------------------------------------------------------
+
+// The queries that give evidence: all that are kept, or the one of the step alone.
+struct llama_portable_refresh {
+    static constexpr int64_t nodes_per_layer = 72;
+
+    llama_portable_refresh(const llama_support & support, uint32_t stream, bool slow, float softcap);
+
+    void build(ggml_context * ctx, ggml_cgraph * graph);
+    void set_inputs() const;
+
+private:
+    void new_inputs(ggml_context * ctx);
+    void build_layer(ggml_context * ctx, ggml_cgraph * graph, int32_t il) const;
+    ggml_tensor * select_cells(ggml_context * ctx, ggml_cgraph * graph, const llama_support_layer & layer, ggml_tensor * k) const;
+    ggml_tensor * queries(ggml_context * ctx, const llama_support_layer & layer, ggml_tensor * k) const;
+    void set_evidence() const;
+    void set_order() const;
+
+    const llama_support               & support;
+    const llama_support::stream_state & st;
+    const llama_support_params        & params;
+    uint32_t stream;
+    float    softcap;
+    std::pair<int32_t, int32_t> candidates;
+    std::vector<int32_t> seen;           // how many cells each query sees, 0: it gives no evidence
+    int64_t  n_scan = 0;                 // cells that evidence is made of; 0: none is
+    bool     ordered = true;             // cell i holds the i-th token of the text
+
+    ggml_tensor * cells   = nullptr;     // as in llama_portable_input: all of always
+    ggml_tensor * slots   = nullptr;
+    ggml_tensor * visible = nullptr;     // F16 [n_scan, n_q]          0, or -INFINITY for cells that a query does not see
+    ggml_tensor * weights = nullptr;     // F32 [1, n_q]               of the queries, 0 for those not used; null: there is one
+    ggml_tensor * is_candidate = nullptr; // F32 [n_scan]              1 for candidates, else 0
+    ggml_tensor * own_head = nullptr;    // F32 [1, n_head_kv, 1, n_head_kv] the unit matrix; null: K is not quantised
+    ggml_tensor * handicap = nullptr;    // F32 [n_scan]               0 for candidates, else so much that they are never selected
+    ggml_tensor * order   = nullptr;     // I32 [n_scan, n_head_kv]    cells in the order of the text; null: `ordered`
+    ggml_tensor * place   = nullptr;     // I32 [n_scan, n_head_kv]    their places in it
+    ggml_tensor * top     = nullptr;     // I64 [n_top] = 0, 1, ...    the rows of the selected cells
+};
+
+llama_portable_refresh::llama_portable_refresh(const llama_support & support, uint32_t stream, bool slow, float softcap) :
+        support(support), st(support.streams[stream]), params(support.params), stream(stream), softcap(softcap),
+        candidates(support.candidates((int32_t) st.cells.size())) {
+    if (!params.refreshes()) {
+        return;
+    }
+    const int32_t n = (int32_t) st.cells.size();
+    n_scan = support.scan_size(st);
+    if (slow && params.n_slow_evidence == 1) {
+        seen = { n };
+    } else for (const llama_pos pos : st.query_pos) {
+        const llama_pos age = st.last_pos - pos;
+        const bool used = pos >= 0 && age >= 0 && age < (slow ? params.n_slow_evidence : params.n_evidence);
+        seen.push_back(used ? std::max(0, n - age) : 0);
+    }
+    for (int32_t i = 0; i < n && ordered; ++i) {
+        ordered = st.cells[i] == i;
+    }
+}
+
+void llama_portable_refresh::new_inputs(ggml_context * ctx) {
+    const int64_t n_head_kv = most_heads(support), n_q = seen.size();
+    cells = new_input(ctx, GGML_TYPE_I32, support.always_size(), n_head_kv, "portable_cells");
+    slots = new_input(ctx, GGML_TYPE_I64, support.always_size(), 1, "portable_slots");
+    if (n_scan > 0) {
+        visible      = new_input(ctx, GGML_TYPE_F16, n_scan, n_q, "portable_visible");
+        weights      = n_q > 1 ? new_input(ctx, GGML_TYPE_F32, 1, n_q, "portable_weights") : nullptr;
+        is_candidate = new_input(ctx, GGML_TYPE_F32, n_scan, 1, "portable_is_candidate");
+        own_head     = ggml_is_quantized(support.kv->type_k()) ? new_input(ctx, GGML_TYPE_F32, 1, n_head_kv, "portable_own_head", n_head_kv) : nullptr;
+    }
+    if (n_scan > 0 && st.n_chosen > 0) {
+        handicap = new_input(ctx, GGML_TYPE_F32, n_scan, 1, "portable_handicap");
+        top      = new_input(ctx, GGML_TYPE_I64, st.n_chosen, 1, "portable_top");
+        order    = ordered ? nullptr : new_input(ctx, GGML_TYPE_I32, n_scan, n_head_kv, "portable_order");
+        place    = ordered ? nullptr : new_input(ctx, GGML_TYPE_I32, n_scan, n_head_kv, "portable_place");
+    }
+}
+
+// [n_embd_k, n_head, n_q]
+ggml_tensor * llama_portable_refresh::queries(ggml_context * ctx, const llama_support_layer & layer, ggml_tensor * k) const {
+    const ggml_tensor * ring = layer.queries;
+    const bool   one  = seen.size() == 1;
+    const size_t from = stream*ring->nb[2] + (one ? (st.last_pos % params.n_queries)*ring->nb[1] : 0);
+    return ggml_view_3d(ctx, layer.queries, k->ne[0], ring->ne[0]/k->ne[0], one ? 1 : ring->ne[1], k->ne[0]*sizeof(float), ring->nb[1], from);
+}
+
+// evidence -> selected cells, I32 [n_chosen, n_head_kv]; null if there is no candidate. What the set before was is kept.
+ggml_tensor * llama_portable_refresh::select_cells(ggml_context * ctx, ggml_cgraph * graph, const llama_support_layer & layer, ggml_tensor * k) const {
+    ggml_tensor * evidence = evidence_of(ctx, queries(ctx, layer, k), k, visible, weights, is_candidate, own_head, layer.kq_scale, softcap);
+    ggml_build_forward_expand(graph, ggml_cpy(ctx, evidence, first_of(ctx, layer.evidence, stream, n_scan)));
+
+    const int64_t n = layer.selected->ne[0];
+    ggml_build_forward_expand(graph, ggml_cpy(ctx, first_of(ctx, layer.selected, stream, n), first_of(ctx, layer.previous, stream, n)));
+    if (!top) {
+        return nullptr;
+    }
+    ggml_tensor * chosen = select(ctx, evidence, handicap, for_heads(ctx, order, k->ne[2]), for_heads(ctx, place, k->ne[2]), st.n_chosen, params.selector);
+    ggml_build_forward_expand(graph, ggml_cpy(ctx, chosen, first_of(ctx, layer.selected, stream, st.n_chosen)));
+    return chosen;
+}
+
+void llama_portable_refresh::build_layer(ggml_context * ctx, ggml_cgraph * graph, int32_t il) const {
+    const auto & layer = support.layer(il);
+    llama_kv_cache::slot_info all;
+    all.s0 = all.s1 = stream;
+    ggml_tensor * k = llama_support_all_cells(ctx, support.kv->get_k(ctx, il, support.kv->get_size(), all));
+    ggml_tensor * v = llama_support_all_cells(ctx, support.kv->get_v(ctx, il, support.kv->get_size(), all));
+    ggml_tensor * chosen = visible ? select_cells(ctx, graph, layer, k) : nullptr;
+    for (const auto & [compact, cache] : { std::make_pair(layer.compact_k, k), std::make_pair(layer.compact_v, v) }) {
+        ggml_tensor * cur = stream_of(ctx, compact, stream);
+        if (chosen) {
+            cur = copy_rows(ctx, cache, chosen, cur, top);
+        }
+        ggml_build_forward_expand(graph, copy_rows(ctx, cache, for_heads(ctx, cells, cache->ne[2]), cur, slots));
+    }
+}
+
+void llama_portable_refresh::build(ggml_context * ctx, ggml_cgraph * graph) {
+    new_inputs(ctx);
+    for (int32_t il = 0; il < (int32_t) support.layers.size(); ++il) {
+        if (support.layer(il).compact_k) {
+            build_layer(ctx, graph, il);
+        }
+    }
+}
+
+void llama_portable_refresh::set_inputs() const {
+    set_always(cells, slots, st.cells, always_places(candidates, st.cells.size()), params, support.always_size());
+    if (visible) {
+        set_evidence();
+    }
+    if (own_head) {
+        const int64_t n = own_head->ne[1];
+        std::vector<float> diagonal(n*n, 0.0f);
+        for (int64_t h = 0; h < n; ++h) {
+            diagonal[h*n + h] = 1.0f;
+        }
+        set(own_head, diagonal);
+    }
+    if (order) {
+        set_order();
+    }
+    if (top) {
+        std::vector<int64_t> rows(st.n_chosen);
+        std::iota(rows.begin(), rows.end(), 0);
+        set(top, rows);
+    }
+}
+
+void llama_portable_refresh::set_evidence() const {
+    const int64_t n_q = seen.size(), n_used = n_q - std::count(seen.begin(), seen.end(), 0);
+
+    // a query that gives no evidence may see anything, but not nothing: that has no softmax
+    std::vector<ggml_fp16_t> mask(n_scan*n_q, blind);
+    std::vector<float> shares(n_q);
+    for (int64_t q = 0; q < n_q; ++q) {
+        shares[q] = seen[q] ? (float) n_q/n_used : 0.0f;
+        for (int32_t i = 0; i < std::max(seen[q], 1); ++i) {
+            mask[q*n_scan + st.cells[i]] = sees;
+        }
+    }
+    set(visible, mask);
+    if (weights) {
+        set(weights, shares);
+    }
+    std::vector<float> ones(n_scan, 0.0f), penalty(n_scan, never);
+    for (int32_t j = candidates.first; j < candidates.second; ++j) {
+        ones[st.cells[j]] = 1.0f;
+        penalty[st.cells[j]] = 0.0f;
+    }
+    set(is_candidate, ones);
+    if (handicap) {
+        set(handicap, penalty);
+    }
+}
+
+void llama_portable_refresh::set_order() const {
+    std::vector<int32_t> list = st.cells, places(n_scan, (int32_t) n_scan - 1);
+    list.resize(n_scan, st.cells.back()); // recent, so without evidence
+    for (size_t i = 0; i < st.cells.size(); ++i) {
+        places[st.cells[i]] = (int32_t) i;
+    }
+    set_cells(order, list);
+    set_cells(place, places);
+}
+
+bool llama_support::refresh_portable(llama_context & lctx, uint32_t s, bool slow) {
+    if (!has_portable() || !streams[s].valid) {
+        return true;
+    }
+    const auto & hparams = lctx.get_model().hparams;
+    llama_portable_refresh refresh(*this, s, slow, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+    const bool ok = side.compute(lctx.get_sched(), llama_portable_refresh::nodes_per_layer*layers.size() + 16,
+            [&](ggml_context * ctx, ggml_cgraph * graph) { refresh.build(ctx, graph); }, [&] { refresh.set_inputs(); });
+    if (!ok) {
+        invalidate(s);
+    }
+    return ok;
 }
 
 // ---- inspection ----------------------------------------------------------------------------------------------------------

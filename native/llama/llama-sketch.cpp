@@ -74,36 +74,6 @@ int64_t llama_support::sketch_bytes(uint32_t s) const {
     return size;
 }
 
-// Makes a graph of our own with its memory, in the slot in use. Null: there is no memory for it.
-static ggml_cgraph * allocated(llama_context & lctx, const std::function<ggml_cgraph *()> & build) {
-    ggml_cgraph * graph = build();
-    ggml_backend_sched_reset(lctx.get_sched());
-    return graph && ggml_backend_sched_alloc_graph(lctx.get_sched(), graph) ? graph : nullptr;
-}
-
-// Computes a graph of our own on the devices that hold its tensors. It is built again where the first has no memory, for a scheduler
-// has changed it by then.
-bool llama_support::compute(llama_context & lctx, const std::function<ggml_cgraph *()> & build, const std::function<void()> & set_inputs) {
-    ggml_cgraph * graph;
-    do {
-        lctx.use_graph_slot(LLAMA_GRAPH_SLOT_SIDE);
-        graph = allocated(lctx, build);
-    } while (!graph && lctx.give_up_graph_slot());
-    if (!graph) {
-        return false;
-    }
-    set_inputs();
-    const bool ok = lctx.graph_compute(graph, true) == GGML_STATUS_SUCCESS;
-    ggml_backend_sched_synchronize(lctx.get_sched());
-    return ok;
-}
-
-// A graph of up to n_tensors, and the memory of their descriptions.
-static ggml_cgraph * new_graph(ggml_context_ptr & ctx, size_t n_tensors) {
-    ctx.reset(ggml_init({ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false), nullptr, true }));
-    return ctx ? ggml_new_graph_custom(ctx.get(), n_tensors, false) : nullptr;
-}
-
 // ---- fitting -------------------------------------------------------------------------------------------------------------
 
 // rows [n_embd] of some cells in one stream of a tensor that the host can read, in F32
@@ -124,24 +94,18 @@ static std::vector<float> host_rows(const ggml_tensor * cache, uint32_t stream, 
 // The same of several tensors of one device: gathered there, because a copy for every row takes longer than the fit.
 // Empty if computing failed.
 std::vector<std::vector<float>> llama_support::device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted) {
-    ggml_context_ptr ctx;
     std::vector<ggml_tensor *> lists, gathered;
-    const auto build = [&] {
-        ggml_cgraph * graph = new_graph(ctx, 4*wanted.size());
-        lists.clear();
-        gathered.clear();
-        for (size_t i = 0; graph && i < wanted.size(); ++i) {
-            const auto [t, cells] = wanted[i];
-            ggml_tensor * rows = ggml_view_2d(ctx.get(), t, t->ne[0], t->ne[1], t->nb[1], stream*t->nb[2]);
-            lists.push_back(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, cells->size()));
+    const auto build = [&](ggml_context * ctx, ggml_cgraph * graph) {
+        for (const auto & [t, cells] : wanted) {
+            ggml_tensor * rows = ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], stream*t->nb[2]);
+            lists.push_back(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, cells->size()));
             ggml_set_input(lists.back());
-            gathered.push_back(ggml_get_rows(ctx.get(), rows, lists.back()));
+            gathered.push_back(ggml_get_rows(ctx, rows, lists.back()));
             ggml_set_output(gathered.back());
             ggml_build_forward_expand(graph, gathered.back());
         }
-        return graph;
     };
-    const bool ok = compute(lctx, build, [&] {
+    const bool ok = side.compute(lctx.get_sched(), 4*wanted.size(), build, [&] {
         for (size_t i = 0; i < wanted.size(); ++i) {
             ggml_backend_tensor_set(lists[i], wanted[i].second->data(), 0, ggml_nbytes(lists[i]));
         }
@@ -272,23 +236,17 @@ bool llama_support::encode(llama_context & lctx, uint32_t s, int32_t from, int32
     if (from >= to) {
         return true;
     }
-    ggml_context_ptr ctx;
     ggml_tensor * cells = nullptr;
-    const auto build = [&] {
-        ggml_cgraph * graph = new_graph(ctx, 9*layers.size() + 8);
-        if (!graph) {
-            return graph;
-        }
-        cells = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, to - from);
+    const auto build = [&](ggml_context * ctx, ggml_cgraph * graph) {
+        cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, to - from);
         ggml_set_input(cells);
         for (size_t il = 0; il < layers.size(); ++il) {
             if (layers[il].codes) {
-                ggml_build_forward_expand(graph, encode_layer(ctx.get(), s, (int32_t) il, cells));
+                ggml_build_forward_expand(graph, encode_layer(ctx, s, (int32_t) il, cells));
             }
         }
-        return graph;
     };
-    return compute(lctx, build, [&] { ggml_backend_tensor_set(cells, &streams[s].cells[from], 0, ggml_nbytes(cells)); });
+    return side.compute(lctx.get_sched(), 9*layers.size() + 8, build, [&] { ggml_backend_tensor_set(cells, &streams[s].cells[from], 0, ggml_nbytes(cells)); });
 }
 
 ggml_tensor * llama_support::encode_layer(ggml_context * ctx, uint32_t s, int32_t il, ggml_tensor * cells) {

@@ -4,6 +4,7 @@
 #include "llama-portable.h"
 
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -216,9 +217,6 @@ size_t llama_support::memory() const {
 // ---- validity ----------------------------------------------------------------------------------------------------------
 
 void llama_support::invalidate(uint32_t s) {
-    if (s == rolling_back) {
-        return; // roll_back() knows what is removed
-    }
     auto & st = streams[s];
     st.edited   = st.edited || st.valid;
     st.valid    = false;
@@ -228,24 +226,25 @@ void llama_support::invalidate(uint32_t s) {
     std::fill(st.query_pos.begin(), st.query_pos.end(), -1);
 }
 
-void llama_support::invalidate_all() {
+void llama_support::notice_edits() {
     for (uint32_t s = 0; s < streams.size(); ++s) {
-        invalidate(s);
+        if (streams[s].mirrored && kv->get_cells(s).get_used() != streams[s].cells.size()) {
+            invalidate(s);
+        }
     }
 }
 
-llama_support_guard::llama_support_guard(llama_support * support, const llama_kv_cells_vec & cells, int64_t edited) :
-        support(support), cells(cells), edited(edited) {
-    for (size_t s = 0; support && s < cells.size(); ++s) {
-        n_used.push_back(cells[s].get_used());
-    }
-}
-
-llama_support_guard::~llama_support_guard() {
-    for (size_t s = 0; s < n_used.size(); ++s) {
-        if (edited == LLAMA_SUPPORT_ALL_STREAMS || edited == (int64_t) s || cells[s].get_used() != n_used[s]) {
+void llama_support_edited(llama_support * support, int64_t stream) {
+    for (uint32_t s = 0; support && s < support->get_kv()->get_n_stream(); ++s) {
+        if (stream < 0 || stream == s) {
             support->invalidate(s);
         }
+    }
+}
+
+void llama_support_placed(llama_support * support, const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo) {
+    if (support) {
+        support->on_ubatch(ubatch, sinfo);
     }
 }
 
@@ -309,6 +308,7 @@ void llama_support::find_holes(stream_state & st) {
 // ---- steps -------------------------------------------------------------------------------------------------------------
 
 void llama_support::announce(uint32_t s, llama_support_kind new_kind, int32_t n_tokens, bool new_refresh) {
+    notice_edits();
     stream  = s;
     kind    = new_kind;
     n_left  = n_tokens;
@@ -338,20 +338,14 @@ void llama_support::finish(bool ok) {
     kind = ubatch_kind = LLAMA_SUPPORT_NONE;
 }
 
-bool llama_support::roll_back(uint32_t s, int32_t n, const std::function<bool()> & remove) {
+void llama_support::roll_back(uint32_t s, int32_t n) {
     auto & st = streams[s];
     const int64_t left = (int64_t) st.cells.size() - n;
     if (!st.mirrored || left < (st.valid ? st.j1 : 1) || overwritten(n)) {
-        return remove(); // an edit like any other
+        invalidate(s); // an edit like any other
+        return;
     }
     const llama_pos last_pos = kv->get_cells(s).pos_get(st.cells[left - 1]);
-    rolling_back = s;
-    const bool ok = remove();
-    rolling_back = -1;
-    if (!ok) {
-        invalidate(s);
-        return false;
-    }
     for (; (int64_t) st.cells.size() > left; st.cells.pop_back()) {
         st.holes.push_back(st.cells.back());
     }
@@ -363,7 +357,6 @@ bool llama_support::roll_back(uint32_t s, int32_t n, const std::function<bool()>
     for (auto & pos : st.query_pos) {
         pos = pos > last_pos ? -1 : pos;
     }
-    return true;
 }
 
 bool llama_support::valid(uint32_t s) const {
@@ -527,15 +520,15 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     }
 }
 
-bool llama_support_input::can_reuse(const llm_graph_params &) {
-    return built == support->graph_key();
+// The support of the cache that a graph is built for, null if it has none.
+static std::shared_ptr<llama_support> support_of(const llama_memory_context_i * mctx) {
+    const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx);
+    const auto * kv   = iswa ? iswa->get_base() : dynamic_cast<const llama_kv_cache_context *>(mctx);
+    return kv ? kv->get_support() : nullptr;
 }
 
-bool llama_support_can_reuse(const llama_support_input * inp, const std::shared_ptr<llama_support> & support) {
-    if (!inp) {
-        return !support || support->graph_key().kind == LLAMA_SUPPORT_NONE;
-    }
-    return inp->support == support;
+bool llama_support_input::can_reuse(const llm_graph_params & next) {
+    return support_of(next.mctx) == support && built == support->graph_key();
 }
 
 static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t n, const char * name) {
@@ -545,10 +538,7 @@ static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int6
     return t;
 }
 
-llama_support_input * llama_support_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
-    if (!support || support->graph_key().kind == LLAMA_SUPPORT_NONE) {
-        return nullptr;
-    }
+static const llama_support_input * build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
     auto inp = std::make_unique<llama_support_input>(support);
     inp->portable = llama_portable_build_input(g, support);
     const auto & key    = inp->built;
@@ -579,6 +569,17 @@ llama_support_input * llama_support_build_input(const llm_graph_context & g, con
     return (llama_support_input *) g.res->add_input(std::move(inp));
 }
 
+// The first layer of a graph makes the input, those after it find it. Null: there is no support.
+static const llama_support_input * input_of(const llm_graph_context & g) {
+    for (const auto & input : g.res->inputs) {
+        if (const auto * ours = dynamic_cast<const llama_support_input *>(input.get())) {
+            return ours;
+        }
+    }
+    const auto support = support_of(g.mctx);
+    return support ? build_input(g, support) : nullptr;
+}
+
 // ---- the graph of a layer ----------------------------------------------------------------------------------------------
 
 // a stream of a tensor [ne0, ne1, n_stream]
@@ -592,16 +593,13 @@ ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * vi
     return ggml_permute(ctx, all, 0, 2, 1, 3);
 }
 
-// The ring of queries afterwards, [n_embd_head_k*n_head, n_queries].
-static ggml_tensor * store_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer, ggml_tensor * q) {
+static void store_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer, ggml_tensor * q) {
     const int64_t n = inp->built.n_stored;
     const size_t  first = (q->ne[2] - n)*q->nb[2];
     ggml_tensor * last = q->nb[1] == q->ne[0]*q->nb[0] // the heads of a token lie together
         ? ggml_view_2d(g.ctx0, q, q->ne[0]*q->ne[1], n, q->nb[2], first)
         : ggml_cont_2d(g.ctx0, ggml_view_3d(g.ctx0, q, q->ne[0], q->ne[1], n, q->nb[1], q->nb[2], first), q->ne[0]*q->ne[1], n);
-    ggml_tensor * kept = ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows);
-    ggml_build_forward_expand(g.gf, kept);
-    return kept;
+    ggml_build_forward_expand(g.gf, ggml_set_rows(g.ctx0, stream_of(g.ctx0, layer.queries, inp->built.stream), last, inp->rows));
 }
 
 // the queries that give evidence, as [n_embd_head_k, n_head, n_queries]
@@ -705,11 +703,14 @@ static ggml_tensor * scan_sketch(const llm_graph_context & g, const llama_suppor
     return layer.format.n_v4 + layer.format.n_v2 > 0 ? tail : nullptr;
 }
 
-ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_support_input * inp,
+ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
-    if (!inp || kq_b || !inp->support->is_sparse(il)) {
+    const llama_support_input * inp = input_of(g);
+    if (!inp || inp->built.kind == LLAMA_SUPPORT_NONE || kq_b || !inp->support->is_sparse(il)
+            || k->view_src != inp->support->get_kv()->get_k_storage(il)) {
         return nullptr;
     }
+    inp->support->remember_scale(il, kq_scale);
     ggml_context * ctx = g.ctx0;
     const auto & key   = inp->built;
     const auto & layer = inp->support->layer(il);
@@ -718,9 +719,11 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_
     k = llama_support_all_cells(ctx, k);
     v = llama_support_all_cells(ctx, v);
 
-    ggml_tensor * kept = key.n_stored > 0 ? store_queries(g, inp, layer, q) : nullptr;
+    if (key.n_stored > 0) {
+        store_queries(g, inp, layer, q);
+    }
     if (layer.path == LLAMA_PATH_PORTABLE) {
-        return llama_portable_build_attn(g, inp->portable, q, kept, k, v, sinks, kq_scale, softcap, il);
+        return llama_portable_build_attn(g, inp->portable, q, k, v, sinks, kq_scale, softcap, il);
     }
     ggml_tensor * q_rows = ggml_permute(ctx, q, 0, 2, 1, 3);
     if (key.refresh && key.kind == LLAMA_SUPPORT_SLOW) {

@@ -9,10 +9,10 @@
 #include "llama-kv-cache.h"
 #include "ggml-sfi.h"
 #include "ggml-cpp.h"
+#include "side-graph.h"
 
 #include <algorithm>
 #include <array>
-#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -49,12 +49,6 @@ enum llama_support_path {
     LLAMA_PATH_PORTABLE, // ggml's own, llama-portable.h
 };
 
-// Nodes that the support may add to the graph of a model; its context makes room for them. The portable path takes the most:
-// about 60 per layer where it refreshes from several queries of a text whose cells are in no order.
-inline uint32_t llama_support_max_nodes(uint32_t n_layer) {
-    return 72*n_layer;
-}
-
 struct llama_support_params {
     llama_support_policy policy = LLAMA_SUPPORT_FROZEN;
     int32_t n_sink     = 4;
@@ -87,7 +81,7 @@ struct llama_support_layer {
     // policy sketch; selected, mass and counts are parts of tensors that all layers of a device share
     ggml_sketch_format format = {};
     int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
-    float         kq_scale = 0.0f;
+    float         kq_scale = 0.0f;     // as the model's last graph had it
     ggml_tensor * v         = nullptr; // the cache's V
     ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
     ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
@@ -102,27 +96,18 @@ struct llama_support_layer {
     ggml_tensor * evidence  = nullptr; // F32 [n_ctx, n_head_kv, n_stream], of the last refresh
 };
 
-// What the portable part of a graph depends on beside llama_support::key.
-struct llama_portable_key {
-    int64_t n_scan   = 0;     // cells that evidence is made of; 0: the ubatch ends without
-    int64_t n_top    = 0;     // cells it selects
-    int64_t n_append = 0;     // always rows it writes
-    bool    ordered  = true;  // cell i holds the i-th token of the text
-
-    bool operator==(const llama_portable_key & o) const {
-        return n_scan == o.n_scan && n_top == o.n_top && n_append == o.n_append && ordered == o.ordered;
-    }
-};
-
 class llama_support {
 public:
     // throws std::bad_alloc if the buffers cannot be had
     llama_support(llama_kv_cache * kv, const llama_model & model, const llama_support_params & params);
 
-    // ---- validity, called by the KV cache --------------------------------------------------------------------
+    // ---- validity --------------------------------------------------------------------------------------------
 
     void invalidate(uint32_t stream);
-    void invalidate_all();
+
+    // Makes streams invalid that hold another number of cells than they did after our last step. The cache tells of the
+    // edits that change no number, llama_support_edited().
+    void notice_edits();
 
     // a ubatch has got its cells and is about to be computed
     void on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo);
@@ -133,9 +118,9 @@ public:
     void announce(uint32_t stream, llama_support_kind kind, int32_t n_tokens, bool refresh);
     void finish(bool ok);
 
-    // `remove` takes the last n cells of a stream out of the cache. What does not list them stays valid; the queries
-    // of the removed tokens are gone, and the older ones that they had replaced. False if `remove` failed.
-    bool roll_back(uint32_t stream, int32_t n, const std::function<bool()> & remove);
+    // The last n cells of a stream were taken out of the cache. What does not list them stays valid; the queries of the
+    // removed tokens are gone, and the older ones that they had replaced.
+    void roll_back(uint32_t stream, int32_t n);
 
     bool    valid       (uint32_t stream) const; // a fast step is possible
     bool    was_edited  (uint32_t stream) const; // there was a support, and an edit made it invalid
@@ -144,6 +129,10 @@ public:
     int32_t n_fast_cells(uint32_t stream) const; // always + selected, the latter not for sketch, whose selections differ in size
     int32_t span        (uint32_t stream) const; // fast steps since the refresh
     int32_t depth       (uint32_t stream) const; // cells of the sequence
+
+    // The portable path, after a refresh: chooses the support, by the evidence of a slow step or of a prefill. False: computing
+    // failed, and there is none.
+    bool refresh_portable(llama_context & lctx, uint32_t stream, bool slow);
 
     // Policy sketch, between steps: fits the basis if it is missing or outgrown, writes the codes of cells that have left
     // the window or will with the next cell. False: computing failed, and the support is invalid.
@@ -170,7 +159,8 @@ public:
         }
     };
     key graph_key() const;
-    llama_portable_key portable_key() const;
+    int64_t portable_append() const; // always rows that the ubatch writes to compact caches
+    void    remember_scale(int32_t il, float kq_scale) { layers[il].kq_scale = kq_scale; }
 
     int64_t always_size() const { // the longest list of always cells
         return std::min<int64_t>(kv->get_size(), (int64_t) params.n_sink + params.n_recent + params.n_grow);
@@ -199,6 +189,7 @@ public:
 private:
     friend struct llama_support_input;
     friend struct llama_portable_input;
+    friend struct llama_portable_refresh;
 
     struct stream_state {
         bool     mirrored = false;      // `cells` is what the cache holds
@@ -235,7 +226,7 @@ private:
     bool               ubatch_refresh = false;
     int32_t            ubatch_tokens  = 0;
     int32_t            ubatch_stored  = 0; // of their queries
-    int64_t            rolling_back   = -1; // the stream whose cells are being removed by roll_back()
+    llama_side_graph   side;
 
     void    allocate(const llama_model & model);
     void    allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il);
@@ -244,7 +235,6 @@ private:
     void    find_holes(stream_state & st);
     std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is cells[0 .. first) and cells[second ..)
     struct layer_rows { std::vector<float> k, v, q; }; // that a basis is fitted to, [n, n_embd] of all heads
-    bool    compute(llama_context & lctx, const std::function<ggml_cgraph *()> & build, const std::function<void()> & set_inputs);
     std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted);
     bool    fit(llama_context & lctx, uint32_t stream);
     bool    fit_rows(llama_context & lctx, uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries, layer_rows & out);
@@ -265,25 +255,14 @@ private:
     }
 };
 
-enum : int64_t {
-    LLAMA_SUPPORT_NO_STREAM   = -1,
-    LLAMA_SUPPORT_ALL_STREAMS = -2,
-};
+// The cells of a stream were edited; -1: of all streams. Called by the KV cache where their number tells nothing.
+void llama_support_edited(llama_support * support, int64_t stream);
 
-// Stands in a function that edits the cells of a cache. When it leaves, streams with another number of cells than
-// before are invalid, and `edited` in any case: edits like a shift change no numbers. `support` may be null.
-class llama_support_guard {
-public:
-    llama_support_guard(llama_support * support, const llama_kv_cells_vec & cells, int64_t edited = LLAMA_SUPPORT_NO_STREAM);
-    ~llama_support_guard();
-private:
-    llama_support            * support;
-    const llama_kv_cells_vec & cells;
-    int64_t                    edited;
-    std::vector<uint32_t> n_used;
-};
+// A ubatch has got its cells and is about to be computed. Called by the KV cache.
+void llama_support_placed(llama_support * support, const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo);
 
-// The graph input that carries lists and plan; created with the attention input, null without a support.
+// The graph input that carries lists and plan; each graph over a cache with a support has one, and if the ubatch is not ours it
+// is empty.
 struct llama_support_input : public llm_graph_input_i {
     explicit llama_support_input(std::shared_ptr<llama_support> support);
 
@@ -310,13 +289,7 @@ ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * vi
 // The part of one stream in a tensor whose dimension dim (1 or 2) holds the KV heads of all streams.
 ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream);
 
-// Adds the input to the graph if the next ubatch is ours; null otherwise.
-llama_support_input * llama_support_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support);
-
-// True if a graph built with this input (or none) fits the next ubatch of the cache.
-bool llama_support_can_reuse(const llama_support_input * inp, const std::shared_ptr<llama_support> & support);
-
 // Attention of one layer. Null: the layer or the ubatch takes upstream's own path.
 //   q [n_embd_head_k, n_head, n_tokens], k and v as llama_kv_cache::get_k() and get_v() return them
-ggml_tensor * llama_support_build_attn(const llm_graph_context & g, const llama_support_input * inp,
+ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);
