@@ -25,6 +25,7 @@ test:
 
 check:
 	$(PYTHON) patches/patchset.py check
+	$(PYTHON) patches/security.py
 
 clean:
 	rm -rf build sfi_local/lib sfi_local/_sfi*.so sfi_local/_build_info.py
