@@ -53,17 +53,17 @@ def show(name, calls):
 def main(library, path, depth="8192"):
     os.environ["CUDA_INJECTION64_PATH"] = os.path.abspath(library)  # before the driver wakes up
     import sfi_local
-    from sfi_local import state_fill
+    from sfi_local.binding import state_fill
     from sfi_local.params import SfiParams
-    from sfi_local.session import Session
+    from sfi_local.runtime.slot import Session
 
     model, depth, early = sfi_local.load(path), int(depth), []
     trace = Trace(ctypes.CDLL(os.path.abspath(library)))
     for policy, kinds in (("sketch", ("fast",)), ("frozen", ("slow", "fast", "dense")), ("stock", ("stock",))):
         params = SfiParams.of("frozen" if policy == "stock" else policy)
-        session = Session(model._weights, depth + 256, "stock" if policy == "stock" else "sfi", params, model.n_threads)
+        session = Session(model.weights, depth + 256, "stock" if policy == "stock" else "sfi", params, model.n_threads)
         session.prefill([1] * 16)
-        state_fill.fill(session._llama, session.context.ctx, depth)
+        state_fill.fill(session.context.ctx, depth)
         session.tokens[:] = [1] * depth
         if policy != "stock":
             session.step(1, lambda *_: "slow")

@@ -383,7 +383,7 @@ static int lacks_operations(const llama_support & support, const llama_model & m
     frozen.selector.kind = GGML_SUPPORT_SELECTOR_TOPK;
     const char * remedy = "use mode stock";
     if (!llama_portable_has(p) && support.path_of(model, il, frozen) != LLAMA_PATH_NONE) {
-        remedy = "use policy frozen with selector topk (--support frozen), which works there";
+        remedy = "use policy frozen with selector topk (--policy frozen), which works there";
     } else if (support.has_path_with_f16(model, il)) {
         remedy = "use KV type f16 (--kv-type f16), which works there";
     }

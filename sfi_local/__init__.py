@@ -22,8 +22,8 @@ from typing import Any
 __path__ = extend_path(__path__, __name__)
 
 _WHERE = {
-    "load": "model", "Model": "model", "Step": "step", "Tally": "step", "SfiParams": "params", "Sampling": "sampling",
-    "Engine": "engine", "Message": "prompt", "SlowFastLlama": "slowfast", "SfiError": "errors",
+    "load": "loading", "Model": "runtime.model", "Step": "runtime.step", "Tally": "runtime.step", "SfiParams": "params",
+    "Sampling": "runtime.sampling", "Engine": "binding.engine", "Message": "runtime.template", "SlowFastLlama": "llama", "SfiError": "errors",
 }
 
 __all__ = [*_WHERE, "__version__"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from sfi_local.cli import main
+from sfi_local.cli.main import main
 
 sys.exit(main())

@@ -21,7 +21,7 @@ SKETCH_DEPTH = 1024  # cells from which policy sketch is faster than dense, wher
 class SfiParams:
     """What a support holds and when a step is slow. All counts are per KV head.
 
-    support:    policy of the fast steps: ``sketch`` (selected anew at every step, from a low-rank, few-bit copy of K and V
+    policy:     of the fast steps: ``sketch`` (selected anew at every step, from a low-rank, few-bit copy of K and V
                 that also stands for all other cells), ``frozen`` (selected is chosen on slow steps, as in arXiv 2603.12038),
                 ``window`` (always only) or ``oracle`` (selected by exact attention: for measuring, no faster than dense)
     selector:   ``topk`` (pooled evidence of the last queries) or ``paper`` (arXiv 2603.12038)
@@ -52,7 +52,7 @@ class SfiParams:
     alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
     """
 
-    support: str = "sketch"
+    policy: str = "sketch"
     selector: str = "topk"
     n_sink: int = 4
     n_recent: int = 32
@@ -88,15 +88,15 @@ class SfiParams:
     nms_radius: int = 16
 
     @classmethod
-    def of(cls, support: str, **changes: Any) -> "SfiParams":
+    def of(cls, policy: str, **changes: Any) -> "SfiParams":
         """The defaults of a policy, some of them changed."""
-        defaults = _REFRESHED if support in _REFRESHING else {"n_selected": 256} if support == "oracle" else {}
-        return cls(**{"support": support, **defaults, **changes})
+        defaults = _REFRESHED if policy in _REFRESHING else {"n_selected": 256} if policy == "oracle" else {}
+        return cls(**{"policy": policy, **defaults, **changes})
 
     @property
     def refreshes(self) -> bool:
         """Whether slow steps choose what fast steps attend to; else each fast step does."""
-        return self.support in _REFRESHING
+        return self.policy in _REFRESHING
 
     @property
     def budget(self) -> int:
@@ -109,7 +109,7 @@ class SfiParams:
 
     def validate(self) -> "SfiParams":
         """Return self, or raise ArgumentError with a sentence about the first field out of range."""
-        _one_of("support", self.support, POLICIES)
+        _one_of("policy", self.policy, POLICIES)
         _one_of("selector", self.selector, SELECTORS)
         for name, least in _LEAST.items():
             _at_least(name, getattr(self, name), least)
@@ -117,8 +117,8 @@ class SfiParams:
             if getattr(self, name) > MAX_QUERIES:
                 raise ArgumentError(f"{name} is {getattr(self, name)}, but at most {MAX_QUERIES} queries are kept: lower it.")
         if self.max_span == 0 and self.refreshes:
-            raise ArgumentError(f"max_span is 0, which means no slow steps, but policy {self.support} needs them: give at least 1.")
-        if self.support == "frozen" and self.n_recent < self.n_queries:
+            raise ArgumentError(f"max_span is 0, which means no slow steps, but policy {self.policy} needs them: give at least 1.")
+        if self.policy == "frozen" and self.n_recent < self.n_queries:
             raise ArgumentError(
                 f"n_recent is {self.n_recent}, less than the {self.n_queries} queries of the evidence: "
                 f"raise n_recent or lower n_queries.")
@@ -181,4 +181,4 @@ def auto_depth(params: SfiParams) -> int:
     enough to pay for the slow steps; a measurement on the machine at hand would be better than this rule. A sketch of 1024
     cells is read about as fast as a tenth of them.
     """
-    return SKETCH_DEPTH if params.support == "sketch" else 2 * params.budget
+    return SKETCH_DEPTH if params.policy == "sketch" else 2 * params.budget

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import cli_command, cli_env
-from tiny_model import SEED, write_tiny
+from support.command_line import cli_command, cli_env
+from support.tiny_model import SEED, write_tiny
 
 os.environ.setdefault("SFI_LOCAL_AUTO_DEPTH", "0")  # nothing is measured for auto, or written to the user's cache
 
@@ -27,8 +27,8 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def native():
     """The native library; the test is skipped with the reason where there is none."""
+    from sfi_local.binding.library import open_library
     from sfi_local.errors import LibraryError
-    from sfi_local.library import open_library
 
     try:
         return open_library()

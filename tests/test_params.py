@@ -7,14 +7,14 @@ from sfi_local.params import POLICIES, SfiParams, auto_depth
 
 
 def test_defaults_are_those_of_the_library(native):
-    from sfi_local.engine import default_params
+    from sfi_local.binding.engine import default_params
 
-    assert SfiParams() == default_params() and SfiParams().support == "sketch"
+    assert SfiParams() == default_params() and SfiParams().policy == "sketch"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_defaults_of_a_policy_are_those_of_the_library(native, policy):
-    from sfi_local.engine import policy_params
+    from sfi_local.binding.engine import policy_params
 
     assert SfiParams.of(policy) == policy_params(policy)
 
@@ -34,7 +34,7 @@ def test_out_of_range_is_refused(change, word):
 
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ArgumentError, match="sketch"):
-        SfiParams(support="best").validate()
+        SfiParams(policy="best").validate()
 
 
 def test_budget_is_the_sum_of_the_three_parts():

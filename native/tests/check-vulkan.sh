@@ -21,7 +21,7 @@ nice cmake --build "$build" --parallel "${JOBS:-2}" >> "$build.log" 2>&1 || { ta
 # a package of its own: the libraries of `make dev` stay as they are
 rm -rf "$package"
 mkdir -p "$package"
-cp -rL sfi_local/*.py sfi_local/*.html models "$package"
+cp -rL sfi_local/*.py sfi_local/{binding,store,runtime,tuning,cli,lab,view} models "$package"
 cp "$build"/package/* "$package"
 ln -s "$build/bin" "$package/lib"
 cp -r tests pyproject.toml "$build/python"
@@ -35,7 +35,7 @@ sfi doctor | grep -A4 '^devices' | tee "$build/devices.log"
 grep -q 'Vulkan.*frozen portable' "$build/devices.log" || { echo "no Vulkan device has the portable path" >&2; exit 1; }
 
 echo "== tests"
-"$python" -m pytest -q tests/test_portable.py -k "$(tr '\n' ' ' <<'TESTS'
+"$python" -m pytest -q tests/context/test_portable.py -k "$(tr '\n' ' ' <<'TESTS'
     budget_of_everything or shorter_than or begin_with or prefill_after or selected_cells or selection_of_every or an_edit
     or interleaved or taken_back or repairing or is_refused or a_batch or falls_to
 TESTS
@@ -46,7 +46,7 @@ sfi pull smollm2-135m > /dev/null
 "$python" -c 'import pydoc_data.topics as t; print(open(t.__file__).read()[4000:16000])' > "$build/text.txt"
 # a driver in software prefills four tokens a second
 for kv_type in f16 q8_0; do
-    sfi eval smollm2-135m --text "$build/text.txt" --depth 300 -n 16 --modes dense,stock,sfi --support frozen --n-selected 64 \
+    sfi eval smollm2-135m --text "$build/text.txt" --depth 300 -n 16 --modes dense,stock,sfi --policy frozen --n-selected 64 \
         --n-recent 32 --kv-type "$kv_type"
 done
 sfi run smollm2-135m -f "$build/text.txt" --max-prompt-tokens 300 -p "What is this text about?" -n 24 --temp 0 --mode sfi \

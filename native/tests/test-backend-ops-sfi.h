@@ -850,7 +850,7 @@ struct test_sketch_scan : public test_sketch {
     float scale() const { return 1.0f/hs; }
 
     // A weight between two integers may be rounded to either, and of near ties either may be selected. On the CPU, which cells
-    // are selected is tested to the cell in tests/test_sketch_ops.py.
+    // are selected is tested to the cell in tests/ops/test_sketch_ops.py.
     double max_nmse_err() override {
         return n_selected < n_list && least == 0.0f ? 5e-3 : 2e-5;
     }
@@ -863,7 +863,7 @@ struct test_sketch_scan : public test_sketch {
         selected = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv), "selected");
         t_least  = least > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh_kv) : nullptr;
         counts   = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, nh_kv), "counts");
-        const auto f = format(); // where there are two looks, both are at all cells; the others are tested in tests/test_sketch_ops.py
+        const auto f = format(); // where there are two looks, both are at all cells; the others are tested in tests/ops/test_sketch_ops.py
         return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, counts, n_list, hs, scale(), logit_softcap, 0.0f, &f));
     }
 

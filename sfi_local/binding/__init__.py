@@ -1,0 +1,1 @@
+"""Everything that touches C: the library, contexts, the engine, devices."""

@@ -1,0 +1,59 @@
+"""Weights and contexts of llama.cpp, by llama-cpp-python's own objects: made here, and their logits seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+from sfi_local.binding.interrupt import InterruptFlag
+from sfi_local.binding.library import last_log_lines, log
+from sfi_local.errors import ModelFileError, OutOfMemoryError
+
+GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
+N_BATCH = 512
+
+
+def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None) -> Any:
+    """llama_cpp._internals.LlamaModel; Ctrl-C stops between two tensors."""
+    from llama_cpp._internals import LlamaModel
+
+    with InterruptFlag() as flag:
+        def on_progress(done: float, user: Any) -> bool:
+            if progress:
+                progress(done, 1.0)
+            return not flag.requested
+
+        params = llama.llama_model_default_params()
+        params.progress_callback = llama.llama_progress_callback(on_progress)
+        if gpu_layers is not None:
+            params.n_gpu_layers = gpu_layers
+        log.errors.clear()
+        try:
+            return LlamaModel(path_model=str(path), params=params, verbose=True)
+        except ValueError:
+            raise ModelFileError(f"llama.cpp cannot load {path} ({last_log_lines() or 'no message'}): check that this "
+                                 f"version supports the model, or fetch the file again.") from None
+
+
+def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str) -> Any:
+    """llama_cpp._internals.LlamaContext of one sequence and n_ctx cells. Raises OutOfMemoryError."""
+    from llama_cpp import _internals
+
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_BATCH, N_BATCH, 1
+    params.n_threads = params.n_threads_batch = n_threads
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.type_k, params.type_v = GGML_TYPES[type_k], GGML_TYPES[type_v]
+    params.no_perf = True
+    try:
+        return _internals.LlamaContext(model=weights, params=params, verbose=True)
+    except ValueError:
+        raise OutOfMemoryError(f"A context of {n_ctx} tokens cannot be created ({last_log_lines() or 'no message'}): "
+                               f"lower --ctx, or change --kv-type.") from None
+
+
+def logits(context: Any, row: int) -> Any:
+    """A view of a row of the context's logits, float32 [n_vocab]."""
+    import numpy as np
+
+    return np.ctypeslib.as_array(context.get_logits_ith(row), shape=(context.model.n_vocab(),))

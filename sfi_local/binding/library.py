@@ -1,0 +1,171 @@
+"""Load the native library once: ours, whole, of this build, able to run on this CPU, and the one llama_cpp uses."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+import threading
+from collections import deque
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import sfi_local
+from sfi_local.errors import LibraryError
+from sfi_local.machine import cpu_flags, cpu_name
+
+LIB_DIR = next((Path(folder).resolve() / "lib" for folder in sfi_local.__path__ if (Path(folder) / "lib").is_dir()),
+               Path(__file__).resolve().parents[1] / "lib")
+REBUILD = "install sfi-local again (`CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install .` in its source)"
+
+# How often a thread of libgomp looks for work before it sleeps. By default it looks for milliseconds, which on a machine that
+# has something else to do costs most of the speed; but waking a thread of a virtual machine can cost as much as the work of
+# a layer. Measured with SmolLM2-135M, stock steps per second with 300, 3000 and the default of 300000: two cores of an EPYC
+# 192, -, 194 idle and 67, -, 7 beside a busy process; two of a Xeon 44, 260, 256 idle and 83, 53, 63 beside one.
+SPIN_COUNT = "3000"
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # where the user set one of them, it stays
+
+_LEVEL_ERROR, _LEVEL_CONT = 4, 5  # enum ggml_log_level
+_lock = threading.Lock()
+
+
+@lru_cache
+def open_library() -> Any:
+    """Load everything; returns a namespace of ``ffi`` and ``lib`` (sfi.h) and ``llama_cpp`` (the Python package).
+
+    Raises LibraryError with the remedy. The environment is left as it was.
+    """
+    with _lock:
+        info = build_info()
+        _check_cpu(info)
+        _check_llama_cpp_version(info.upstream)
+        _check_not_foreign()
+        with _environment(_spin_settings()):
+            sfi = _import_sfi(info)
+        with _environment({"LLAMA_CPP_LIB_PATH": str(LIB_DIR)}):
+            llama_cpp = _import_llama_cpp()
+        log.install(llama_cpp)
+        return SimpleNamespace(ffi=sfi.ffi, lib=sfi.lib, llama_cpp=llama_cpp, info=info)
+
+
+def build_info() -> ModuleType:
+    """sfi_local._build_info, written by the build: source_id, upstream, cpu_flags, portable, compiler ..."""
+    try:
+        from sfi_local import _build_info
+    except ImportError:
+        raise LibraryError(f"sfi-local has no native library here ({LIB_DIR.parent}): {REBUILD}.") from None
+    return _build_info
+
+
+def source_id() -> str:
+    """What the library was built from: llama.cpp commit + hash of our patches and native code."""
+    return build_info().source_id
+
+
+def last_log_lines() -> str:
+    """The last errors that llama.cpp logged, on one line; "" if there were none."""
+    return "; ".join(log.errors)
+
+
+def _check_cpu(info: ModuleType) -> None:
+    """Before anything is loaded: an illegal instruction could not be reported."""
+    have = cpu_flags()
+    missing = [] if have is None else [flag for flag in info.cpu_flags if flag not in have]
+    if missing:
+        raise LibraryError(
+            f"sfi-local was built for a CPU with {', '.join(missing)}, which this one ({cpu_name()}) lacks: {REBUILD} "
+            f"on this machine, or build it with -DSFI_PORTABLE=ON for any CPU.")
+
+
+def _check_llama_cpp_version(upstream: str) -> None:
+    """llama-cpp-python's ctypes structs must match the library: exactly the pinned release will do."""
+    package, _, wanted = upstream.partition(" ")
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found.partition("+")[0] != wanted:
+        raise LibraryError(f"sfi-local needs {package} {wanted} and found {found}: run `CMAKE_ARGS=-DLLAMA_BUILD=OFF "
+                           f"pip install {package}=={wanted}`.")
+
+
+def _check_not_foreign() -> None:
+    """llama_cpp loads its library when it is imported; too late to change that."""
+    module = sys.modules.get("llama_cpp.llama_cpp")
+    where = getattr(module, "_base_path", None)
+    if module is not None and not (where and Path(where).resolve() == LIB_DIR.resolve()):
+        raise LibraryError(f"llama_cpp was imported before sfi_local and runs on the library in {where}: import "
+                           f"sfi_local (or SlowFastLlama from it) first in your program.")
+
+
+def _import_sfi(info: ModuleType) -> ModuleType:
+    if sys.platform == "win32":
+        os.add_dll_directory(str(LIB_DIR))
+    try:
+        from sfi_local import _sfi
+    except ImportError as error:
+        raise LibraryError(f"The native library of sfi-local cannot be loaded ({error}): {REBUILD}.") from None
+    loaded = _sfi.ffi.string(_sfi.lib.sfi_source_id()).decode()
+    if loaded != info.source_id:
+        raise LibraryError(f"The library that was loaded was built from {loaded}, this package from {info.source_id}: "
+                           f"{REBUILD}, and keep other copies out of LD_LIBRARY_PATH.")
+    if info.portable:
+        _sfi.lib.ggml_backend_load_all_from_path(str(LIB_DIR).encode())
+    return _sfi
+
+
+def _import_llama_cpp() -> ModuleType:
+    """Import llama-cpp-python on our library; it reads the path from the environment, once."""
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise LibraryError(f"llama-cpp-python cannot be loaded on the library in {LIB_DIR} ({error}): "
+                           f"{REBUILD}.") from None
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def _spin_settings() -> dict[str, str]:
+    """What libgomp reads from the environment when it is loaded, unless the user has set it."""
+    return {} if any(name in os.environ for name in SPIN_VARIABLES) else {"GOMP_SPINCOUNT": SPIN_COUNT}
+
+
+@contextmanager
+def _environment(values: dict[str, str]):
+    """Set variables for a moment; child processes are not to inherit them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class _Log:
+    """llama.cpp's log: shown on stderr if ``verbose``; its last errors are kept for our own messages."""
+
+    def __init__(self):
+        self.verbose = False
+        self.errors: deque[str] = deque(maxlen=3)
+        self._level = 0
+        self._callback = None
+
+    def install(self, llama_cpp: ModuleType) -> None:
+        self._callback = llama_cpp.llama_log_callback(self._on_line)  # kept alive: the library calls it
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _on_line(self, level: int, text: bytes, user: Any) -> None:
+        self._level = self._level if level == _LEVEL_CONT else level
+        line = text.decode("utf-8", errors="replace")
+        if self._level == _LEVEL_ERROR and line.strip(". \n"):
+            self.errors.append(line.strip())
+        if self.verbose:
+            sys.stderr.write(line)
+
+
+log = _Log()

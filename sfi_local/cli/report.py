@@ -1,0 +1,74 @@
+"""What is said about an answer: the object of --json, and the line of statistics after the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfi_local.binding.library import source_id
+from sfi_local.cli.request import PromptRequest
+
+
+def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dict[str, Any]:
+    """The object that --json prints; rates in tokens per second."""
+    return {
+        "text": tally.text,
+        "tokens": tally.tokens,
+        "n_prompt": tally.n_prompt,
+        "n_generated": len(tally.tokens),
+        "finish": tally.finish,
+        "prefill_tps": tally.prefill_tps,
+        "decode_tps": tally.decode_tps,
+        "steps": {kind: tally.steps[kind] for kind in ("slow", "fast", "dense", "stock")},
+        "reasons": dict(tally.reasons),
+        "kv_read_share": kv_read_share(model),
+        "mode": request.mode,
+        "model": request.model,
+        "source_id": source_id(),
+        "policy": model.session.params.policy,
+        "support": model.session.params.policy,  # what policy was called in earlier versions
+        "path": path(model),
+        "budget": model.session.params.budget,
+        "tolerance": model.session.params.tolerance,
+        "n_ctx": model.session.n_ctx,
+        "n_threads": model.n_threads,
+        "kv_type": request.kv_type,
+        "temp": sampling.temp,
+        "seed": sampling.seed,
+        "notes": model.notes,
+        **({"drafts": drafts(tally)} if request.mode == "exact" else {}),
+    }
+
+
+def drafts(tally: Any) -> dict[str, int]:
+    """What --json says about mode exact, in tokens."""
+    return {"drafted": tally.n_drafted, "accepted": tally.n_accepted, "ties": tally.n_ties}
+
+
+def statistics(model: Any, tally: Any) -> str:
+    """The line after the answer."""
+    parts = [f"prefill {tally.n_prefilled} tokens {tally.prefill_tps:.1f}/s"]
+    if tally.steps:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
+        parts.append(f"decode {sum(tally.steps.values())} steps {tally.decode_tps:.1f}/s: {kinds}")
+    if tally.reasons and model.mode != "dense":  # there every step is, because that was asked for
+        parts.append("because " + ", ".join(f"{reason} {n}" for reason, n in tally.reasons.most_common()))
+    if tally.n_drafted:
+        parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted}, ties {tally.n_ties}")
+    parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
+    if path(model) not in ("native", "stock"):
+        parts.append(f"{path(model)} path")
+    ends = {"length": "stopped at -n", "context": "stopped: the context is full", "stop": "stopped at a stop text",
+            "": "interrupted"}
+    return "; ".join(parts + [ends[tally.finish]] if tally.finish in ends else parts)
+
+
+def path(model: Any) -> str:
+    """Whose operations made the supports, see Engine.path; ``stock`` where sfi is not attached."""
+    engine = model.session.engine if model.session else None
+    return engine.path if engine else "stock"
+
+
+def kv_read_share(model: Any) -> float:
+    """Bytes of K and V read over those of dense decoding; 1.0 where sfi is not attached."""
+    engine = model.session.engine if model.session else None
+    return engine.stats().kv_read_share if engine else 1.0

@@ -1,0 +1,127 @@
+"""What a command that answers a prompt was asked for: texts, model, sampling, and the tokens of the prompt."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from sfi_local.cli import text_input
+from sfi_local.cli.terminal import progress, resolve_noted, say
+from sfi_local.cli.text_input import from_argument
+from sfi_local.errors import InputError, UsageError
+from sfi_local.loading import load
+from sfi_local.runtime.sampling import Sampling
+from sfi_local.runtime.template import Message, fit_tokens
+
+
+@dataclass
+class PromptRequest:
+    """The options of options.answer_options, sfi_options, fidelity_option and model_options by their names, in their units."""
+
+    model: str
+    file: str | None
+    prompt: str | None
+    n: int
+    mode: str
+    draft: int | None
+    seed: int | None
+    temp: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: tuple[str, ...]
+    system: str | None
+    raw: bool
+    max_prompt_tokens: int | None
+    truncate: bool
+    threads: int | None
+    ctx: int | None
+    kv_type: str
+    gpu_layers: int | None
+    verbose: bool
+    params: Any
+    fit_budget: bool
+    portable_params: Any
+    fidelity: float | str | None
+
+    def check(self) -> None:
+        """Refuse combinations that cannot be meant, and texts that are none."""
+        if self.n == 0:
+            raise UsageError("-n 0 generates nothing: give 1 or more, or -1 for no limit.")
+        if self.draft is not None and self.mode != "exact":
+            raise UsageError("--draft is for mode exact: add --mode exact, or leave it out.")
+        if (self.max_prompt_tokens or self.truncate) and self.file is None:
+            raise UsageError("--max-prompt-tokens and --truncate take the head of a file: give one with -f.")
+        if self.raw and self.system is not None:
+            raise UsageError("--raw leaves out the chat template, so there is no place for --system: put it into -p.")
+        if self.mode in ("dense", "stock") and self.fidelity not in (None, "default"):
+            raise UsageError(f"--fidelity is about fast steps, and mode {self.mode} has none: leave it out, or take --mode sfi.")
+        for name, text in (("--system", self.system or ""), *(("--stop", text) for text in self.stop)):
+            from_argument(text, name)
+
+    def has_prompt(self) -> bool:
+        """False where nothing was given and stdin is a terminal."""
+        return not (self.prompt is None and self.file is None and sys.stdin is not None and sys.stdin.isatty())
+
+    def texts(self) -> tuple[str, str]:
+        """(document, question); one of them may be empty, not both. Raises InputError."""
+        document = text_input.from_file(self.file) if self.file is not None else ""
+        if self.prompt is not None:
+            question = text_input.from_argument(self.prompt, "-p")
+            if self.file is None:
+                _note_unread_stdin()
+        else:
+            question = text_input.from_stdin() if self.file is None else ""
+        if not (document.strip() or question.strip()):
+            raise InputError("The prompt is empty: give text with -p, a file with -f, or text on stdin.")
+        return document, question
+
+    def load(self) -> Any:
+        """The Model, with progress on stderr."""
+        with progress("fetching", "bytes") as fetching:
+            path = resolve_noted(self.model, fetching)
+        with progress("loading", "%") as loading:
+            return load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
+                        type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
+                        fidelity=self.fidelity, gpu_layers=self.gpu_layers, verbose=self.verbose, progress=loading)
+
+    def sampling(self) -> Any:
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return Sampling(temp=self.temp, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, **seed)
+
+    @property
+    def n_limit(self) -> int | None:
+        return None if self.n < 0 else self.n
+
+    def prompt_tokens(self, model: Any, document: str, question: str) -> list[int]:
+        """Token ids of the prompt, the document cut as the request allows. Raises InputError if it does not fit."""
+        document_tokens = model.tokenize(document) if document else []
+        rest = ["\n\n" + question if document and question else question] if question else []
+
+        def build(head: list[int]) -> list[int]:
+            if self.raw:
+                bos = model.tokenize("", add_bos=model.vocabulary.add_bos)
+                return bos + head + [t for text in rest for t in model.tokenize(text, special=True)]
+            system = [] if self.system is None else [Message("system", [self.system])]
+            return model.template.tokens([*system, Message("user", [head, *rest])])
+
+        n_ctx = model.n_ctx_limit
+        room = n_ctx - (self.n if self.truncate and self.n > 0 else 1)
+        limit = min(room, self.max_prompt_tokens or room)
+        may_cut = self.truncate or self.max_prompt_tokens is not None
+        return build(fit_tokens(document_tokens, len(build([])), limit, not may_cut, n_ctx))
+
+
+def _note_unread_stdin() -> None:
+    """Data piped in beside -p is not read, because a program started from a script inherits its stdin."""
+    try:
+        fd = sys.stdin.fileno()
+        waiting = stat.S_ISFIFO(os.fstat(fd).st_mode) and select.select([fd], [], [], 0)[0]
+    except (OSError, ValueError, AttributeError):
+        return
+    if waiting:
+        say("stdin is not read when -p is given; to ask about the text on stdin add -f - .")

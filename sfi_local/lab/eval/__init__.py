@@ -1,0 +1,1 @@
+"""sfi-local eval, and calibrate."""

@@ -1,0 +1,1 @@
+"""Models on disk: their files, what is in them, how they are fetched."""

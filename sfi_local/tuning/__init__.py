@@ -1,0 +1,1 @@
+"""What is measured once per model, and remembered."""

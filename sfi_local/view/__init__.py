@@ -1,0 +1,1 @@
+"""sfi-local view: one page that shows where each token looked."""

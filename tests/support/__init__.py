@@ -1,0 +1,1 @@
+"""What tests of several folders stand on; no fixtures, those are in conftest files."""
