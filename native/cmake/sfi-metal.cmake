@@ -2,7 +2,7 @@
 # (the tests run it on a CPU), sfi-metal-text.h has it as a string.
 
 function(sfi_write_metal_text folder)
-    set(sources args.h gpu.metal top-k.metal sparse-attn.metal paper-score.metal support.metal sketch-encode.metal sketch-scan.metal
+    set(sources args.h gpu.metal top-k.metal sparse-attn.metal support.metal sketch-encode.metal sketch-scan.metal
         sketch-looks.metal)
     list(TRANSFORM sources PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/ggml/metal/")
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources})

@@ -147,18 +147,12 @@ struct ggml_tensor * ggml_sparse_attn_evidence(
         struct ggml_tensor  * v,
         struct ggml_tensor  * cells,
         struct ggml_tensor  * sinks,
-        struct ggml_tensor  * queries,
         struct ggml_tensor  * plan,
         float                 scale,
         float                 logit_softcap) {
     GGML_ASSERT(q->ne[1] == 1 && q->ne[3] == 1);
-    if (queries) {
-        GGML_ASSERT(queries->type == GGML_TYPE_F32 && has_rows(queries));
-        GGML_ASSERT(queries->ne[0] == k->ne[0] && queries->ne[1] == q->ne[2]);
-        GGML_ASSERT(queries->ne[2] >= 1 && queries->ne[2] <= 64 && queries->ne[3] == 1);
-    }
     assert_cells(plan);
-    GGML_ASSERT(plan->ne[0] == 2 + (queries ? queries->ne[2] : 0));
+    GGML_ASSERT(plan->ne[0] >= 2);
 
     struct ggml_tensor * result = ggml_sparse_attn(ctx, q, k, v, cells, NULL, NULL, sinks, scale, logit_softcap);
 
@@ -167,14 +161,13 @@ struct ggml_tensor * ggml_sparse_attn_evidence(
     memcpy(both->op_params, result->op_params, sizeof(both->op_params));
     memcpy(both->src, result->src, sizeof(both->src));
     both->op     = result->op;
-    both->src[8] = queries;
-    both->src[9] = plan;
+    both->src[8] = plan;
 
     return both;
 }
 
 bool ggml_sparse_attn_has_evidence(const struct ggml_tensor * node) {
-    return node->op == GGML_OP_SPARSE_ATTN && node->src[9] != NULL;
+    return node->op == GGML_OP_SPARSE_ATTN && node->src[8] != NULL;
 }
 
 static void assert_evidence(
@@ -232,7 +225,7 @@ struct ggml_tensor * ggml_support_stability(
     assert_cells(selected);
     assert_cells(previous);
     GGML_ASSERT(selected->ne[1] == evidence->ne[1]);
-    GGML_ASSERT(previous->ne[1] == evidence->ne[1]);
+    GGML_ASSERT(previous->ne[0] == selected->ne[0] && previous->ne[1] == evidence->ne[1]);
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 4, evidence->ne[1]);
 

@@ -94,18 +94,15 @@ GGML_API struct ggml_tensor * ggml_support_evidence(
 
 // Attention over all cells of a sequence and the evidence of it in one pass: a slow step, in which K is read once.
 //
-//   q, k, v, sinks as above, n_tokens = n_stream = 1; cells, queries, plan as cells, q, plan of ggml_support_evidence():
-//   the queries beside q that give evidence; NULL: there are none, and plan is I32 [2]
+//   q, k, v, sinks as above, n_tokens = n_stream = 1; cells as of ggml_support_evidence()
+//   plan    I32 [>= 2] = { j0, j1, ... }
 //   result  F32 [n_embd_v*n_head + n_list*n_head_kv]
 //
 // The first part of the result is ggml_sparse_attn() with always = cells: [n_embd_v, n_head]. The second, [n_list,
-// n_head_kv], is ggml_support_evidence() with alpha = 1 over every visible cell of q, which sees them all, and of the
-// queries of the plan. As evidence only ranks cells, theirs is less exact than q's: each value of query and k may be rounded
-// to BF16 first (and a k below 2^-14 to 0), so a logit may be off by 2^-7 scale sum |q_i k_i|, and each exp by 1e-3 of
-// itself.
+// n_head_kv], is ggml_support_evidence() with alpha = 1 over every visible cell of q, which sees them all.
 //
-// The node is a GGML_OP_SPARSE_ATTN with queries and plan in src[8] and src[9]. A backend that has only the plain
-// operation must refuse it: ggml_sparse_attn_has_evidence().
+// The node is a GGML_OP_SPARSE_ATTN with the plan in src[8]. A backend that has only the plain operation must refuse it:
+// ggml_sparse_attn_has_evidence().
 GGML_API struct ggml_tensor * ggml_sparse_attn_evidence(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
@@ -113,7 +110,6 @@ GGML_API struct ggml_tensor * ggml_sparse_attn_evidence(
         struct ggml_tensor  * v,
         struct ggml_tensor  * cells,
         struct ggml_tensor  * sinks,
-        struct ggml_tensor  * queries,
         struct ggml_tensor  * plan,
         float                 scale,
         float                 logit_softcap);

@@ -492,24 +492,20 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
         }
         ggml_backend_tensor_set(visible, values.data(), 0, ggml_nbytes(visible));
     }
-    const auto set_plan = [&](ggml_tensor * dst, llama_pos youngest, llama_pos oldest) {
+    const auto set_plan = [&](ggml_tensor * dst, llama_pos oldest) {
         const auto [j0, j1] = support->candidates(n);
         std::vector<int32_t> values = { j0, j1 };
         if (built.kind == LLAMA_SUPPORT_FAST) { // oracle: this query, which sees all
             values.push_back(n);
         } else for (const llama_pos pos : st.query_pos) {
             const llama_pos age = st.last_pos - pos;
-            const bool used = pos >= 0 && age >= youngest && age < oldest;
+            const bool used = pos >= 0 && age < oldest;
             values.push_back(used ? std::max(0, n - age) : 0);
         }
-        values.resize(dst->ne[0]); // a slow step may need no query but its own
         ggml_backend_tensor_set(dst, values.data(), 0, ggml_nbytes(dst));
     };
     if (is_used(plan)) {
-        set_plan(plan, 0, built.kind == LLAMA_SUPPORT_SLOW ? params.n_slow_evidence : params.n_evidence);
-    }
-    if (is_used(others)) {
-        set_plan(others, 1, params.n_slow_evidence);
+        set_plan(plan, built.kind == LLAMA_SUPPORT_SLOW ? params.n_slow_evidence : params.n_evidence);
     }
     if (is_used(rows)) {
         std::vector<int64_t> values;
@@ -554,8 +550,7 @@ static const llama_support_input * build_input(const llm_graph_context & g, cons
         inp->visible = new_input(g, GGML_TYPE_I32, g.n_tokens, "support_visible");
     }
     if (key.refresh) {
-        inp->plan   = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
-        inp->others = new_input(g, GGML_TYPE_I32, 2 + (params.n_slow_evidence > 1 ? params.n_queries : 0), "support_others");
+        inp->plan = new_input(g, GGML_TYPE_I32, 2 + params.n_queries, "support_plan");
     } else if (key.kind == LLAMA_SUPPORT_FAST && key.n_list > 0) {
         inp->plan = new_input(g, GGML_TYPE_I32, 3, "support_plan");
     }
@@ -644,12 +639,12 @@ static ggml_tensor * build_evidence(const llm_graph_context & g, const llama_sup
 static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
                                      ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale,
                                      float softcap, int il) {
-    if (inp->support->get_params().selector.kind == GGML_SUPPORT_SELECTOR_PAPER) {
+    const auto & params = inp->support->get_params();
+    if (params.selector.kind == GGML_SUPPORT_SELECTOR_PAPER || params.n_slow_evidence > 1) {
         return nullptr;
     }
     const int64_t n_head = q->ne[2], n_embd_v = v->ne[0];
-    ggml_tensor * queries = inp->support->get_params().n_slow_evidence > 1 ? kept_queries(g, inp, layer, k->ne[0], n_head) : nullptr;
-    ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, queries, inp->others, kq_scale, softcap);
+    ggml_tensor * both = ggml_sparse_attn_evidence(g.ctx0, q, k, v, inp->cells, sinks, inp->plan, kq_scale, softcap);
     ggml_backend_dev_t dev = llama_path_device(layer.queries->buffer);
     if (!dev || !ggml_backend_dev_supports_op(dev, both)) {
         return nullptr;
@@ -661,7 +656,7 @@ static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_su
     ggml_tensor * cur = ggml_reshape_2d(g.ctx0, attn, n_embd_v*n_head, 1);
     ggml_build_forward_expand(g.gf, cur); // before the refresh, so that who watches it finds the query still there
     ggml_tensor * evidence = ggml_view_2d(g.ctx0, both, inp->cells->ne[0], k->ne[2], inp->cells->ne[0]*sizeof(float), n_bytes);
-    refresh_support(g, inp, layer, evidence, inp->others, k, il);
+    refresh_support(g, inp, layer, evidence, inp->plan, k, il);
     return cur;
 }
 

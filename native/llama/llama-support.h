@@ -277,7 +277,6 @@ struct llama_support_input : public llm_graph_input_i {
     ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, short, slow, verify, refreshing prefill, oracle
     ggml_tensor * visible = nullptr; // I32 [n_tokens]      verify: how many of `cells` each token sees
     ggml_tensor * plan   = nullptr; // I32 [2 + n_queries]  with a refresh; oracle [3]
-    ggml_tensor * others = nullptr; // I32 [2 (+ n_queries)]  slow: a plan without the query at work, see build_slow_attn()
     ggml_tensor * skip   = nullptr; // I32 [n_skip]         sketch
     ggml_tensor * scan   = nullptr; // I32 [1]              sketch: the plan of the scan
     ggml_tensor * rows   = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes

@@ -238,7 +238,7 @@ measured dense_step(ggml_type type, int64_t depth, dense kind) {
             } else if (kind == dense::ours) {
                 out.push_back(ggml_sparse_attn(ctx, q, k, v, cells, nullptr, nullptr, nullptr, scale, 0.0f));
             } else {
-                ggml_tensor * both = ggml_sparse_attn_evidence(ctx, q, k, v, cells, nullptr, nullptr, plan, scale, 0.0f);
+                ggml_tensor * both = ggml_sparse_attn_evidence(ctx, q, k, v, cells, nullptr, plan, scale, 0.0f);
                 ggml_tensor * evidence = ggml_view_2d(ctx, both, depth, n_head_kv, depth*sizeof(float), d*n_head*sizeof(float));
                 ggml_tensor * selected = ggml_support_select(ctx, evidence, cells, plan, nullptr, n_selected, &selector);
                 out.push_back(ggml_support_stability(ctx, evidence, cells, plan, selected, selected));

@@ -83,7 +83,7 @@ SIGNATURES = {
 }
 SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
-    "ggml_sparse_attn_evidence": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
+    "ggml_sparse_attn_evidence": (T, [c_void_p, T, T, T, T, T, T, F, F]),
     "ggml_sparse_attn_set_visible": (None, [T, T]),
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
     "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
@@ -237,8 +237,8 @@ class Graph:
             self.lib.ggml_sparse_attn_set_visible(out, visible)
         return out
 
-    def sparse_attn_evidence(self, q, k, v, cells, sinks, queries, plan, scale=1.0, logit_softcap=0.0):
-        return self.lib.ggml_sparse_attn_evidence(self.ctx, q, k, v, cells, sinks, queries, plan, scale, logit_softcap)
+    def sparse_attn_evidence(self, q, k, v, cells, sinks, plan, scale=1.0, logit_softcap=0.0):
+        return self.lib.ggml_sparse_attn_evidence(self.ctx, q, k, v, cells, sinks, plan, scale, logit_softcap)
 
     def support_evidence(self, q, k, cells, plan, scale=1.0, logit_softcap=0.0, alpha=1.0, over=0):
         return self.lib.ggml_support_evidence(self.ctx, q, k, cells, plan, scale, logit_softcap, alpha, over)

@@ -19,6 +19,7 @@ size_t ggml_cpu_sfi_work_size(const ggml_tensor * dst, int n_threads) {
         case GGML_OP_SPARSE_ATTN:      return sfi::sparse_attn_work_size     (dst, n_threads);
         case GGML_OP_SUPPORT_EVIDENCE: return sfi::support_evidence_work_size(dst, n_threads);
         case GGML_OP_SUPPORT_SELECT:   return sfi::support_select_work_size  (dst, n_threads);
+        case GGML_OP_SUPPORT_STABILITY: return sfi::support_stability_work_size(dst, n_threads);
         case GGML_OP_SKETCH_ENCODE:    return sfi::sketch_encode_work_size   (dst, n_threads);
         case GGML_OP_SKETCH_SCAN:      return sfi::sketch_scan_work_size     (dst, n_threads);
         default:                       return 0;

@@ -19,6 +19,7 @@ size_t support_select_work_size(const ggml_tensor * dst, int n_threads);
 bool   support_select_supported(const ggml_tensor * dst);
 
 void   support_stability          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t support_stability_work_size(const ggml_tensor * dst, int n_threads);
 
 void   sketch_encode          (const ggml_compute_params * params, ggml_tensor * dst);
 size_t sketch_encode_work_size(const ggml_tensor * dst, int n_threads);

@@ -10,7 +10,6 @@
 //   transpose(in, ld, out, ld)  a W x W block
 //   exp(x)                   for x <= 0, relative error below 3e-7, 0 below -87
 //   hmax(x)                  the largest lane
-//   below(a, b, x)           x where a < b, elsewhere -INFINITY
 //   exp2(t)                  for t < 126, relative error below 4e-6; below -126 what it is there: nothing, beside a 1
 //   ge(a, b)                 a bit per lane: a >= b
 //   keep(p, x, lanes)        p[0], p[1] ... = those lanes of x; W values may be written
@@ -138,7 +137,6 @@ struct scalar {
     static void transpose(const float * in, int, float * out, int) { *out = *in; }
     static V    exp(V x)                { return x < exp_constants::min_x ? 0.0f : std::exp(x); }
     static float hmax(V x)              { return x; }
-    static V    below(V a, V b, V x)    { return a < b ? x : -INFINITY; }
     static V    exp2(V t)               { return std::exp2(max(t, exp2_constants::min_t)); }
     static uint32_t ge(V a, V b)        { return a >= b; }
     static void keep(float * p, V x, uint32_t lanes) { if (lanes & 1) { *p = x; } }
@@ -211,7 +209,6 @@ struct avx2 {
         y = _mm_max_ps(y, _mm_movehl_ps(y, y));
         return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
     }
-    static V    below(V a, V b, V x)    { return _mm256_blendv_ps(set1(-INFINITY), x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));
@@ -304,7 +301,6 @@ struct avx512 {
         return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(min_x), _CMP_GE_OQ), y, n);
     }
     static float hmax(V x)              { return _mm512_reduce_max_ps(x); }
-    static V    below(V a, V b, V x)    { return _mm512_mask_mov_ps(set1(-INFINITY), _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));
@@ -373,7 +369,6 @@ struct neon {
         return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(result), vcgeq_f32(x, set1(min_x))));
     }
     static float hmax(V x)              { return vmaxvq_f32(x); }
-    static V    below(V a, V b, V x)    { return vbslq_f32(vcltq_f32(a, b), x, set1(-INFINITY)); }
     static V    exp2(V t) {
         using namespace exp2_constants;
         t = max(t, set1(min_t));

@@ -170,7 +170,7 @@ void encode_tile(const task & a, int64_t h, const int32_t * cells, int n) {
 } // namespace
 
 void sfi::sketch_encode(const ggml_compute_params * params, ggml_tensor * dst) {
-    sfi::arena from = { (char *) params->wdata + params->ith*sketch_encode_work_size(dst, 1), 0 };
+    arena from = arena(params->wdata).behind(params->ith*size_of<own_rows>(dst));
     const own_rows own(dst, from);
     const task a(params, dst, own);
     const int32_t * list = (const int32_t *) a.cells->data;
@@ -195,9 +195,7 @@ void sfi::sketch_encode(const ggml_compute_params * params, ggml_tensor * dst) {
 }
 
 size_t sfi::sketch_encode_work_size(const ggml_tensor * dst, int n_threads) {
-    sfi::arena own = { nullptr, 0 };
-    own_rows(dst, own);
-    return n_threads*own.used;
+    return n_threads*size_of<own_rows>(dst) + arena::line;
 }
 
 bool sfi::sketch_encode_supported(const ggml_tensor * dst) {

@@ -464,7 +464,11 @@ powers powers_of(const float * t, int64_t n) {
 template <class B>
 powers weights_of(const float * t, int64_t n, float * out) {
     const float top = largest<typename B::F>(t, n);
-    return { top, shares<B>(t, n, std::max(top, -FLT_MAX), out) };
+    if (top == -INFINITY) {
+        std::fill(out, out + n, 0.0f);
+        return { top, 0.0f };
+    }
+    return { top, shares<B>(t, n, top, out) };
 }
 
 template <class B> kernels kernels_of() {

@@ -92,11 +92,6 @@ struct own_rows {
     uint16_t  * skipped;      // a bit per cell
     int32_t   * order;        // [chunk_cells]: 0, 1, 2 ...
     float     * w;            // [group, ld_w]: weights of cells of a chunk, then of the selected cells
-    // pass 3
-    int32_t   * best;         // [ld]: the cells that may be selected
-    float     * chosen;       // [group, ld]: their logits
-    float     * z;            // [ld]
-    uint32_t  * key;          // [ld]
     float     * v;            // [group, n_v]
     float     * weight;       // [group]
     float     * sums;         // [max_heads, 16]
@@ -117,13 +112,24 @@ struct own_rows {
         from.take(skipped,   a.ld/16);
         from.take(order,     chunk_cells);
         from.take(w,         a.group*ld_w(a));
-        from.take(best,      a.ld + max_vector);
-        from.take(chosen,    a.group*a.ld + max_vector);
-        from.take(z,         a.ld + max_vector);
-        from.take(key,       a.ld);
         from.take(v,         a.group*a.l.n_v);
         from.take(weight,    a.group);
         from.take(sums,      max_heads*sketch_cells);
+    }
+};
+
+// of a thread in pass 3, in which there are as many at work as KV heads at most
+struct finish_rows {
+    int32_t   * best;         // [ld]: the cells that may be selected
+    float     * chosen;       // [group, ld]: their logits
+    float     * z;            // [ld]
+    uint32_t  * key;          // [ld]
+
+    finish_rows(const task & a, arena & from) {
+        from.take(best,   a.ld + max_vector);
+        from.take(chosen, a.group*a.ld + max_vector);
+        from.take(z,      a.ld + max_vector);
+        from.take(key,    a.ld);
     }
 };
 
@@ -132,12 +138,13 @@ struct worker {
     const kernels       f;
     const shared_rows & all;
     const own_rows      own;
+    const finish_rows   last;
     const basis_ops     ops;
     const int64_t       n_used, n_chunks, ld_t, ld_w;
     const float         least_first; // log2 of the share that is worth a second look
 
-    worker(const task & a, const kernels & f, const shared_rows & all, const own_rows & own, bool use_ref) :
-            a(a), f(f), all(all), own(own), ops(use_ref),
+    worker(const task & a, const kernels & f, const shared_rows & all, const own_rows & own, const finish_rows & last, bool use_ref) :
+            a(a), f(f), all(all), own(own), last(last), ops(use_ref),
             n_used(a.n_used()), n_chunks((n_used + chunk_cells - 1)/chunk_cells), ld_t(span_ld(a)), ld_w(own_rows::ld_w(a)),
             least_first(a.second_look > 0.0f ? std::log2(a.second_look/(float) std::clamp<int64_t>(n_used, 1, sketch_mean_cells)) : -FLT_MAX) {
         std::iota(own.order, own.order + chunk_cells, 0);
@@ -342,7 +349,7 @@ void worker::add_up(int64_t h_kv) const {
         own.others[g] = unseen(h)*own.first[g].sum;
         log2_sum sum = own.again[g];
         sum.add({ own.first[g].top, own.others[g] });
-        own.lse[g] = sum.value();
+        own.lse[g] = std::max(sum.value(), -FLT_MAX); // lest a head without cells hide those of others
         for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
             const powers & x = all.again[chunk_of(h, chunk)];
             const float scale = x.sum > 0.0f ? std::exp2(x.top - own.again[g].top) : 0.0f;
@@ -353,15 +360,15 @@ void worker::add_up(int64_t h_kv) const {
     }
 }
 
-// The selected cells go to own.best, ascending, and their logits to own.chosen; returns how many.
+// The selected cells go to last.best, ascending, and their logits to last.chosen; returns how many.
 int64_t worker::select(int64_t h_kv) const {
     const float least = a.least ? std::log2(a.least[h_kv]) : -FLT_MAX;
     int64_t n = 0;
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         n += f.filter({ cells_of(h_kv, chunk), logits_of(h_kv*a.group, chunk), a.ld, nullptr }, all.n[chunk_of(h_kv, chunk)], (int) a.group, own.lse,
-                      least, 0, { own.best + n, own.chosen + n, a.ld, own.z + n });
+                      least, 0, { last.best + n, last.chosen + n, a.ld, last.z + n });
     }
-    const choice candidates = { own.best, own.chosen, a.ld, a.group, own.z, own.key, own.lse };
+    const choice candidates = { last.best, last.chosen, a.ld, a.group, last.z, last.key, own.lse };
     return candidates.keep_best(n, a.n_selected);
 }
 
@@ -371,11 +378,11 @@ void worker::take_out(int64_t h_kv, int64_t n) const {
     for (int64_t g = 0; g < a.group && n > 0; g += max_heads) {
         const int n_heads = (int) std::min<int64_t>(a.group - g, max_heads);
         for (int64_t i = g; i < g + n_heads; ++i) {
-            float * t = own.chosen + i*a.ld;
+            float * t = last.chosen + i*a.ld;
             std::fill(t + n, t + n_pad, -INFINITY);
             own.weight[i] -= f.share(t, n_pad, std::max(own.again[i].top, -FLT_MAX), own.w + i*ld_w);
         }
-        add_values(h_kv, own.best, n, g, n_heads, -1.0f, own.v + g*a.l.n_v, a.l.n_v);
+        add_values(h_kv, last.best, n, g, n_heads, -1.0f, own.v + g*a.l.n_v, a.l.n_v);
     }
 }
 
@@ -401,7 +408,7 @@ void worker::finish(int64_t h_kv) const {
     add_up(h_kv);
     const int64_t n = select(h_kv);
     int32_t * selected = a.selected_of(h_kv), n_looked = 0;
-    std::copy(own.best, own.best + n, selected);
+    std::copy(last.best, last.best + n, selected);
     std::fill(selected + n, selected + a.n_selected, -1);
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         n_looked += all.n[chunk_of(h_kv, chunk)];
@@ -415,16 +422,19 @@ void worker::finish(int64_t h_kv) const {
 
 } // namespace
 
+static int64_t n_finishing(const task & a, int64_t n_threads) {
+    return std::min(n_threads, a.n_head_kv);
+}
+
 void look_twice(const ggml_compute_params * params, ggml_tensor * dst) {
     const task a(dst);
-    arena shared = { (char *) params->wdata, 0 };
-    const shared_rows all(a, shared);
-    arena own = { (char *) params->wdata + shared.used, 0 };
-    own_rows(a, own); // for its size
-    own = { own.base + params->ith*own.used, 0 };
-    const worker w(a, kernels_for(simd_for(params->use_ref)), all, own_rows(a, own), params->use_ref);
-    const int64_t ith = params->ith, nth = params->nth, n_items = a.n_head_kv*w.n_chunks;
-    const int64_t first = n_items*ith/nth, last = n_items*(ith + 1)/nth;
+    const int64_t ith = params->ith, nth = params->nth;
+    arena work(params->wdata);
+    const shared_rows all(a, work);
+    arena mine     = work.behind(ith*size_of<own_rows>(a));
+    arena finishing = work.behind(nth*size_of<own_rows>(a) + std::min(ith, n_finishing(a, nth) - 1)*size_of<finish_rows>(a));
+    const worker w(a, kernels_for(simd_for(params->use_ref)), all, own_rows(a, mine), finish_rows(a, finishing), params->use_ref);
+    const int64_t n_items = a.n_head_kv*w.n_chunks, first = n_items*ith/nth, last = n_items*(ith + 1)/nth;
 
     w.look(first, last);
     ggml_barrier(params->threadpool);
@@ -439,10 +449,7 @@ void look_twice(const ggml_compute_params * params, ggml_tensor * dst) {
 
 size_t look_twice_work_size(const ggml_tensor * dst, int n_threads) {
     const task a(dst);
-    arena shared = { nullptr, 0 }, own = { nullptr, 0 };
-    shared_rows(a, shared);
-    own_rows(a, own);
-    return shared.used + n_threads*own.used;
+    return size_of<shared_rows>(a) + n_threads*size_of<own_rows>(a) + n_finishing(a, n_threads)*size_of<finish_rows>(a) + arena::line;
 }
 
 } // namespace scan

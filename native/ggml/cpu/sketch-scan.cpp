@@ -348,12 +348,10 @@ void worker::finish(int64_t h_kv) const {
 
 static void look_once(const ggml_compute_params * params, ggml_tensor * dst) {
     const task a(dst);
-    arena shared = { (char *) params->wdata, 0 };
-    const shared_rows all(a, shared);
-    arena own = { (char *) params->wdata + shared.used, 0 };
-    own_rows(a, own); // for its size
-    own = { own.base + params->ith*own.used, 0 };
-    const worker w(a, kernels_for(simd_for(params->use_ref)), all, own_rows(a, own), params->use_ref);
+    arena work(params->wdata);
+    const shared_rows all(a, work);
+    arena mine = work.behind(params->ith*size_of<own_rows>(a));
+    const worker w(a, kernels_for(simd_for(params->use_ref)), all, own_rows(a, mine), params->use_ref);
     const int64_t ith = params->ith, nth = params->nth, n_items = a.n_head_kv*w.n_chunks;
 
     w.scan(n_items*ith/nth, n_items*(ith + 1)/nth);
@@ -366,10 +364,7 @@ static void look_once(const ggml_compute_params * params, ggml_tensor * dst) {
 
 static size_t look_once_work_size(const ggml_tensor * dst, int n_threads) {
     const task a(dst);
-    arena shared = { nullptr, 0 }, own = { nullptr, 0 };
-    shared_rows(a, shared);
-    own_rows(a, own);
-    return shared.used + n_threads*own.used;
+    return size_of<shared_rows>(a) + n_threads*size_of<own_rows>(a) + arena::line;
 }
 
 } // namespace scan

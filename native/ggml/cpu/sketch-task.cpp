@@ -41,8 +41,14 @@ void project(const task & a, int64_t h_kv, const basis_ops & ops, float * q, flo
     for (int64_t g = 0; g < a.group; ++g) {
         const float * w = products + g*ld;
         float largest = 0.0f;
+        bool  finite  = std::isfinite(w[a.l.n_k]);
         for (int j = 0; j < a.l.n_k; ++j) {
             largest = std::max(largest, std::fabs(w[j]));
+            finite  = finite && std::isfinite(w[j]);
+        }
+        if (!finite) { // all cells are left out
+            p[g] = { {}, 0.0f, -INFINITY, 0.0f, 0.0f };
+            continue;
         }
         const float inverse = largest > 0.0f ? 127.0f/largest : 0.0f;
         int centre[2] = {}; // twice the sum over w_j centre_j, of the first planes and of the others

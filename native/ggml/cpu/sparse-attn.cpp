@@ -18,8 +18,8 @@
 
 #include "sfi-ops.h"
 
+#include "arena.h"
 #include "attn-tile.h"
-#include "evidence-pass.h"
 #include "ggml-cpu-impl.h"
 
 #include <algorithm>
@@ -27,9 +27,10 @@
 
 namespace {
 
-using sfi::tile_cells;
+constexpr int tile_cells  = 64;             // logits of a group and the rows' addresses stay in L1
 constexpr int block_cells = 4*tile_cells;   // the unit of work that a thread takes
 constexpr int line_floats = 16;             // of a cache line
+constexpr size_t max_evidence = 512 << 20;  // bytes; a longer list is better served by SUPPORT_EVIDENCE, head by head
 constexpr int chunk_bytes = 32 << 10;       // rows of `always` that all heads visit before anyone goes on: a part of L1
 
 int64_t n_blocks(int64_t n) {
@@ -64,12 +65,81 @@ struct layout {
         per_head = always_blocks + selected_blocks;
     }
 
-    int64_t n_output()   const { return n_embd_v*n_head*n_tokens*n_stream; }
     int64_t n_partials() const { return n_stream*n_tokens*n_head*per_head; }
     int64_t n_items()    const { return n_stream*n_tokens*(always_blocks + n_head_kv*selected_blocks); }
     // a thread's logits of one tile and its scaled queries, for all heads
     int64_t scratch()    const { return GGML_PAD(n_head*(tile_cells + n_embd_k), line_floats) + line_floats; }
 };
+
+// Evidence on the way, ggml_sparse_attn_evidence(): the weights of each tile are kept, with the maximum they were taken against, and
+// weighted when the sum over all tiles is known.
+struct evidence_pass {
+    const int32_t * cells;
+    int64_t n_cells, n_list, n_tiles, tiles_padded, n_head, group;
+    int64_t j0, j1;         // candidates
+    float * weights;        // [n_tiles, n_head, tile_cells]
+    float * tile_max;       // [n_head, tiles_padded]; finish() turns it into the weights of the tiles
+    float * result;         // [n_head_kv, n_list]
+
+    evidence_pass(const ggml_tensor * dst, sfi::arena & from) {
+        n_cells = dst->src[1]->ne[1];
+        n_list  = dst->src[3]->ne[0];
+        n_head  = dst->src[0]->ne[2];
+        group   = n_head/dst->src[1]->ne[2];
+        n_tiles = (n_list + tile_cells - 1)/tile_cells;
+        tiles_padded = GGML_PAD(n_tiles, sfi::max_vector);
+        from.take(weights,  n_tiles*n_head*tile_cells);
+        from.take(tile_max, n_head*tiles_padded);
+    }
+    void look_at(const ggml_tensor * dst) {
+        const int32_t * plan = (const int32_t *) dst->src[8]->data;
+        cells  = (const int32_t *) dst->src[3]->data;
+        result = (float *) dst->data + dst->src[2]->ne[0]*n_head; // behind the attention
+        j0 = std::clamp<int64_t>(plan[0], 0, n_list);
+        j1 = std::clamp<int64_t>(plan[1], j0, n_list);
+    }
+    bool    is_cell(int64_t j) const { return (uint64_t) cells[j] < (uint64_t) n_cells; } // negative cells are huge
+    float * weights_of(int64_t tile) const { return weights + tile*n_head*tile_cells; }
+    void    keep_max(int64_t tile, int64_t h, float max) const { tile_max[h*tiles_padded + tile] = max; }
+
+    void finish(int64_t h, float max, float sum, sfi::exp_fn exp) const; // sum of exp(x - max) over all cells
+    void write_tile(int64_t tile) const;
+};
+
+void evidence_pass::finish(int64_t h, float max, float sum, sfi::exp_fn exp) const {
+    float * weight = tile_max + h*tiles_padded;
+    std::fill(weight + n_tiles, weight + tiles_padded, -INFINITY);
+    if (max == -INFINITY) {
+        std::fill(weight, weight + n_tiles, 0.0f);
+        return;
+    }
+    exp(weight, (int) tiles_padded, max);
+    for (int64_t i = 0; i < n_tiles; ++i) {
+        weight[i] *= 1.0f/(float) group/sum;
+    }
+}
+
+void evidence_pass::write_tile(int64_t tile) const {
+    const int64_t begin = tile*tile_cells, end = std::min(begin + tile_cells, n_list);
+    int n = 0; // without pads
+    for (int64_t j = begin; j < end; ++j) {
+        n += is_cell(j);
+    }
+    for (int64_t h_kv = 0; h_kv < n_head/group; ++h_kv) {
+        float evidence[tile_cells] = {};
+        for (int64_t h = h_kv*group; h < (h_kv + 1)*group && begin < j1 && end > j0; ++h) {
+            const float   weight = tile_max[h*tiles_padded + tile];
+            const float * x = weights_of(tile) + h*tile_cells;
+            for (int i = 0; i < n; ++i) {
+                evidence[i] += weight*x[i];
+            }
+        }
+        for (int64_t j = begin, i = 0; j < end; ++j) {
+            result[h_kv*n_list + j] = is_cell(j) && j >= j0 && j < j1 ? evidence[i] : 0.0f;
+            i += is_cell(j);
+        }
+    }
+}
 
 struct task {
     const ggml_tensor * dst, * q, * k, * v, * always, * selected, * tail, * sinks;
@@ -79,7 +149,7 @@ struct task {
     float         scale, softcap;
     size_t        k_row_size, v_row_size; // bytes of one head
     float       * partials;
-    const sfi::evidence_pass * evidence = nullptr;
+    const evidence_pass * evidence = nullptr;
 
     explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), always(dst->src[3]), selected(dst->src[4]),
@@ -121,7 +191,6 @@ void load_queries(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1, 
 struct tile {
     const char * k[tile_cells];
     const char * v[tile_cells];
-    uint8_t      place[tile_cells]; // in the part of the list
     int          n = 0;
 
     // pass 1: drop the pads
@@ -133,7 +202,6 @@ struct tile {
             if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) { // negative cells are huge
                 k[n] = k0 + list[i]*a.k->nb[1];
                 v[n] = v0 + list[i]*a.v->nb[1];
-                place[n] = (uint8_t) i;
                 ++n;
             }
         }
@@ -218,7 +286,7 @@ void attend(const task & a, const block & b, const tile & t, const block & after
     const int     n_next = after.n_heads() == b.n_heads() ? std::min(chunk, next.n) : 0;
 
     if (a.evidence) {
-        logits = a.evidence->own_of(b.number); // which keeps the weights
+        logits = a.evidence->weights_of(b.number); // which keeps them
     }
 
     // pass 2
@@ -230,12 +298,6 @@ void attend(const task & a, const block & b, const tile & t, const block & after
                 ? sfi::row_set { t.k + c, h*a.k->nb[2], n, t.v,         h*a.v->nb[2], a.v_row_size, std::min(chunk, t.n) }
                 : sfi::row_set { t.k + c, h*a.k->nb[2], n, t.k + c + n, h*a.k->nb[2], a.k_row_size, more };
             a.ops.dot(q + (h - b.h0)*group*d_k, group, d_k, rows, logits + (h - b.h0)*group*tile_cells + c, tile_cells);
-            if (a.evidence && a.evidence->has_rows()) {
-                a.evidence->add_keys(b.number, h, rows, c);
-                if (last) {
-                    a.evidence->finish_tile(b.number, h, t.place, t.n);
-                }
-            }
         }
     }
     for (int64_t g = 0; g < b.n_heads()*group; ++g) {
@@ -256,9 +318,6 @@ void attend(const task & a, const block & b, const tile & t, const block & after
                 : sfi::row_set { t.v + c, h*a.v->nb[2], n, t.v + c + n, h*a.v->nb[2],           a.v_row_size, more };
             a.ops.mad(logits + (h - b.h0)*group*tile_cells + c, tile_cells, group, d_v, rows, o + (h - b.h0)*group*stride, stride);
         }
-    }
-    for (int64_t h = b.h0; h < b.h1 && a.evidence && a.evidence->has_rows() && t.n == 0; ++h) {
-        a.evidence->finish_tile(b.number, h, t.place, 0);
     }
 }
 
@@ -337,7 +396,7 @@ void merge(const task & a, int64_t s, int64_t t, int64_t h) {
         cells_max = std::max(cells_max, a.partial(s, t, h, b)[n]);
     }
     if (a.evidence) {
-        a.evidence->finish_own(h, cells_max, cells_sum(a, s, t, h, cells_max), a.ops.exp);
+        a.evidence->finish(h, cells_max, cells_sum(a, s, t, h, cells_max), a.ops.exp);
     }
     const float max = std::max(cells_max, std::max(sink, tail ? tail[n] : -INFINITY));
 
@@ -415,30 +474,31 @@ void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
         return;
     }
 
-    evidence_pass evidence(params, dst, (char *) (a.partials + attn_floats(a.l, nth)), a.l.n_output());
-    evidence.prepare(ith, nth);
+    arena work(a.partials + attn_floats(a.l, nth));
+    evidence_pass evidence(dst, work);
+    evidence.look_at(dst);
     a.evidence = &evidence;
     ggml_barrier(params->threadpool);
     attend_all(params, a, scratch);
     ggml_barrier(params->threadpool);
     merge_all(params, a);
-    for (int64_t h = nth - 1 - ith; h < evidence.n_head_kv && evidence.has_rows(); h += nth) {
-        evidence.finish_head(h);
-    }
     ggml_barrier(params->threadpool);
     for (int64_t i = ith; i < evidence.n_tiles; i += nth) {
         evidence.write_tile(i);
     }
 }
 
+static size_t evidence_bytes(const ggml_tensor * dst) {
+    return ggml_sparse_attn_has_evidence(dst) ? sfi::size_of<evidence_pass>(dst) + sfi::arena::line : 0;
+}
+
 size_t sfi::sparse_attn_work_size(const ggml_tensor * dst, int n_threads) {
-    return attn_floats(layout(dst), n_threads)*sizeof(float)
-        + (ggml_sparse_attn_has_evidence(dst) ? evidence_pass::work_size(dst, n_threads) : 0);
+    return attn_floats(layout(dst), n_threads)*sizeof(float) + evidence_bytes(dst);
 }
 
 bool sfi::sparse_attn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
-    if (ggml_sparse_attn_has_evidence(dst) && !evidence_pass::supported(dst)) {
+    if (evidence_bytes(dst) > max_evidence) {
         return false;
     }
     return q->ne[0] % 16 == 0 && q->ne[0] <= 512 && v->ne[0] % 16 == 0 && v->ne[0] <= 512

@@ -453,9 +453,6 @@ static split split_of(const ggml_tensor * dst, int n_sm) {
 
 bool sparse_attn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
-    if (ggml_sparse_attn_has_evidence(dst) && dst->src[8]) {
-        return false; // other queries: by GGML_OP_SUPPORT_EVIDENCE
-    }
     const int64_t group = q->ne[2]/k->ne[2];
     const int64_t n_done = q->ne[1]*q->ne[3]*k->ne[2]*n_chunks(group, group_part(group));
     return k->type == v->type && is_kv_type(k->type) && k->ne[0] == v->ne[0] && is_head_size(k->ne[0])
@@ -564,7 +561,7 @@ void sparse_attn(const gpu & g, ggml_tensor * dst) {
     if (evidence) {
         constexpr int threads = 256;
         SFI_LAUNCH(own_evidence_kernel, dim3((unsigned) n_chunks(a.n_always, threads), a.n_head_kv), dim3(threads), g.stream,
-            a.logits, a.cells_lse, a.always, (const int32_t *) dst->src[9]->data, a.n_always, a.group,
+            a.logits, a.cells_lse, a.always, (const int32_t *) dst->src[8]->data, a.n_always, a.group,
             a.out + v->ne[0]*a.n_head);
     }
 }

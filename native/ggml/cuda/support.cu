@@ -1,7 +1,6 @@
 // GGML_OP_SUPPORT_EVIDENCE, GGML_OP_SUPPORT_SELECT and GGML_OP_SUPPORT_STABILITY on CUDA: what a slow step needs to
 // choose the support without the host.
 
-#include "paper-score.cuh"
 #include "top-k.cuh"
 
 #include <algorithm>
@@ -239,8 +238,6 @@ void support_evidence(const gpu & g, ggml_tensor * dst) {
 //   pass 2  list those whose digit is not below that of the last one selected: a few more than are selected
 //   pass 3  a block for each KV head: the least rank among the best, and where each chunk writes
 //   pass 4  the selected cells in position order
-//
-// The paper's selector puts its score in the place of the evidence, which is not pooled then: paper-score.cu.
 
 constexpr int select_threads = 256;
 constexpr int select_warps   = select_threads/warp_size;
@@ -342,12 +339,8 @@ static __global__ void __launch_bounds__(select_threads) select_write_kernel(con
     }
 }
 
-static bool is_paper(const ggml_tensor * dst) {
-    return selector_of(dst).kind == GGML_SUPPORT_SELECTOR_PAPER;
-}
-
 bool support_select_supported(const ggml_tensor * dst) {
-    return (!is_paper(dst) || paper_score_supported(dst)) && dst->ne[1]*key_digits <= n_counters
+    return selector_of(dst).kind == GGML_SUPPORT_SELECTOR_TOPK && dst->ne[1]*key_digits <= n_counters
         && n_chunks(dst->src[0]->ne[0], select_chunk) <= max_chunks;
 }
 
@@ -374,24 +367,20 @@ static select_args select_args_of(const ggml_tensor * dst) {
     a.n_list      = (int) evidence->ne[0];
     a.n_selected  = (int) dst->ne[0];
     a.n_chunks    = (int) std::max<int64_t>(n_chunks(a.n_list, select_chunk), 1);
-    a.behind      = is_paper(dst) ? 0 : s.pool_after;
-    a.ahead       = is_paper(dst) ? 0 : s.pool_before;
+    a.behind      = s.pool_after;
+    a.ahead       = s.pool_before;
     return a;
 }
 
 size_t support_select_scratch(const ggml_tensor * dst, int) {
     select_args a = select_args_of(dst);
-    return take_scratch(a, nullptr, (int) dst->ne[1]) + (is_paper(dst) ? paper_score_scratch(dst) : 0);
+    return take_scratch(a, nullptr, (int) dst->ne[1]);
 }
 
 void support_select(const gpu & g, ggml_tensor * dst) {
     const int n_head_kv = (int) dst->ne[1];
     select_args a = select_args_of(dst);
-    const size_t used = take_scratch(a, g.scratch, n_head_kv);
-    if (is_paper(dst)) {
-        a.evidence    = paper_score(g, dst, g.scratch + used);
-        a.evidence_ld = a.n_list;
-    }
+    take_scratch(a, g.scratch, n_head_kv);
     a.digits = g.counters;
     const dim3 grid(a.n_chunks, n_head_kv);
     SFI_LAUNCH(select_keys_kernel,  grid,            dim3(select_threads), g.stream, a);

@@ -63,18 +63,6 @@ struct select_args {
     int32_t n_list, n_selected, behind, ahead;
 };
 
-SFI_CONSTANT int   paper_threads = 256; // as many as a chunk has cells
-SFI_CONSTANT int   paper_simds   = paper_threads/simd_size;
-SFI_CONSTANT int   row_lanes     = 8;   // that read a row of K together
-SFI_CONSTANT float paper_eps     = 1e-8f;
-
-struct paper_args {
-    int64_t evidence_ld; // elements
-    int64_t k_nb1, k_nb2;
-    int32_t d, n_list, n_cells, n_head_kv, n_chunks, nms_radius;
-    float   alpha, gamma, beta, p, eta, lambda_clip, a_soft, a_cross, temperature;
-};
-
 SFI_CONSTANT int set_slots = 7168; // of a hash set in threadgroup memory
 SFI_CONSTANT int set_cells = 4096; // that it takes at a time
 

@@ -40,9 +40,6 @@ static int n_splits(const ggml_tensor * dst) {
 
 bool sparse_attn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
-    if (ggml_sparse_attn_has_evidence(dst) && dst->src[8]) {
-        return false; // other queries: by GGML_OP_SUPPORT_EVIDENCE
-    }
     return k->type == v->type && kv_type_name(k->type) && k->ne[0] == v->ne[0] && is_head_size(k->ne[0])
         && k->ne[0] % ggml_blck_size(k->type) == 0 && has_aligned_rows(k) && has_aligned_rows(v)
         && q->nb[1] % 16 == 0 && q->nb[2] % 16 == 0 && q->nb[3] % 16 == 0 && q->view_offs % 16 == 0 && q->ne[1]*q->ne[3] <= 65535;
@@ -120,7 +117,7 @@ static attn_args args_of(const ggml_tensor * dst) {
 }
 
 static void encode_own_evidence(encoder & e, const ggml_tensor * dst, const attn_args & a, const attn_scratch & s) {
-    const ggml_tensor * cells = dst->src[3], * plan = dst->src[9];
+    const ggml_tensor * cells = dst->src[3], * plan = dst->src[8];
     const own_evidence_args own = { a.n_always, a.group };
     e.run("sfi_own_evidence", own,
         { s.logits, s.cells_lse, whole(cells), whole(plan), { dst, (size_t) a.head_size*a.n_head*sizeof(float) } },

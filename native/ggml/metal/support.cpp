@@ -1,6 +1,6 @@
 // GGML_OP_SUPPORT_EVIDENCE, GGML_OP_SUPPORT_SELECT and GGML_OP_SUPPORT_STABILITY on Metal: the kernels are in support.metal.
 
-#include "paper-score.h"
+#include "host.h"
 
 #include <cstdio>
 
@@ -73,12 +73,8 @@ void support_evidence(encoder & e, const ggml_tensor * dst) {
 
 // ---- selection ---------------------------------------------------------------------------------------------------------
 
-static bool is_paper(const ggml_tensor * dst) {
-    return selector_of(dst).kind == GGML_SUPPORT_SELECTOR_PAPER;
-}
-
 bool support_select_supported(const ggml_tensor * dst) {
-    return (!is_paper(dst) || paper_score_supported(dst)) && dst->ne[1] <= 65535;
+    return selector_of(dst).kind == GGML_SUPPORT_SELECTOR_TOPK && dst->ne[1] <= 65535;
 }
 
 namespace {
@@ -86,13 +82,9 @@ namespace {
 struct select_scratch {
     scratch_parts parts;
     place keys;
-    paper_places paper = {};
 
     explicit select_scratch(const ggml_tensor * dst) {
         keys = parts.take(dst->src[0]->ne[0]*dst->ne[1], sizeof(uint32_t));
-        if (is_paper(dst)) {
-            paper = take_paper(dst, parts);
-        }
     }
 };
 
@@ -109,8 +101,8 @@ static select_args args_of_select(const ggml_tensor * dst) {
     a.out_ld      = dst->nb[1]/sizeof(int32_t);
     a.n_list      = (int) dst->src[0]->ne[0];
     a.n_selected  = (int) dst->ne[0];
-    a.behind      = is_paper(dst) ? 0 : selector.pool_after;
-    a.ahead       = is_paper(dst) ? 0 : selector.pool_before;
+    a.behind      = selector.pool_after;
+    a.ahead       = selector.pool_before;
     return a;
 }
 
@@ -118,13 +110,8 @@ void support_select(encoder & e, const ggml_tensor * dst) {
     const ggml_tensor * evidence = dst->src[0], * cells = dst->src[1], * plan = dst->src[2];
     const select_scratch s(dst);
     const int n_head_kv = (int) dst->ne[1];
-    select_args a = args_of_select(dst);
-    place score = whole(evidence);
-    if (is_paper(dst)) {
-        score         = paper_score(e, dst, s.paper);
-        a.evidence_ld = a.n_list;
-    }
-    e.run("sfi_select_keys", a, { score, whole(cells), whole(plan), s.keys },
+    const select_args a = args_of_select(dst);
+    e.run("sfi_select_keys", a, { whole(evidence), whole(cells), whole(plan), s.keys },
         { (int) n_chunks(a.n_list, list_threads), n_head_kv }, list_threads);
     e.barrier();
     e.run("sfi_select", a, { s.keys, whole(cells), whole(dst) }, { n_head_kv }, select_threads);

@@ -2,7 +2,6 @@
 
 #include "cuda-shim.h"
 
-#include "paper-score.cu"
 #include "sketch-encode.cu"
 #include "sketch-looks.cu"
 #include "sketch-scan.cu"
