@@ -1,4 +1,4 @@
-"""The README cannot lie: its commands are run, and what is not run here is checked against the package."""
+"""README and docs/ cannot lie: their commands are run, and what is not run here is checked against the package."""
 
 import os
 import re
@@ -12,15 +12,16 @@ from support.command_line import cli_env
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SETS_UP = ("python3 -m venv", "CMAKE_ARGS=", "python -m pytest")  # the newcomer's part, done before this test runs
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [block for text in PAGES.values() for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)]
 
 
 def commands() -> list[str]:
-    """Every shell command of the README; a line that ends in && goes on."""
+    """Every shell command of the pages; a line that ends in && goes on."""
     lines = "".join(blocks("sh")).replace("&&\n", "&& ").splitlines()
     return [part.strip() for line in lines for part in line.split(" && ")]
 
@@ -69,9 +70,10 @@ def test_the_setting_up_is_that_of_the_package():
     assert re.search(r'requires-python = ">=3\.10"', pyproject) and "Python 3.10 or newer" in README
 
 
-def test_every_file_that_is_named_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).is_file(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_named_exists(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert target.startswith("https://") or (page.parent / target).is_file(), target
 
 
 def test_every_option_that_is_named_exists():
