@@ -2,91 +2,261 @@
 
 from __future__ import annotations
 
+import os
+import random
 import sys
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Sequence
 
-from sfi_local.cli.report import statistics
-from sfi_local.cli.terminal import progress, say, show, tell_notes
-from sfi_local.cli.text_input import from_argument
-from sfi_local.errors import SfiError
+from sfi_local.cli import saved_chat
+from sfi_local.cli.ask import Lines, lines
+from sfi_local.cli.chat_commands import help_text, parse
+from sfi_local.cli.options import meant
+from sfi_local.cli.progress import Progress
+from sfi_local.cli.report import short_statistics, statistics
+from sfi_local.cli.stream import Screen, stream
+from sfi_local.cli.terminal import tell
+from sfi_local.cli.text_input import from_file
+from sfi_local.cli.turns import fit
+from sfi_local.cli.window import height_of, width_of
+from sfi_local.errors import InputError, SfiError
 from sfi_local.runtime.step import Tally
-from sfi_local.runtime.template import Message
+from sfi_local.runtime.template import Message, fit_tokens
 
-HELP = "Chat: /new starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+HELLO = "A pasted text is one message; end a line with \\ to write another. /help lists the commands."
+# name: (field of the request, its type, how None is shown)
+SETTINGS = {"temp": ("temp", float, ""), "top-k": ("top_k", int, ""), "top-p": ("top_p", float, ""), "min-p": ("min_p", float, ""),
+            "seed": ("seed", int, "random"), "n": ("n", int, "no limit")}
+ROOMY = 20   # rows
+ROOM = 1024  # tokens that an answer finds room for, or a quarter of the context
 
 
 def chat(request: Any) -> None:
-    """Read, answer, repeat. Ctrl-C at the prompt leaves with KeyboardInterrupt."""
-    _enable_line_editing()
+    """Read, answer, repeat. Ctrl-C twice where nothing is typed leaves with KeyboardInterrupt."""
+    text = None if request.file is None else from_file(request.file)
     with request.load() as model:
-        say(HELP)
-        marked = request.marks()
-        conversation = _opening(request)
-        while (text := _read()) is not None:
-            if text == "/new":
-                conversation = _opening(request)
-            elif text:
-                _turn(model, request, conversation, text, marked)
+        tell(HELLO)
+        talk = Chat(model, request, lines(not request.no_history))
+        if text is not None:
+            talk.take(request.file, text)
+        talk.run()
 
 
-def _turn(model: Any, request: Any, conversation: list, text: str, marked: bool) -> None:
-    """One question and its answer; a failed one leaves the conversation as it was."""
-    conversation.append(Message("user", [text]))
-    try:
-        tally = _answer(model, request, conversation, marked)
-    except SfiError as error:
-        conversation.pop()
-        say(f"{error} /new starts a new conversation.")
-        return
-    if not tally.tokens:  # interrupted before the answer began
-        conversation.pop()
-        return
-    conversation.append(Message("assistant", [tally.tokens[:-1] if tally.finish == "end" else tally.tokens]))
-    say(statistics(model, tally))
+@dataclass(frozen=True)
+class Document:
+    """A text that the next message is about; part: its text, or the token ids of its head."""
+
+    name: str
+    part: str | list[int]
 
 
-def _answer(model: Any, request: Any, conversation: list, marked: bool) -> Any:
-    """Stream an answer, its tokens marked by the kind of their step if so wished; Ctrl-C ends it early."""
-    tokens = model.template.tokens(conversation)
-    tally = Tally(n_prompt=len(tokens))
-    try:
-        with progress("prefill", "tokens") as prefill:
-            for step in model.generate(tokens, n=request.n_limit, sampling=request.sampling(), stop=request.stop,
-                                       draft=request.draft, progress=prefill):
-                prefill.close()
-                tell_notes(model)
-                tally.add(step)
-                show(step, marked)
-    except KeyboardInterrupt:
-        pass
-    tally.n_prefilled = model.session.n_prefilled if model.session else 0
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    return tally
+class Chat:
+    """messages: a system message or none, then questions and answers by turns
+    documents: what is read with the next message
+    """
+
+    def __init__(self, model: Any, request: Any, lines: Lines):
+        self.model, self.request, self._lines = model, request, lines
+        self.messages: list[Message] = [] if request.system is None else [Message("system", [request.system])]
+        self.documents: list[Document] = []
+        self._marked, self._stats = request.marks(), ""
+
+    def run(self) -> None:
+        """Until the user leaves."""
+        warned = False
+        while True:
+            try:
+                text = self._lines.ask()
+                warned = False
+                self.do(text)
+            except EOFError:
+                sys.stderr.write("\n")
+                return
+            except Leave:
+                return
+            except SfiError as error:
+                tell(str(error))
+            except KeyboardInterrupt:
+                if warned:
+                    raise
+                warned = True
+                tell("Ctrl-C again leaves.")
+
+    def do(self, text: str) -> None:
+        """A command or a message. Raises SfiError, and Leave."""
+        if command := parse(text):
+            getattr(self, f"do_{command[0].name}")(command[1])
+        elif text.strip():
+            self.ask(text.strip())
+
+    # ---- a turn ------------------------------------------------------------------------------------------------------
+
+    def ask(self, text: str) -> None:
+        """A question and its answer; one that fails leaves the conversation as it was. Raises SfiError."""
+        parts = [part for d in self.documents for part in (d.part, "\n\n")] + [text]
+        if answered := self._answer([*self.messages, Message("user", parts)]):
+            self.messages, self.documents = answered, []
+
+    def _answer(self, messages: list[Message], seed_offset: int = 0) -> list[Message] | None:
+        """The conversation with the answer to its last message, which is shown; None where it was stopped before it began."""
+        room = self._room()
+        kept, n_dropped = fit(messages, self._count, self.model.n_ctx_limit - room, self.model.n_ctx_limit - 2 * room)
+        if n_dropped:
+            tell(f"The context is full: the {'oldest turn is' if n_dropped == 1 else f'{n_dropped} oldest turns are'} forgotten.")
+        tally, reading = Tally(), Progress("reading", "tokens")
+        try:
+            tokens = self.model.template.tokens(kept)
+            tally.n_prompt = len(tokens)
+            space()
+            stream(self.model, tokens, self.request, self._sampling(seed_offset), tally, reading, Screen(self._marked))
+        except KeyboardInterrupt:
+            if not tally.tokens:
+                tell(f"Stopped after {reading.done:.0f} of {reading.total:.0f} tokens; they are kept." if reading.done else "Stopped.")
+                return None
+        finally:
+            reading.close()
+        self._note_statistics(tally)
+        return [*kept, Message("assistant", [tally.tokens[:-1] if tally.finish == "end" else tally.tokens])]
+
+    def _note_statistics(self, tally: Tally) -> None:
+        self._stats = statistics(self.model, tally)
+        if not self.request.quiet:
+            tell(short_statistics(self.model, tally, width_of(sys.stderr) - 1), dim=True)
+        space()
+
+    def _count(self, messages: Sequence[Message]) -> int:
+        return len(self.model.template.tokens(messages))
+
+    def _room(self) -> int:
+        """Tokens that an answer must find room for."""
+        quarter = self.model.n_ctx_limit // 4
+        return min(quarter, self.request.n_limit or ROOM)
+
+    def _sampling(self, seed_offset: int) -> Any:
+        sampling = self.request.sampling()
+        return replace(sampling, seed=(sampling.seed + seed_offset) % 2**32)
+
+    # ---- documents ---------------------------------------------------------------------------------------------------
+
+    def take(self, name: str, text: str) -> None:
+        """Keep a text for the next message, its head if the request allows that. Raises InputError."""
+        if not text.strip():
+            raise InputError(f"{name} is empty: give a file with text.")
+        part, n = self._fitted(name, text)
+        self.documents.append(Document(name, part))
+        cut = "" if isinstance(part, str) else ", its head"
+        tell(f"{os.path.basename(name)}: {n} tokens{cut}, read with your next message.")
+
+    def _fitted(self, name: str, text: str) -> tuple[str | list[int], int]:
+        """(the part of a document, its tokens)"""
+        tokens = self.model.tokenize(text)
+        system = [m for m in self.messages[:1] if m.role == "system"]
+        others = [part for d in self.documents for part in (d.part, "\n\n")]
+        n_rest = self._count([*system, Message("user", [*others, "\n\n"])])
+        limit = min(self.model.n_ctx_limit - self._room(), self.request.max_prompt_tokens or self.model.n_ctx_limit)
+        if n_rest + len(tokens) <= limit:
+            return text, len(tokens)
+        may_cut = self.request.truncate or self.request.max_prompt_tokens is not None
+        if not may_cut:
+            raise InputError(f"{name} has {len(tokens)} tokens, and there is room for {max(0, limit - n_rest)} in the context of "
+                             f"{self.model.n_ctx_limit}: start with --truncate to talk about its head, or take a model with a "
+                             f"longer context.")
+        head = fit_tokens(tokens, n_rest, limit, False, self.model.n_ctx_limit)
+        return head, len(head)
+
+    # ---- commands ----------------------------------------------------------------------------------------------------
+
+    def do_help(self, _: str) -> None:
+        tell(help_text(width_of(sys.stderr) - 1))
+
+    def do_new(self, _: str) -> None:
+        self.messages, self.documents = [m for m in self.messages[:1] if m.role == "system"], []
+        tell("A new conversation.")
+
+    def do_read(self, path: str) -> None:
+        self.take(path, from_file(os.path.expanduser(path)))
+
+    def do_regen(self, _: str) -> None:
+        if not self.messages or self.messages[-1].role != "assistant":
+            raise InputError("There is no answer yet: ask something first.")
+        if answered := self._answer(self.messages[:-1], random.randrange(1, 2**31)):
+            self.messages = answered
+
+    def do_system(self, text: str) -> None:
+        now = [m for m in self.messages[:1] if m.role == "system"]
+        if not text:
+            tell(now[0].parts[0] if now else "There is no system message: /system TEXT sets one.")
+            return
+        new = [] if text == "-" else [Message("system", [text])]
+        self._count([*new, Message("user", ["x"])])  # a template may refuse it
+        self.messages = [*new, *self.messages[len(now):]]
+        tell("The system message is set; the conversation is read anew." if new else "There is no system message now.")
+
+    def do_set(self, text: str) -> None:
+        if text:
+            self.request = changed(self.request, text)
+        tell(", ".join(f"{name} {shown(getattr(self.request, field), none)}" for name, (field, _, none) in SETTINGS.items()))
+
+    def do_tokens(self, _: str) -> None:
+        n = self._count(self.messages) if self.messages else 0
+        tell(f"{n} of {self.model.n_ctx_limit} tokens: {turns(self.messages)}"
+             f"{', a system message' if self.messages and self.messages[0].role == 'system' else ''}.")
+
+    def do_stats(self, _: str) -> None:
+        tell(self._stats or "There is no answer yet: ask something first.")
+
+    def do_save(self, path: str) -> None:
+        if not any(m.role == "assistant" for m in self.messages):
+            raise InputError("There is nothing to save yet: ask something first.")
+        saved_chat.save(os.path.expanduser(path), self.model.name, self.messages, self.model.detokenize)
+        tell(f"Saved in {path}.")
+
+    def do_load(self, path: str) -> None:
+        messages, exact = saved_chat.load(os.path.expanduser(path), self.model.name, self.model.vocabulary.n_vocab, self.model.detokenize)
+        if messages[-1].role != "assistant":
+            raise InputError(f"{path} ends with a question that has no answer: it is no conversation that /save wrote.")
+        self.messages, self.documents = messages, []
+        tell(f"{self._count(messages)} tokens of {turns(messages)}, read with your next message."
+             f"{'' if exact else ' They are of another model: its texts are taken.'}")
+
+    def do_quit(self, _: str) -> None:
+        raise Leave
 
 
-def _opening(request: Any) -> list:
-    return [] if request.system is None else [Message("system", [request.system])]
+class Leave(Exception):
+    """The user has said so."""
 
 
-def _read() -> str | None:
-    """A line typed by the user; "" if it is no text, None at the end."""
-    try:
-        if not sys.stdout.isatty():
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-        text = from_argument(input("> " if sys.stdout.isatty() else ""), "the line").strip()
-    except EOFError:
+def turns(messages: Sequence[Message]) -> str:
+    """``1 turn``, ``2 turns``"""
+    n = sum(m.role == "assistant" for m in messages)
+    return f"{n} turn{'' if n == 1 else 's'}"
+
+
+def space() -> None:
+    """An empty line between a question and its answer, where the window has room for one."""
+    if sys.stderr.isatty() and height_of(sys.stderr) >= ROOMY:
         sys.stderr.write("\n")
-        return None
-    except (UnicodeDecodeError, SfiError):
-        say("That line is not UTF-8 text without NUL bytes: type it again.")
-        return ""
-    return None if text in ("/quit", "/exit") else text
 
 
-def _enable_line_editing() -> None:
+def changed(request: Any, text: str) -> Any:
+    """The request with KEY=VALUE. Raises InputError."""
+    key, sign, value = (piece.strip() for piece in text.partition("="))
+    name = key.lower().replace("_", "-")
+    if name not in SETTINGS:
+        raise InputError(f"There is no setting {key!r}:{meant(name, SETTINGS)} There are {', '.join(SETTINGS)}.")
+    if not sign or not value:
+        raise InputError(f"/set {key} needs a value: write e.g. /set {name}={shown(getattr(request, SETTINGS[name][0]), '1')}.")
+    field, kind, none = SETTINGS[name]
     try:
-        import readline  # noqa: F401  (its import gives input() editing and history)
-    except ImportError:
-        return
+        new = replace(request, **{field: None if none and value == none else kind(value)})
+    except ValueError:
+        raise InputError(f"{value!r} is no number: write e.g. /set {name}=1.") from None
+    new.sampling().validate()
+    if new.n == 0 or new.n is not None and new.n < -1:
+        raise InputError(f"n is {new.n}: give 1 or more, or -1 for no limit.")
+    return new
+
+
+def shown(value: Any, none: str) -> str:
+    return none if value is None or value == -1 and none else f"{value:g}" if isinstance(value, float) else str(value)

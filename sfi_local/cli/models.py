@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from sfi_local import catalogue
-from sfi_local.cli.terminal import progress, resolve_noted
+from sfi_local.cli.progress import Progress
+from sfi_local.cli.terminal import resolve_noted
 from sfi_local.errors import ModelFileError
 from sfi_local.machine import cache_dir, human_bytes
 from sfi_local.store.gguf_file import read_gguf
@@ -48,7 +49,7 @@ def pull_command(name: str) -> None:
     """
     if not name.startswith(catalogue.HF_PREFIX):
         catalogue.find(name)  # a path is not a name here
-    with progress("fetching", "bytes") as fetching:
+    with Progress("fetching", "bytes") as fetching:
         path = resolve_noted(name, fetching)
     click.echo(path)
 

@@ -16,14 +16,14 @@ from sfi_local.tuning.tolerance import DEFAULT, parse
 _DEFAULT = SfiParams()
 
 
-def answer_options(n: int, mode: str) -> Callable:
+def answer_options(n: int | None, mode: str) -> Callable:
     """Options of a prompt and of how it is answered, with the defaults of -n and --mode."""
     def add(command: Callable) -> Callable:
         for option in reversed((
             click.option("-f", "--file", "file", metavar="FILE", help="Text the question is about; - reads stdin."),
             click.option("-p", "--prompt", metavar="TEXT", help="The question or instruction."),
-            click.option("-n", "--n", "n", type=click.IntRange(-1), default=n, show_default=True, metavar="N",
-                         help="Tokens to generate at most; -1: until the answer ends or the context is full."),
+            click.option("-n", "--n", "n", type=click.IntRange(-1), default=n, show_default=True if n else "512; in a chat no limit",
+                         metavar="N", help="Tokens to generate at most; -1: until the answer ends or the context is full."),
             click.option("--mode", type=click.Choice(["auto", "sfi", "exact", "dense", "stock"]), default=mode, show_default=True,
                          help="sfi: slow-fast; exact: slow-fast drafts, verified: the text of dense; dense: every step dense; stock: "
                               "llama.cpp's own path; auto: sfi where it pays."),

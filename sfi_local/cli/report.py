@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from sfi_local.binding.library import source_id
+from sfi_local.cli.progress import first_that_fits
 from sfi_local.cli.request import PromptRequest
+
+ENDS = {"length": "stopped at -n", "context": "the context is full", "stop": "stopped at a stop text", "": "stopped"}
 
 
 def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dict[str, Any]:
@@ -44,8 +47,22 @@ def drafts(tally: Any) -> dict[str, int]:
     return {"drafted": tally.n_drafted, "accepted": tally.n_accepted, "ties": tally.n_ties}
 
 
+def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
+    """The line after an answer, with as much as fits into so many columns."""
+    steps = sum(tally.steps.values())
+    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
+    written = f"{len(tally.tokens)} written at {tally.decode_tps:.1f}/s" if steps else f"{len(tally.tokens)} written"
+    end = [ENDS[tally.finish]] if tally.finish in ENDS else []
+    read, share = f"{tally.n_prefilled} tokens read", f"KV read {100 * kv_read_share(model):.0f} %"
+    long = "; ".join([f"{read} at {tally.prefill_tps:.0f}/s, {written}" + (f" ({kinds})" if kinds else ""), share, *end])
+    short = f"{tally.n_prefilled} read, {len(tally.tokens)} written, {tally.decode_tps:.1f}/s"
+    return first_that_fits([long, *("; ".join(parts) for parts in ([f"{read}, {written}", share, *end], [short, share, *end],
+                                                                    [short, share.replace(" read", ""), *end], [short, *end],
+                                                                    [f"{len(tally.tokens)} written", *end]))], width)
+
+
 def statistics(model: Any, tally: Any) -> str:
-    """The line after the answer."""
+    """How an answer was computed, in full."""
     parts = [f"prefill {tally.n_prefilled} tokens {tally.prefill_tps:.1f}/s"]
     if tally.steps:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
@@ -57,9 +74,7 @@ def statistics(model: Any, tally: Any) -> str:
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
     if path(model) not in ("native", "stock"):
         parts.append(f"{path(model)} path")
-    ends = {"length": "stopped at -n", "context": "stopped: the context is full", "stop": "stopped at a stop text",
-            "": "interrupted"}
-    return "; ".join(parts + [ends[tally.finish]] if tally.finish in ends else parts)
+    return "; ".join(parts + [ENDS[tally.finish]] if tally.finish in ENDS else parts)
 
 
 def path(model: Any) -> str:

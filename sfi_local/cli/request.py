@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfi_local.cli import text_input
-from sfi_local.cli.terminal import progress, resolve_noted, say
+from sfi_local.cli.progress import Progress
+from sfi_local.cli.terminal import resolve_noted, say
 from sfi_local.cli.text_input import from_argument
 from sfi_local.errors import InputError, UsageError
 from sfi_local.loading import load
@@ -82,9 +83,9 @@ class PromptRequest:
 
     def load(self) -> Any:
         """The Model, with progress on stderr."""
-        with progress("fetching", "bytes") as fetching:
+        with Progress("fetching", "bytes") as fetching:
             path = resolve_noted(self.model, fetching)
-        with progress("loading", "%") as loading:
+        with Progress("loading", "%") as loading:
             return load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
                         type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
                         fidelity=self.fidelity, gpu_layers=self.gpu_layers, verbose=self.verbose, progress=loading)

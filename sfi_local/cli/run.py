@@ -9,15 +9,19 @@ from typing import Any
 
 import click
 
+from sfi_local.cli.ask import NO_HISTORY
 from sfi_local.cli.chat import chat
 from sfi_local.cli.options import answer_options, fidelity_option, model_options, sfi_options, take_params
-from sfi_local.cli.report import report, statistics
+from sfi_local.cli.progress import Progress
+from sfi_local.cli.report import report, short_statistics, statistics
 from sfi_local.cli.request import PromptRequest
-from sfi_local.cli.terminal import marks_wanted, progress, say, show, tell_marks, tell_notes
+from sfi_local.cli.stream import Screen, stream
+from sfi_local.cli.terminal import marks_wanted, say, tell_marks
 from sfi_local.errors import UsageError
 from sfi_local.runtime.step import Tally
 
 WHEN = ("auto", "always", "never")
+N_ANSWER = 512  # tokens of an answer at most, where -n is not given; in a chat as many as there is room for
 
 
 class RunCommand(click.Command):
@@ -31,11 +35,13 @@ class RunCommand(click.Command):
 
 @click.command("run", cls=RunCommand, short_help="Answer a prompt, about a file if one is given; chat on a terminal.")
 @click.argument("model")
-@answer_options(n=512, mode="auto")
+@answer_options(n=None, mode="auto")
 @sfi_options
 @fidelity_option
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
+@click.option("--quiet", is_flag=True, help="No line of statistics after an answer.")
+@click.option("--no-history", is_flag=True, help=f"Chat: keep nothing of what is typed for another day; {NO_HISTORY}=1 too.")
 @click.option("--color", type=click.Choice(WHEN), default="never", show_default=True,
               help="Mark each token by the kind of its step, slow ones in bold; auto, or --color alone: on a terminal, "
                    "unless NO_COLOR is set.")
@@ -48,17 +54,21 @@ def command(**options: Any) -> None:
     cat report.txt | sfi-local run smollm2-135m -f - -p "Summarise this."
     sfi-local run ./model.gguf --mode sfi --n-selected 1024 --temp 0 -f report.txt -p "Who wrote it?" --json
     sfi-local run smollm2-135m
+    sfi-local run smollm2-135m -f report.txt
 
     With -f and -p the model gets one user message in its own chat template: the file's text first, then the question.
-    Without -f and -p it reads the prompt from stdin if that is not a terminal, and chats if it is.
+    Without -p it is a chat on a terminal, about the file if there is one (/help lists what can be typed there); where stdin
+    is no terminal the prompt is read from it.
 
-    The answer alone goes to stdout; progress goes to stderr and, after the answer, a line of statistics: speed of
-    prefill and decode (steps only), how many steps were slow or dense and why, how many fast, and the share of KV
-    bytes read compared with dense decoding. In mode exact also how many tokens were drafted and how many of them kept,
-    and ties: tokens that rounding might have decided otherwise.
+    The answer alone goes to stdout; progress goes to stderr and, after the answer, a line of statistics: tokens and
+    speed of prefill and decode (steps only), how many steps were slow, dense or fast, and the share of KV bytes read
+    compared with dense decoding. With --verbose also why steps were slow or dense, and in mode exact how many tokens were
+    drafted and how many of them kept, and ties: tokens that rounding might have decided otherwise.
     """
     params, fit = take_params(options)
     request = RunRequest(**options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
+    if request.n is None:
+        request.n = -1 if request.is_chat() else N_ANSWER
     request.check()
     if request.is_chat():
         chat(request)
@@ -68,9 +78,11 @@ def command(**options: Any) -> None:
 
 @dataclass
 class RunRequest(PromptRequest):
-    """A PromptRequest whose answer is shown or printed as JSON. color: one of WHEN"""
+    """A PromptRequest whose answer is shown or printed as JSON, or a chat. color: one of WHEN"""
 
     as_json: bool
+    quiet: bool
+    no_history: bool
     color: str
 
     def check(self) -> None:
@@ -79,7 +91,10 @@ class RunRequest(PromptRequest):
             raise UsageError("--json and --raw need a prompt: give -p, -f, or text on stdin.")
 
     def is_chat(self) -> bool:
-        return not self.has_prompt()
+        """A terminal to type at and no question; about a file only where the answers are seen."""
+        if self.has_prompt() and (self.file in (None, "-") or self.as_json or self.raw or not sys.stdout.isatty()):
+            return False
+        return self.prompt is None and sys.stdin is not None and sys.stdin.isatty()
 
     def marks(self) -> bool:
         """Whether tokens are marked; the legend goes to stderr."""
@@ -89,33 +104,17 @@ class RunRequest(PromptRequest):
         return marked
 
 
-def answer(request: PromptRequest) -> None:
+def answer(request: RunRequest) -> None:
     """One prompt, one answer."""
     document, question = request.texts()
     with request.load() as model:
-        tokens = request.prompt_tokens(model, document, question)
-        sampling = request.sampling()
-        tally = stream(model, tokens, sampling, request, echo=not request.as_json)
+        tokens, sampling = request.prompt_tokens(model, document, question), request.sampling()
+        tally, marked = Tally(n_prompt=len(tokens)), request.marks()
+        stream(model, tokens, request, sampling, tally, Progress("reading", "tokens", "preparing"),
+               None if request.as_json else Screen(marked))
         if request.as_json:
             print(json.dumps(report(model, tally, request, sampling), ensure_ascii=False))
-        else:
+        elif request.verbose:
             say(statistics(model, tally))
-
-
-def stream(model: Any, tokens: list[int], sampling: Any, request: PromptRequest, echo: bool) -> Any:
-    """Generate and show; returns the Tally."""
-    tally = Tally(n_prompt=len(tokens))
-    marked = request.marks()
-    with progress("prefill", "tokens") as prefill:
-        for step in model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
-                                   progress=prefill):
-            if not tally.tokens:
-                prefill.close()
-                tell_notes(model)
-            tally.add(step)
-            if echo:
-                show(step, marked)
-    tally.n_prefilled = model.session.n_prefilled
-    if echo and not tally.text.endswith("\n"):
-        sys.stdout.write("\n")
-    return tally
+        elif not request.quiet:
+            say(short_statistics(model, tally))

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from sfi_local.cli.options import sfi_options, take_params
-from sfi_local.cli.terminal import progress, resolve_noted
+from sfi_local.cli.progress import Progress
+from sfi_local.cli.terminal import resolve_noted
 from sfi_local.machine import human_bytes
 from sfi_local.store.gguf_file import read_gguf
 from sfi_local.store.layout import KV_TYPES, kv_bytes, layers, sfi_bytes, why_dense
@@ -28,7 +29,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     sfi-local inspect ./model.gguf --n-selected 1024 --json
     """
     params, _ = take_params(options)
-    with progress("fetching", "bytes") as fetching:
+    with Progress("fetching", "bytes") as fetching:
         path = resolve_noted(model, fetching)
     facts = describe(read_gguf(path), params)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from textwrap import fill
 from typing import Any, Iterable
 
 import click
 
-from sfi_local.cli.progress import Progress
+from sfi_local.cli.window import width_of
 from sfi_local.store.pull import resolve
 
-RESET = "\x1b[0m"
+RESET, DIM = "\x1b[0m", "\x1b[2m"
 # kind of step: (escape sequence, how the legend names it where it cannot show it)
 MARKS = {"prefill": ("\x1b[36m", "cyan"), "slow": ("\x1b[1;33m", "bold yellow"), "fast": ("", "plain"),
          "dense": ("\x1b[35m", "magenta"), "stock": ("\x1b[34m", "blue")}
@@ -23,8 +24,17 @@ def say(sentence: str) -> None:
     click.echo(f"sfi-local: {sentence}", err=True)
 
 
-def progress(label: str, unit: str) -> Any:
-    return Progress(label, unit)
+def tell(text: str, dim: bool = False) -> None:
+    """Text of a conversation on stderr, on a terminal in whole words; dim: less visible than the answer"""
+    if sys.stderr.isatty():
+        width = width_of(sys.stderr) - 1
+        text = "\n".join(fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+    click.echo(f"{DIM}{text}{RESET}" if dim and styled(sys.stderr) else text, err=True)
+
+
+def styled(stream: Any) -> bool:
+    """Whether a stream is a terminal that can show styles, and its user wants them."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def resolve_noted(name: str, report_bytes: Any) -> Any:
@@ -38,12 +48,6 @@ def tell_notes(model: Any) -> None:
         say(sentence)
 
 
-def show(step: Any, marked: bool) -> None:
-    """Write a step's text to stdout at once, marked by the kind of the step if so wished."""
-    sys.stdout.write(mark(step.text, step.kind) if marked else step.text)
-    sys.stdout.flush()
-
-
 def mark(text: str, kind: str) -> str:
     """The text in the style of a kind of step; kinds without one stay plain."""
     style = MARKS.get(kind, ("", ""))[0]
@@ -54,7 +58,7 @@ def marks_wanted(when: str) -> bool:
     """Whether tokens on stdout are to be marked. when: ``auto`` (a terminal that can, and no NO_COLOR), ``always``, ``never``"""
     if when != "auto":
         return when == "always"
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return styled(sys.stdout)
 
 
 def tell_marks(mode: str) -> None:

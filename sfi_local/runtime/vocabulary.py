@@ -16,6 +16,11 @@ class Vocabulary:
         self.add_bos = bool(weights.add_bos_token())
         self.bos_text, self.eos_text = self._text(weights.token_bos()), self._text(weights.token_eos())
 
+    @property
+    def n_vocab(self) -> int:
+        """How many tokens there are; ids are smaller."""
+        return self._weights.n_vocab()
+
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
         return self._weights.tokenize(text.encode("utf-8"), add_bos, special)
 

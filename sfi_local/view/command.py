@@ -10,9 +10,10 @@ import click
 
 from sfi_local.binding.library import source_id
 from sfi_local.cli.options import answer_options, fidelity_option, model_options, sfi_options, take_params
+from sfi_local.cli.progress import Progress
 from sfi_local.cli.report import kv_read_share, statistics
 from sfi_local.cli.request import PromptRequest
-from sfi_local.cli.terminal import progress, say, tell_notes
+from sfi_local.cli.terminal import say, tell_notes
 from sfi_local.errors import InputError, UsageError
 from sfi_local.runtime.step import Tally, TextStream
 from sfi_local.view.data import Collector, page_data
@@ -93,13 +94,13 @@ def view(request: ViewRequest) -> None:
 def collect(model: Any, tokens: list[int], sampling: Any, request: ViewRequest) -> tuple[Any, Any]:
     """(Collector, Tally) of one generation, by the same stream of steps as `run`."""
     tally = Tally(n_prompt=len(tokens))
-    with progress("prefill", "tokens") as prefill:
+    with Progress("reading", "tokens", "preparing") as prefill:
         steps = model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
                                progress=prefill)
         first = next(steps)
     tell_notes(model)
     collector, n = Collector.of(model.session, len(tokens)), request.n_limit or model.session.n_ctx - len(tokens)
-    with progress("answer", "tokens") as answer:
+    with Progress("answering", "tokens") as answer:
         for step in itertools.chain([first], steps):
             collector.add(step)
             tally.add(step)

@@ -1,167 +1,317 @@
-"""The conversation on a terminal, driven through a pseudo-terminal."""
+"""The conversation on a terminal, in windows of 80 x 24 and of 40 x 12 and on a dumb terminal."""
 
-import os
+import json
 import re
-import select
-import subprocess
+import stat
 import time
 
 import pytest
 
-pty = pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
+pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
 
-from support.command_line import cli_command, cli_env  # noqa: E402
+from support.window import PASTE, Window  # noqa: E402
 
-OPTIONS = ("--mode", "sfi", "-t", "1", "--temp", "0", "--n-recent", "32", "--n-selected", "40")
-
-
-class Terminal:
-    """A chat in a pseudo-terminal; what it shows is collected in ``shown``."""
-
-    def __init__(self, *arguments, **env: str):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(cli_command("run", *arguments), stdin=slave, stdout=slave, stderr=slave,
-                                        env=cli_env(**{"TERM": "dumb", **env}), start_new_session=True,
-                                        preexec_fn=lambda: _make_terminal(slave))
-        os.close(slave)
-        self.shown = ""
-
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """Read until the pattern has appeared in new output; returns that output."""
-        start, deadline = len(self.shown), time.monotonic() + seconds
-        while not re.search(pattern, self.shown[start:]):
-            assert time.monotonic() < deadline and self._read(), f"no {pattern!r} in {self.shown[start:]!r}"
-        return self.shown[start:]
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def end(self, key: str = "") -> int:
-        """Read the rest and return the exit code; a key is typed every second, for readline may miss a Ctrl-C."""
-        for _ in range(30):
-            self.type(key)
-            while self._read(1.0):
-                continue
-            if self.process.poll() is not None:
-                break
-        return self.process.wait(10)
-
-    def _read(self, seconds: float = 60) -> bool:
-        """Take what is shown next; False if nothing comes any more."""
-        if not select.select([self.master], [], [], seconds)[0]:
-            return False
-        try:
-            data = os.read(self.master, 65536)
-        except OSError:  # the other side is gone
-            return False
-        self.shown += data.decode(errors="replace")
-        return bool(data)
-
-
-def _make_terminal(slave: int) -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # Ctrl-C typed here becomes SIGINT there
+OPTIONS = ("--mode", "sfi", "-t", 1, "--temp", 0, "--n-recent", 32, "--n-selected", 40)
+SIZES = pytest.mark.parametrize("rows, columns", [(24, 80), (12, 40)])
+READY = r"\n>$"
 
 
 @pytest.fixture
-def terminal():
+def window(tmp_path):
+    """Start a command in a window; of the user's files it sees none."""
     made = []
 
-    def start(*arguments, **env):
-        made.append(Terminal(*map(str, arguments), **env))
+    def start(*arguments, **how):
+        made.append(Window("run", *arguments, **{"SFI_LOCAL_CACHE": str(tmp_path), **how}))
         return made[-1]
 
     yield start
     for one in made:
-        one.process.kill()
-        one.process.wait()
-        os.close(one.master)
+        one.close()
 
 
-def test_turns_reuse_the_cache_and_quit_leaves(terminal, tiny):
-    chat = terminal(tiny, *OPTIONS, "-n", 12, "--system", "x" * 300)
-    chat.wait_for("> ")
-    chat.type("Hello\n")
-    first = chat.wait_for(r"KV read.*\n(.|\n)*> ")
-    chat.type("And then?\n")
-    second = chat.wait_for(r"KV read.*\n(.|\n)*> ")
-    n_first, n_second = (int(re.search(r"prefill (\d+) tokens \d", text)[1]) for text in (first, second))
-    assert n_first > 300 > 100 > n_second
-    chat.type("/quit\n")
-    assert chat.end() == 0 and "Traceback" not in chat.shown
+@pytest.fixture
+def chat(window, tiny):
+    """Start a chat with the tiny model; returns it when it is ready."""
+    def start(*arguments, **how):
+        one = window(tiny, *OPTIONS, "-n", 6, *arguments, **how)
+        one.wait_to_see(READY)
+        return one
+
+    return start
 
 
-def test_new_starts_anew_and_the_end_of_input_leaves(terminal, tiny):
-    chat = terminal(tiny, *OPTIONS, "-n", 4)
-    chat.wait_for("> ")
-    for text in ("Hello\n", "/new\nHello\n"):
-        chat.type(text)
-        chat.wait_for(r"KV read.*\n(.|\n)*> ")
-    chat.type("\x04")
-    assert chat.end() == 0
+def n_read(shown):
+    """Tokens that the last answer had to read."""
+    return int(re.findall(r"(\d+)(?: tokens)? read", shown)[-1])
 
 
-def test_ctrl_c_stops_the_answer_and_a_second_leaves(terminal, smollm2):
-    chat = terminal(smollm2, "-n", -1, "--temp", 0, "--mode", "sfi")
-    chat.wait_for("> ")
-    chat.type("Write a long story about a river.\n")
-    chat.wait_for("river(.|\n)*river")
-    time.sleep(0.3)
-    chat.type("\x03")
-    chat.wait_for("interrupted(.|\n)*> ")
-    assert chat.end("\x03") == 130 and "Traceback" not in chat.shown
+def last_message(one, path):
+    """What the model was given last, by /save."""
+    one.type(f"/save {path}\r")
+    one.wait_for("Saved")
+    messages = json.loads(path.read_text())["messages"]
+    return "".join(part["text"] for part in [m for m in messages if m["role"] == "user"][-1]["parts"])
 
 
-def test_a_turn_that_does_not_fit_leaves_the_conversation_usable(terminal, tiny):
-    chat = terminal(tiny, *OPTIONS, "-n", 4, "--ctx", 256)
-    chat.wait_for("> ")
-    chat.type("y" * 300 + "\n")
-    assert "/new" in chat.wait_for(r"the context 256(.|\n)*> ")
-    chat.type("Hello\n")
-    chat.wait_for(r"KV read.*\n(.|\n)*> ")
+# ---- several lines ---------------------------------------------------------------------------------------------------
+
+TEXT = "def f():\n  return 1\nExplain."
 
 
-# ---- marks on the tokens ---------------------------------------------------------------------------------------------
-
-SLOW, LEGEND = "\x1b[1;33m", "each token shows the step it came from"
-MARKED = (*OPTIONS, "--max-span", "6", "-n", 30, "-p", "Hello. " * 30)
-
-
-def piped(*arguments, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(cli_command("run", *arguments), capture_output=True, env=cli_env(**env), stdin=subprocess.DEVNULL)
-
-
-@pytest.mark.parametrize("arguments", [("--color", "{tiny}"), ("{tiny}", "--color"), ("{tiny}", "--color", "auto")])
-def test_color_marks_slow_tokens_on_a_terminal(terminal, tiny, arguments):
-    shown = terminal(*(a.format(tiny=tiny) for a in arguments), *MARKED, TERM="xterm", NO_COLOR="")
-    shown.wait_for("KV read")
-    answer = shown.shown[shown.shown.index(LEGEND):].split("\n", 1)[1]
-    n_slow = int(re.search(r"(\d+) slow", answer)[1])
-    assert 1 <= answer.count(SLOW) <= n_slow  # a step may release no text
-    assert shown.shown.count(LEGEND) == 1 and answer.count("\x1b[36m") == 1  # the first token is of the prefill
+@SIZES
+def test_a_bracketed_paste_is_one_message_that_can_be_edited(chat, tmp_path, rows, columns):
+    one = chat(rows=rows, columns=columns)
+    one.type(PASTE.format(TEXT))
+    assert one.wait_to_see("Explain").endswith("> def f():\n.   return 1\n. Explain.")
+    one.answer_to(" Why?")
+    assert last_message(one, tmp_path / "a") == TEXT + " Why?" and one.shown.count(" written") == 1
 
 
-@pytest.mark.parametrize("env", [{"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb", "NO_COLOR": ""}])
-def test_color_keeps_to_what_the_terminal_and_its_user_want(terminal, tiny, env):
-    plain = terminal(tiny, *MARKED, "--color", **env)
-    plain.wait_for("KV read")
-    assert SLOW not in plain.shown and LEGEND not in plain.shown
+@pytest.mark.parametrize("env", [{}, {"TERM": "dumb"}])
+def test_so_is_one_of_a_terminal_that_does_not_bracket_it(chat, tmp_path, env):
+    one = chat(**env)
+    one.answer_to(TEXT + "\n", end="")
+    time.sleep(0.5)
+    assert last_message(one, tmp_path / "a") == TEXT and one.shown.count(" written") == 1
 
 
-def test_color_is_for_terminals_unless_it_is_always(tiny):
-    auto, never = piped(tiny, *map(str, MARKED), "--color"), piped(tiny, *map(str, MARKED))
-    always = piped(tiny, *map(str, MARKED), "--color", "always", NO_COLOR="1")
-    assert auto.stdout == never.stdout and b"\x1b" not in auto.stdout + auto.stderr
-    assert SLOW.encode() in always.stdout and b"slow bold yellow" in always.stderr
-    assert re.sub(rb"\x1b\[[0-9;]*m", b"", always.stdout) == never.stdout
-    assert b"\x1b" not in piped(tiny, *map(str, MARKED), "--color=always", "--json").stdout
-    assert piped(tiny, "-p", "x", "--color=blue").returncode == 2
+@pytest.mark.parametrize("env", [{}, {"TERM": "dumb"}])
+@pytest.mark.parametrize("lines", [("def f():\\", "  return 1\\", "Explain."), ('"""', "def f():", "  return 1", "Explain.", '"""')])
+def test_lines_that_go_on_are_one_message(chat, tmp_path, env, lines):
+    one = chat(**env)
+    for i, line in enumerate(lines):
+        one.type(line)
+        one.wait_to_see(re.escape(line) + "$")
+        one.type("\n" if "TERM" in env else "\r")
+        if i < len(lines) - 1:
+            one.wait_to_see(r"\n\.$")
+    one.wait_for(" written")
+    assert last_message(one, tmp_path / "a") == TEXT and one.shown.count(" written") == 1
 
 
-def test_marks_end_where_their_text_ends():
-    from sfi_local.cli.terminal import MARKS, mark
+def test_the_first_line_says_how(chat):
+    assert all(sign in chat().text.split("\n>")[0] for sign in ("paste", "\\", "/help"))
 
-    assert mark("x", "fast") == "x" and mark("", "slow") == "" and mark("x", "a new kind") == "x"
-    assert mark("x", "slow") == SLOW + "x\x1b[0m" and set(MARKS) == {"prefill", "slow", "fast", "dense", "stock"}
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+@SIZES
+def test_an_unknown_command_is_not_sent(chat, rows, columns):
+    one = chat(rows=rows, columns=columns)
+    one.type("/regn\r")
+    seen = one.wait_to_see("blank before it")
+    assert "did you mean /regen?" in " ".join(seen.split()) and "written" not in one.shown
+    one.type("/help\r")
+    one.wait_for("Alt-Enter")
+
+
+def test_turns_reuse_the_cache_new_does_not_and_quit_leaves(chat):
+    one = chat("--system", "x" * 300)
+    first, second = (n_read(one.answer_to(text)) for text in ("Hello", "And then?"))
+    assert first > 300 > 100 > second
+    one.type("/tokens\r")
+    assert re.search(r"\d+ of \d+ tokens: 2 turns, a system message", one.wait_for(r"tokens: .*"))
+    one.type("/new\r")
+    one.wait_for("A new conversation")
+    assert n_read(one.answer_to("Hello")) < first
+    one.type("/quit\r")
+    assert one.end() == 0 and "Traceback" not in one.shown
+
+
+def test_the_system_message_can_be_changed_shown_and_removed(chat):
+    one = chat("--system", "One.")
+    for typed, said in (("/system", "One."), ("/system Two, and three.", "is set"), ("/system", "Two, and three."), ("/system -", "no system"),
+                        ("/system", "no system message")):
+        one.type(typed + "\r")
+        one.wait_for(r"\n[^\n]*" + re.escape(said))
+
+
+def test_settings(chat):
+    one = chat()
+    for typed, said in (("/set", "temp 0, top-k 40, top-p 0.95, min-p 0.05, seed random, n 6"), ("/set temp=0.5", "temp 0.5"),
+                        ("/set n=-1", "n no limit"), ("/set top-p=2", "give a value from 0 to 1"), ("/set tmp=1", "did you mean temp?"),
+                        ("/set temp", "needs a value"), ("/set seed=x", "no number"), ("/set n=0", "give 1 or more"), ("/set seed=7", "seed 7")):
+        one.type(typed + "\r")
+        one.wait_for(re.escape(said))
+
+
+def test_an_answer_again_a_saved_conversation_and_back(chat, tmp_path):
+    one = chat()
+    one.type("/regen\r")
+    one.wait_for("no answer yet")
+    one.answer_to("Hello")
+    one.answer_to("/regen")
+    one.type(f"/save {tmp_path / 'a b.json'}\r")
+    one.wait_for("Saved")
+    saved = json.loads((tmp_path / "a b.json").read_text())
+    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"] and stat.S_IMODE((tmp_path / "a b.json").stat().st_mode) == 0o600
+    other = chat()
+    other.type(f"/load {tmp_path / 'a b.json'}\r")
+    other.wait_for("of 1 turn, read with")
+    n = n_read(other.answer_to("And?"))
+    assert n > n_read(one.answer_to("And?")) and "another model" not in other.shown
+    again = json.loads((tmp_path / "a b.json").read_text())
+    assert again == saved
+    other.type("/load none\r")
+    other.wait_for("no file none")
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+def test_a_conversation_about_a_file_and_one_more(chat, tmp_path):
+    (tmp_path / "report.txt").write_text("The report. " * 30)
+    (tmp_path / "note.txt").write_text("A note.")
+    one = chat("-f", tmp_path / "report.txt")
+    assert "report.txt: 360 tokens, read with your next message." in one.text
+    assert n_read(one.answer_to("What does it say?")) > 360
+    assert n_read(one.answer_to("And then?")) < 100
+    one.type(f"/read {tmp_path / 'note.txt'}\r")
+    one.wait_for("note.txt: 7 tokens")
+    one.answer_to("And this?")
+    assert last_message(one, tmp_path / "a") == "A note.\n\nAnd this?"
+    one.type("/read none.txt\r")
+    one.wait_for("There is no file none.txt")
+
+
+def test_a_file_that_does_not_fit_is_refused_or_its_head_is_taken(window, tiny, chat, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 200)
+    one = window(tiny, *OPTIONS, "--ctx", 512, "-f", tmp_path / "long.txt")
+    one.wait_for("--truncate")
+    assert one.end() == 1
+    cut = chat("--ctx", 512, "-f", tmp_path / "long.txt", "--truncate")
+    assert ", its head, read with" in cut.text
+    assert 300 < n_read(cut.answer_to("What?")) < 512
+
+
+def test_a_missing_file_is_said_before_the_model_is_loaded(window, tiny):
+    one = window(tiny, "-f", "none.txt")
+    one.wait_for("no file none.txt")
+    assert one.end() == 1 and "loading" not in one.shown
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("env", [{}, {"TERM": "dumb"}])
+def test_ctrl_c_clears_a_half_typed_line_and_twice_leaves(chat, tmp_path, env):
+    one = chat(**env)
+    one.type("half a li")
+    one.wait_to_see("half a li$")
+    one.type("\x03")
+    one.wait_to_see(READY)
+    one.answer_to("Hello", "\n")
+    assert last_message(one, tmp_path / "a") == "Hello"
+    one.wait_to_see(READY)
+    one.type("\x03")
+    one.wait_for("again leaves")
+    assert one.end("\x03") == 130 and "Traceback" not in one.shown
+
+
+@pytest.mark.parametrize("env", [{}, {"TERM": "dumb"}])
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(window, smollm2, tmp_path, env):
+    one = window(smollm2, "--temp", 0, "--mode", "sfi", **env)
+    one.wait_to_see(READY)
+    one.type("Write a long story about a river.\n")
+    one.wait_for(r"(?s)(2004l|river\.\r?\n).*\briver.*\briver")  # not those of the question
+    one.type("\x03")
+    one.wait_for("stopped")
+    one.wait_to_see(READY)
+    one.type(f"/save {tmp_path / 'a'}\n")
+    one.wait_for("Saved")
+    answer = json.loads((tmp_path / "a").read_text())["messages"][1]["parts"][0]
+    assert len(answer["tokens"]) > 5 and " ".join(answer["text"].split())[:20] in " ".join(one.shown.split())
+    assert one.end("\x04") == 0 and "Traceback" not in one.shown
+
+
+def test_ctrl_c_while_the_prompt_is_read_keeps_what_was_read(window, smollm2, tmp_path):
+    (tmp_path / "long.txt").write_text("The river runs to the sea. " * 300)
+    one = window(smollm2, "--temp", 0, "-t", 1, "-f", tmp_path / "long.txt", rows=12, columns=40)
+    one.wait_to_see(READY)
+    one.type("What runs?\r")
+    one.wait_for(r"512 of \d+ tokens")
+    one.type("\x03")
+    assert re.search(r"Stopped after \d+ of \d+ tokens;\s+they\s+are kept", one.wait_for(r"kept\."))
+    one.type("/tokens\r")
+    one.wait_for("0 turns")
+    assert one.end("\x04") == 0
+
+
+# ---- a full context --------------------------------------------------------------------------------------------------
+
+def test_a_full_context_forgets_the_oldest_turns_and_says_so(chat):
+    one = chat("--ctx", 400, "--system", "s" * 50, "--n-recent", 16, "--n-selected", 16)
+    for _ in range(7):
+        shown = one.answer_to("q" * 40)
+        if "forgotten" in shown:
+            break
+    assert re.search(r"The context is full: the (oldest turn is|\d oldest turns are) forgotten\.", shown)
+    one.type("/tokens\r")
+    assert "a system message" in one.wait_for("tokens: .*")
+
+
+def test_a_message_too_long_for_the_context_is_refused_and_the_conversation_goes_on(chat):
+    one = chat("--ctx", 256, "--n-recent", 16, "--n-selected", 16)
+    one.answer_to("Hello")
+    one.type("y" * 300 + "\r")
+    one.wait_for(r"has \d+ tokens")
+    one.type("/tokens\r")
+    one.wait_for("1 turn")
+    one.answer_to("Hello")
+
+
+# ---- history, looks --------------------------------------------------------------------------------------------------
+
+def test_what_was_typed_comes_back_another_day_unless_it_must_not(chat, tmp_path):
+    one = chat()
+    one.answer_to("Name three rivers")
+    one.end("\x04")
+    assert stat.S_IMODE((tmp_path / "chat_history").stat().st_mode) == 0o600
+    other = chat("--no-history")
+    other.answer_to("A secret")
+    other.end("\x04")
+    third = chat(SFI_LOCAL_NO_HISTORY="1")
+    third.answer_to("Another secret")
+    third.end("\x04")
+    assert "secret" not in (tmp_path / "chat_history").read_text()
+    last = chat()
+    last.type("\x1b[A")
+    last.wait_to_see("Name three rivers$")
+
+
+@SIZES
+def test_statistics_are_one_line_and_quiet_leaves_it_out(chat, rows, columns):
+    one = chat(rows=rows, columns=columns)
+    one.answer_to("Hello")
+    one.wait_to_see(READY)
+    assert sum(" written" in line and line.endswith("stopped at -n") for line in one.lines) == 1
+    quiet = chat("--quiet", rows=rows, columns=columns)
+    quiet.type("Hello\r")
+    quiet.wait_to_see(r"Hello\n(.|\n)*" + READY)
+    assert "written" not in quiet.shown
+
+
+def test_no_color_means_no_styles(chat):
+    one = chat(NO_COLOR="1")
+    one.answer_to("Hello")
+    assert not re.search(r"\x1b\[[0-9;]*[1-9][0-9;]*m", one.shown)
+
+
+@pytest.mark.parametrize("columns", [34, 40, 80])
+def test_progress_moves_before_the_first_batch_is_done_and_stays_on_its_line(window, smollm2, tmp_path, columns):
+    (tmp_path / "long.txt").write_text("The river runs to the sea. " * 150)
+    one = window(smollm2, "--temp", 0, "-t", 1, "-n", 4, "-f", tmp_path / "long.txt", columns=columns, rows=12)
+    one.wait_to_see(READY)
+    shown = one.answer_to("What runs?").split("\r\x1b[K")
+    assert sum(" s" in line for line in shown) >= 2 and max(len(line) for line in shown[1:-1]) < columns
+    assert "reading" not in one.text
+
+
+def test_a_resize_while_it_is_read_counts(window, smollm2, tmp_path):
+    (tmp_path / "long.txt").write_text("The river runs to the sea. " * 300)
+    one = window(smollm2, "--temp", 0, "-t", 1, "-n", 4, "-f", tmp_path / "long.txt")
+    one.wait_to_see(READY)
+    one.type("What runs?\r")
+    one.wait_for(r"reading \[")
+    one.resize(12, 30)
+    lines = one.wait_for(r" written").split("\r\x1b[K")
+    assert max(len(line) for line in lines[3:-1]) < 30

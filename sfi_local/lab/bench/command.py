@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sfi_local.cli.options import depth_list, fidelity_option, gpu_option, name_list, sfi_options, take_params
-from sfi_local.cli.progress import Bar
+from sfi_local.cli.progress import Runs
 from sfi_local.lab import checks
 from sfi_local.lab.bench import report as bench_report
 from sfi_local.lab.bench.session import PIECE, BenchSession, Decoded
@@ -123,7 +123,7 @@ def measure(request: BenchPlan) -> list[dict[str, Any]]:
     check_depth(path, request.depths[-1], request.n)
     settled = {kv_type: with_tolerance(request, path, kv_type) for kv_type in request.kv_types}
     widest = max(request.kv_types, key=KV_TYPES.get)
-    with Bar(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
+    with Runs(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, gpu_layers=request.gpu_layers,
                                     verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)

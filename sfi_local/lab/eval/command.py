@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sfi_local.cli.options import depth_list, fidelity_option, gpu_option, name_list, sfi_options, take_params
-from sfi_local.cli.progress import Bar
+from sfi_local.cli.progress import Runs
 from sfi_local.cli.text_input import from_file
 from sfi_local.lab import tables
 from sfi_local.lab.eval import answers as eval_answers
@@ -122,7 +122,7 @@ def measure_text(request: EvalPlan, path: Any) -> list[dict[str, Any]]:
     """Fidelity on a text."""
     rows, need = request.rows(), request.depths[-1] + request.n
     text, source = measured_text(request.text)
-    with Bar(len(rows) * len(request.depths)) as bar, load(
+    with Runs(len(rows) * len(request.depths)) as bar, load(
             path, mode="stock", n_ctx=need, n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
             gpu_layers=request.gpu_layers, verbose=request.verbose) as model:
         tokens = text_tokens(model, text, source, need, f"--depth {request.depths[-1]} with -n {request.n} takes",
@@ -139,7 +139,7 @@ def measure_tasks(request: EvalPlan, path: Any) -> list[dict[str, Any]]:
               gpu_layers=request.gpu_layers, verbose=request.verbose) as model:
         sets = prompt_sets(request, model)
         params = tune_auto(request, model)
-        with Bar(sum(len(prompts) for _, _, prompts in sets)) as bar:
+        with Runs(sum(len(prompts) for _, _, prompts in sets)) as bar:
             for task, depth, prompts in sets:
                 label = f"{task} @ {depth}" if depth else task
                 scores = eval_answers.answer_all(model, prompts, request.rows(), params, request.kv_type, bar, label)
@@ -154,7 +154,7 @@ def measure_exact(request: EvalPlan, path: Any) -> list[dict[str, Any]]:
     text, source = measured_text(request.text)
     found = []
     with load(path, mode="stock", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
-              gpu_layers=request.gpu_layers, verbose=request.verbose) as model, Bar(len(request.depths) * request.n_exact) as bar:
+              gpu_layers=request.gpu_layers, verbose=request.verbose) as model, Runs(len(request.depths) * request.n_exact) as bar:
         sets = [(depth, excerpts(model, text, source, depth, request.n_exact, request.n)) for depth in request.depths]
         for depth, prompts in sets:
             scores = eval_answers.answer_all(model, prompts, request.rows(), request.params, request.kv_type, bar, f"exact @ {depth}",
