@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from functools import partial
 from typing import Any, Callable, Sequence
 
@@ -42,9 +43,9 @@ def stream(model: Any, tokens: Sequence[int], request: Any, sampling: Any, tally
     screen: None: nothing is shown
     """
     try:
-        with reading:
-            for step in model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
-                                       progress=reading):
+        with reading, closing(model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
+                                             progress=reading)) as steps:
+            for step in steps:
                 if not tally.tokens:
                     reading.close()
                     tell_notes(model)

@@ -50,8 +50,12 @@ def test_stdout_is_the_answer_alone_and_stderr_ends_with_the_statistics(cli, tin
     text = json.loads(as_json.stdout)["text"]
     assert plain.stdout.decode() == text + "\n" * (not text.endswith("\n"))
     line = plain.stderr.decode().splitlines()[-1]
-    for word in ("prefill", "decode 29 steps", "fast", "slow", "because", "KV read"):
+    for word in ("tokens read at", "30 written at", "fast", "slow", "KV read"):
         assert word in line
+    assert b"written" not in cli("run", *options, "--quiet").stderr
+    verbose = cli("run", *options, "--verbose").stderr.decode()
+    for word in ("prefill", "decode 29 steps", "fast", "slow", "because", "KV read"):
+        assert word in verbose
 
 
 def test_every_mode_gives_the_same_prompt_and_dense_equals_a_budget_of_everything(cli, tiny, document):

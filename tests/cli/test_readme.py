@@ -51,7 +51,7 @@ def test_every_command_works(shell):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         if "topics.txt" in command and "sfi-local" in command:
             n_fast = int(re.search(r"(\d+) fast", done.stderr)[1])
-            assert n_fast > 50 and "prefill 6500 tokens" in done.stderr and len(done.stdout) > 100
+            assert n_fast > 50 and "6500 tokens read" in done.stderr and len(done.stdout) > 100
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
