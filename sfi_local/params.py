@@ -49,7 +49,7 @@ class SfiParams:
     sketch_first: a step reads so many 4 bytes of the sketch's K of every cell, and the rest of it only of cells that seem to
                 matter; 0: all of every cell
     second_look: ... which are those that have, by what is read of all, at least so many times the mean share of the attention
-    alpha ... temperature: constants of the ``paper`` selector, without unit; nms_radius in cells
+    alpha ... nms_radius: constants of the ``paper`` selector, without unit but for nms_radius; cells
     """
 
     policy: str = "sketch"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any, Callable, NamedTuple
 
 import click
 
 from sfi_local.errors import ArgumentError, UsageError
+from sfi_local.fields import meant
 from sfi_local.params import BUDGET, POLICIES, PORTABLE_POLICY, SELECTORS, SKETCH_BITS, SfiParams
 from sfi_local.store.layout import KV_TYPES
 from sfi_local.tuning.tolerance import DEFAULT, parse
@@ -202,12 +202,6 @@ def name_list(allowed: tuple[str, ...], what: str) -> Callable:
             raise UsageError(f"{option.opts[0]} is empty: give one or more of {', '.join(allowed)}.")
         return tuple(name for name in allowed if name in given)
     return parse
-
-
-def meant(name: str, allowed: Any) -> str:
-    """`` did you mean NAME?`` where one is near, else nothing."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.3)
-    return f" did you mean {near[0]}?" if near else ""
 
 
 def depth_list(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:

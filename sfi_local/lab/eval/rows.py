@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from sfi_local.cli.options import meant
 from sfi_local.errors import UsageError
+from sfi_local.fields import kinds, meant, parse
 from sfi_local.params import SfiParams
 from sfi_local.runtime.draft_length import MAX_DRAFTS
 from sfi_local.runtime.slot import MODES, Schedule
@@ -147,9 +147,9 @@ def window_of(params: SfiParams, n: int, spent: Spent) -> SfiParams:
 
 # ---- rows that are typed ---------------------------------------------------------------------------------------------
 
-_OWN = ("mode", "kv_type", "slow_every", "draft")
 _COUNTS = ("slow_every", "draft")
-_TYPES = {f.name: type(f.default) for f in fields(SfiParams)}
+_OWN = {"mode": str, "kv_type": str, **dict.fromkeys(_COUNTS, int)}
+_FIELDS = {**_OWN, **kinds(SfiParams)}
 
 
 def parse_row(text: str) -> Row:
@@ -157,8 +157,11 @@ def parse_row(text: str) -> Row:
     name, colon, fields_given = text.partition(":")
     if not name.strip() or not colon:
         raise UsageError(f"--row {text}: write NAME:FIELD=VALUE,..., e.g. --row small:n_selected=128,n_recent=64.")
-    given = dict(_setting(name, item) for item in fields_given.split(",") if item.strip())
+    given = parse(fields_given, _FIELDS, f"--row {name}")
     own = {key: given.pop(key) for key in _OWN if key in given}
+    for key in _COUNTS:
+        if own.get(key, 1) < 1:
+            raise UsageError(f"--row {name}: {key} is {own[key]}: give at least 1.")
     mode = own.get("mode", "sfi")
     _one_of(name, "mode", mode, MODES)
     if "kv_type" in own:
@@ -177,34 +180,6 @@ def _check_exact(name: str, mode: str, own: dict[str, Any]) -> None:
         raise UsageError(f"--row {name}: in mode exact every step is a draft or a verification: leave slow_every out.")
     if "draft" in own and (mode != "exact" or own["draft"] > MAX_DRAFTS):
         raise UsageError(f"--row {name}: draft is of mode exact, from 1 to {MAX_DRAFTS}: add mode=exact, or leave it out.")
-
-
-def _setting(name: str, item: str) -> tuple[str, Any]:
-    key, equals, value = (part.strip() for part in item.partition("="))
-    if key not in _TYPES and key not in _OWN:
-        raise UsageError(f"--row {name}: there is no field {key!r}:{meant(key, [*_OWN, *_TYPES])} There are "
-                         f"{', '.join([*_OWN, *_TYPES])}.")
-    kind = int if key in _COUNTS else str if key in _OWN else _TYPES[key]
-    try:
-        if not equals or not value:
-            raise ValueError
-        return key, _bool(value) if kind is bool else _positive(value) if key in _COUNTS else kind(value)
-    except ValueError:
-        wanted = {int: "a whole number", float: "a number", bool: "on or off", str: "a name"}[kind]
-        raise UsageError(f"--row {name}: {key} takes {wanted}, not {value!r}.") from None
-
-
-def _bool(value: str) -> bool:
-    spelled = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
-    if value.lower() not in spelled:
-        raise ValueError
-    return spelled[value.lower()]
-
-
-def _positive(value: str) -> int:
-    if int(value) < 1:
-        raise ValueError
-    return int(value)
 
 
 def _one_of(name: str, key: str, value: str, choices: Any) -> None:
