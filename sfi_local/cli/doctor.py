@@ -1,4 +1,4 @@
-"""sfi-local doctor: what is installed, what this machine offers, and what does not fit together."""
+"""sfi-local doctor: what is installed, what this machine offers, what does not fit together, and a verdict."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Callable
 
 import click
@@ -16,11 +17,15 @@ from sfi_local import cpus, machine
 from sfi_local.binding import library
 from sfi_local.binding.devices import devices
 from sfi_local.cli.models import known_models
+from sfi_local.cli.window import width_of
 from sfi_local.machine import human_bytes
+from sfi_local.params import SfiParams
 from sfi_local.tuning import auto_depth
 from sfi_local.tuning import tolerance
 
-PACKAGES = ("sfi-local", "llama-cpp-python", "cffi", "click", "numpy", "huggingface_hub")
+PACKAGES = ("sfi-local", "llama-cpp-python", "cffi", "click", "numpy", "huggingface_hub", "prompt_toolkit")
+DEFAULT_POLICY = SfiParams().policy
+LITTLE = 1 << 30  # bytes; a small model and its cache take as much
 
 
 @click.command("doctor", short_help="Report on the installation and this machine.")
@@ -32,11 +37,15 @@ def command(as_json: bool) -> None:
     sfi-local doctor
     sfi-local doctor --json
 
-    Exit code 1 if the native library cannot be used.
+    The last line is the verdict; the exit code is 1 where something must be put right first.
     """
     facts = collect()
-    click.echo(json.dumps(facts, indent=2, default=str) if as_json else as_text(facts))
-    if not facts["library"].get("usable"):
+    ready, sentence = verdict(facts)
+    if as_json:
+        click.echo(json.dumps({**facts, "ready": ready, "verdict": sentence}, indent=2, default=str))
+    else:
+        click.echo(f"{as_text(facts, width_of(sys.stdout) if sys.stdout.isatty() else None)}\n\n{sentence}")
+    if not ready:
         raise SystemExit(1)
 
 
@@ -45,13 +54,42 @@ def collect() -> dict[str, dict[str, Any]]:
     return {name: _guarded(probe) for name, probe in SECTIONS.items()}
 
 
-def as_text(facts: dict[str, dict[str, Any]]) -> str:
-    """The report for people."""
+def verdict(facts: dict[str, dict[str, Any]]) -> tuple[bool, str]:
+    """(whether models can be run here, one sentence: that, or what is wrong and its remedy)"""
+    library, devices, machine, models = (facts[name] for name in ("library", "devices", "machine", "models"))
+    if not library.get("usable"):
+        return False, f"Not ready: {library.get('why') or library.get('error')}"
+    if "error" in devices:
+        return False, f"Not ready: the devices cannot be asked ({devices['error']}). Build sfi-local again."
+    able = [name for name, text in devices.items() if f"{DEFAULT_POLICY} native" in text]
+    if not able:
+        return False, (f"Not ready: no device here has sfi's operations ({', '.join(devices) or 'there is none'}). Build sfi-local again "
+                       f"on this machine.")
+    wishes = [text for text in (
+        _too_little(models.get("free_disk_bytes"), f"on the disk of {models.get('cache')}", "make room there, or set SFI_LOCAL_CACHE"),
+        _too_little(machine.get("available_memory_bytes"), "of memory", "close other programs"),
+        "" if models.get("fetched") or "error" in models else "no model is here yet: run `sfi-local pull smollm2-135m`") if text]
+    ready = f"Ready: fast steps on {' and '.join(able)}"
+    return True, f"{ready}, but {'; '.join(wishes)}." if wishes else f"{ready}."
+
+
+def _too_little(n: Any, where: str, remedy: str) -> str:
+    """A clause about less than LITTLE bytes; "" where there are more, or it is not known how many."""
+    return f"only {human_bytes(n)} are free {where}: {remedy}" if isinstance(n, int) and n < LITTLE else ""
+
+
+def as_text(facts: dict[str, dict[str, Any]], width: int | None = None) -> str:
+    """The report for people. width: columns of the window that long lines are broken for; None: they are not"""
     lines = []
     for section, values in facts.items():
         lines.append(section)
-        lines += [f"  {name:18} {_shown(name, value)}" for name, value in values.items()]
+        lines += [_broken(f"  {name:18} {_shown(name, value)}", width) for name, value in values.items()]
     return "\n".join(lines)
+
+
+def _broken(line: str, width: int | None) -> str:
+    indent = " " * (21 if width and width >= 60 else 4)
+    return fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) if width else line
 
 
 def _guarded(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
