@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from sfi_local.errors import UsageError
 from sfi_local.whole_file import check_matplotlib, check_writable, written_whole
@@ -43,6 +43,16 @@ def table(rows: Rows, columns: Columns, context: list[str]) -> str:
     left = _text_columns(rows, columns)
     lines = ["  ".join(f"{c:<{w}}" if l else f"{c:>{w}}" for c, w, l in zip(line, widths, left)).rstrip() for line in cells]
     return "\n".join([*lines, "", *context])
+
+
+def narrowed(rows: Rows, columns: Columns, least_telling: Sequence[str], width: int) -> Columns:
+    """Columns of a table of at most so many characters: the least telling ones go, one after another, and those that are all empty."""
+    kept = {title: column for title, column in columns.items() if any(column[1](row[column[0]]) for row in rows)}
+    for title in least_telling:
+        if max(map(len, table(rows, kept, []).splitlines())) <= width:
+            break
+        kept.pop(title, None)
+    return kept
 
 
 def markdown(rows: Rows, columns: Columns, context: list[str]) -> str:

@@ -110,7 +110,7 @@ def test_formats_agree(tiny):
     assert [float(r["decode_tps"]) for r in parsed] == [r["decode_tps"] for r in rows]
     assert int(parsed[1]["steps_dense"]) == 4
     text = bench_report.table(rows)
-    assert len(bench_report.markdown(rows).splitlines()) == 3 + 2 + 3 and "random tokens" in text
+    assert len(bench_report.markdown(rows).splitlines()) == len(bench_report.context(rows)) + 1 + 2 + 3 and "random tokens" in text
 
 
 def test_modes_take_turns_on_the_same_tokens(tiny, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -10,12 +11,14 @@ import click
 
 from sfi_local.cli.options import depth_list, fidelity_option, gpu_option, name_list, sfi_options, take_params
 from sfi_local.cli.progress import Runs
+from sfi_local.cli.window import width_of
 from sfi_local.lab import checks
 from sfi_local.lab.bench import report as bench_report
 from sfi_local.lab.bench.session import PIECE, BenchSession, Decoded
 from sfi_local.lab.checks import compare
 from sfi_local.lab.facts import (DEFAULT_TEXT, check_depth, facts, fetch, measured_text, params_facts, params_with_tolerance,
                                  read_bandwidth, text_tokens)
+from sfi_local.lab.other_work import OtherWork
 from sfi_local.lab.tables import FORMATS, check_plot
 from sfi_local.loading import load
 from sfi_local.params import SfiParams
@@ -65,7 +68,8 @@ def command(**options: Any) -> None:
     give the tokens of dense steps.
 
     ceiling is tokens/s of stock at depth 0 over tokens/s of stock at that depth: what a step can gain at most when
-    attention costs nothing. GB/s counts weights and the K and V that were read once per step; KV GB/s, for stock and
+    attention costs nothing. A ! marks rows during which other programs took more than a tenth of the CPUs' time. In a window
+    too narrow for all columns the least telling ones are left out; -o md, json and csv have all. GB/s counts weights and the K and V that were read once per step; KV GB/s, for stock and
     dense, is K and V over the time that a step takes beyond one of stock at depth 0.
     """
     params, fit = take_params(options)
@@ -75,7 +79,7 @@ def command(**options: Any) -> None:
     if plot:
         check_plot(plot)
     rows = measure(request)
-    click.echo(bench_report.show(output, rows))
+    click.echo(bench_report.show(output, rows, width_of(sys.stdout) if sys.stdout.isatty() else None))
     if plot:
         bench_report.plot(rows, plot)
 
@@ -152,7 +156,9 @@ def measure_kv_type(request: BenchPlan, model: Any, kv_type: str, tokens: list[i
             for rep in range(request.reps):
                 for mode in modes:
                     bar.say(f"{kv_type} @ {depth}: {mode}, {rep + 1} of {request.reps}")
-                    turns[mode].append(session.decode(mode, request.n, request.slow_every, params_of(mode, request)))
+                    others = OtherWork()
+                    decoded = session.decode(mode, request.n, request.slow_every, params_of(mode, request))
+                    turns[mode].append(replace(decoded, other_work=others.share()))
                     check_kinds(turns[mode][-1], mode, depth, request, greedy)
                     bar.advance()
             measured.append((depth, turns, checks))
@@ -244,7 +250,8 @@ def row(mode: str, depth: int, turns: dict[str, list], measured: list, checks: d
         session: "BenchSession") -> dict[str, Any]:
     """One mode at one depth; times in milliseconds, rates in tokens or 1e9 bytes per second, shares and ratios in 1.
 
-    decode_tps is the median of the repetitions, spread (largest - smallest) / median of them; ratios are medians of
+    decode_tps is the median of the repetitions, spread (largest - smallest) / median of them, other_work the largest share of the
+    CPUs' time that other programs took in one of them; ratios are medians of
     the ratios of the repetitions that followed each other; ms_* are medians over all steps of that kind.
     """
     mine, stock, dense = turns[mode], turns.get("stock"), turns.get("dense")
@@ -255,7 +262,8 @@ def row(mode: str, depth: int, turns: dict[str, list], measured: list, checks: d
     beyond = _median_ms(mine) - _median_ms(origin) if origin and depth and mode in ("stock", "dense") else 0.0
     return {
         "model": facts["model"], "kv_type": kv_type, "depth": depth, "mode": mode, "decode_tps": tps,
-        "spread": (max(rates) - min(rates)) / tps, "tps_reps": rates, "ms_step": _median_ms(mine),
+        "spread": (max(rates) - min(rates)) / tps if len(rates) > 1 else None, "tps_reps": rates,
+        "other_work": max((d.other_work for d in mine if d.other_work is not None), default=None), "ms_step": _median_ms(mine),
         "ms_slow": _median_ms(mine, "slow"), "ms_fast": _median_ms(mine, "fast"), "steps": _steps(mine),
         "reasons": mine[0].reasons, "n_drafted": mine[0].n_drafted, "n_accepted": mine[0].n_accepted, "kv_read_share": median(d.kv_read_share for d in mine),
         "ratio_to_stock": _ratio(mine, stock), "ratio_to_dense": _ratio(mine, dense),

@@ -25,6 +25,7 @@ class Decoded:
     """One repetition: kind and milliseconds of each step, wall time around the call, the same for every mode.
 
     kv_read_share: bytes of K and V read over those of dense steps; kv_bytes: bytes of K and V per step
+    other_work: share of the CPUs' time that other programs took meanwhile; None: not known
     mode exact: n_drafted, n_accepted in tokens; tokens: what was decoded; ties: which of them are one, see ties.py
     """
 
@@ -37,6 +38,7 @@ class Decoded:
     n_accepted: int = 0
     tokens: tuple[int, ...] = ()
     ties: tuple[bool, ...] = ()
+    other_work: float | None = None
 
     @property
     def tps(self) -> float:
