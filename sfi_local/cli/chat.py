@@ -21,7 +21,7 @@ from sfi_local.cli.turns import fit
 from sfi_local.cli.window import height_of, width_of
 from sfi_local.errors import InputError, SfiError
 from sfi_local.runtime.step import Tally
-from sfi_local.runtime.template import Message, fit_tokens
+from sfi_local.runtime.template import Message
 
 HELLO = "A pasted text is one message; end a line with \\ to write another. /help lists the commands."
 # name: (field of the request, its type, how None is shown)
@@ -44,10 +44,10 @@ def chat(request: Any) -> None:
 
 @dataclass(frozen=True)
 class Document:
-    """A text that the next message is about; part: its text, or the token ids of its head."""
+    """A text that the next message is about, or its head."""
 
     name: str
-    part: str | list[int]
+    text: str
 
 
 class Chat:
@@ -93,7 +93,7 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """A question and its answer; one that fails leaves the conversation as it was. Raises SfiError."""
-        parts = [part for d in self.documents for part in (d.part, "\n\n")] + [text]
+        parts = [part for d in self.documents for part in (d.text, "\n\n")] + [text]
         if answered := self._answer([*self.messages, Message("user", parts)]):
             self.messages, self.documents = answered, []
 
@@ -142,16 +142,16 @@ class Chat:
         """Keep a text for the next message, its head if the request allows that. Raises InputError."""
         if not text.strip():
             raise InputError(f"{name} is empty: give a file with text.")
-        part, n = self._fitted(name, text)
-        self.documents.append(Document(name, part))
-        cut = "" if isinstance(part, str) else ", its head"
+        head, n = self._fitted(name, text)
+        self.documents.append(Document(name, head))
+        cut = ", its head" if len(head) < len(text) else ""
         tell(f"{os.path.basename(name)}: {n} tokens{cut}, read with your next message.")
 
-    def _fitted(self, name: str, text: str) -> tuple[str | list[int], int]:
-        """(the part of a document, its tokens)"""
+    def _fitted(self, name: str, text: str) -> tuple[str, int]:
+        """(what of a document is taken, its tokens)"""
         tokens = self.model.tokenize(text)
         system = [m for m in self.messages[:1] if m.role == "system"]
-        others = [part for d in self.documents for part in (d.part, "\n\n")]
+        others = [part for d in self.documents for part in (d.text, "\n\n")]
         n_rest = self._count([*system, Message("user", [*others, "\n\n"])])
         limit = min(self.model.n_ctx_limit - self._room(), self.request.max_prompt_tokens or self.model.n_ctx_limit)
         if n_rest + len(tokens) <= limit:
@@ -161,8 +161,8 @@ class Chat:
             raise InputError(f"{name} has {len(tokens)} tokens, and there is room for {max(0, limit - n_rest)} in the context of "
                              f"{self.model.n_ctx_limit}: start with --truncate to talk about its head, or take a model with a "
                              f"longer context.")
-        head = fit_tokens(tokens, n_rest, limit, False, self.model.n_ctx_limit)
-        return head, len(head)
+        head = tokens[:max(0, limit - n_rest)]
+        return self.model.detokenize(head).rstrip("\ufffd"), len(head)  # it may end in half of a character
 
     # ---- commands ----------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ def view(request: ViewRequest) -> None:
         if not tally.steps["fast"]:
             collector.forget_choices()
         pieces = texts_of(model.vocabulary, [*tokens, *tally.tokens])
-        data = page_data(collector, pieces, about(model, request, sampling))
+        data = page_data(collector, pieces, about(model, request, sampling, question))
         say(statistics(model, tally))
     if not tally.steps["fast"]:
         say("No step was fast, so the page has little to show: take --mode sfi and more tokens.")
@@ -118,7 +118,7 @@ def texts_of(vocabulary: Any, tokens: list[int]) -> list[str]:
     return out
 
 
-def about(model: Any, request: ViewRequest, sampling: Any) -> dict[str, Any]:
+def about(model: Any, request: ViewRequest, sampling: Any, question: str) -> dict[str, Any]:
     """What the heading and the last line of the page say."""
     import datetime
 
@@ -127,6 +127,7 @@ def about(model: Any, request: ViewRequest, sampling: Any) -> dict[str, Any]:
     params = model.session.params
     return {
         "model": model.name,
+        "question": question,
         "mode": request.mode,
         "policy": params.policy,
         "selector": params.selector,

@@ -17,6 +17,7 @@ import numpy as np
 from sfi_local.binding.engine import Stability
 from sfi_local.errors import NoSupportError
 from sfi_local.runtime.step import Step
+from sfi_local.view.sentences import read_most, sentences, shares
 
 _HOOK = tuple(f.name for f in fields(Stability))
 # What is known of one layer and KV head after a step, in this order: the hook's stability, which the policies that choose
@@ -148,13 +149,16 @@ def page_data(collector: Collector, pieces: list[str], about: dict[str, Any]) ->
 
     pieces: the text of each token, prompt and answer; about: facts for the heading
     bin:    positions are stored in groups of so many; 1: each on its own
+    sentences: of the prompt, as ranges of positions; read_most: (number of one, share of heads that chose a token of it)
     """
+    ranges = sentences(pieces, collector.n_prompt)
     steps, width, packed = collector.steps, *_pack_within(collector.choices, len(pieces), MAX_SETS_BYTES)
     measures = b"".join(numbers.astype("<f4").tobytes() for numbers in collector.measures)
     return {
         **about,
         "pieces": pieces,
         "n_prompt": collector.n_prompt,
+        "sentences": ranges, "read_most": read_most(shares(collector, collector.n_prompt), ranges),
         "n_sink": collector.n_sink,
         "heads": collector.heads,
         "kind": [s.kind for s in steps], "reason": [s.reason for s in steps], "ms": [round(s.t_ms, 3) for s in steps],

@@ -14,6 +14,7 @@ from sfi_local.errors import NoSupportError
 from sfi_local.runtime.step import Step
 from sfi_local.view.data import NUMBERS, Collector, n_bins, numbers_of, pack_sets, page_data, sets_of, unpack_sets
 from sfi_local.view.page import page
+from sfi_local.view.sentences import read_most
 from support.command_line import cli_env, sentence
 from support.tiny_model import SEED
 
@@ -192,6 +193,18 @@ def test_the_page_reads_what_was_packed(monkeypatch, width):
         assert got["one"][m] == np.bincount(sets[4], minlength=size).tolist()
 
 
+@needs_node
+def test_the_page_ranks_sentences_as_the_program_does():
+    share, ranges = np.random.default_rng(SEED).random(400).round(3), [(i, i + 4 + i % 23) for i in range(0, 370, 13)]
+    decoder = re.search(r'<script id="decoder">(.*?)</script>', page({}), re.DOTALL)[1]
+    code = decoder + """
+    const [D, shares] = JSON.parse(require("fs").readFileSync(0));
+    console.log(JSON.stringify(readMost(D, b => shares[b]).map(([k, share]) => [k, share])));"""
+    given = json.dumps([{"sentences": ranges, "bin": 1}, share.tolist()])
+    done = subprocess.run(["node", "-e", code], input=given, capture_output=True, text=True, check=True)
+    assert [(k, round(s, 4)) for k, s in json.loads(done.stdout)] == read_most(share, ranges)
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -210,6 +223,7 @@ def test_the_page_has_every_token_of_what_run_generates(cli, tiny, document, tmp
     assert data["n_prompt"] == run["n_prompt"] and len(data["kind"]) == run["n_generated"] > 20
     answer = "".join(data["pieces"][run["n_prompt"]:])
     answer = answer.replace("<|im_start|>", "").replace("<|endoftext|>", "")
+    assert data["question"] == "Why?" and len(data["sentences"]) >= 12 and 1 <= len(data["read_most"]) <= 5
     assert answer == run["text"] and NASTY in "".join(data["pieces"])
     assert data["pieces"][0] == "<|im_start|>" and len(data["pieces"]) == run["n_prompt"] + run["n_generated"]
     assert {k: data["kind"].count(k) for k in ("slow", "fast")} == {k: run["steps"][k] for k in ("slow", "fast")}
