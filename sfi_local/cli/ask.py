@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sfi_local.cli.text_input import decode
-from sfi_local.cli.window import height_of, width_of
+from sfi_local.cli.window import can_redraw, height_of, width_of
 from sfi_local.machine import cache_dir
 
 PROMPT, MORE = "> ", ". "
@@ -30,7 +30,7 @@ class Lines(Protocol):
 
 def lines(remember: bool) -> Lines:
     """An editor where the terminal can have one, else plain lines. remember: keep a history for other days"""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") in ("dumb", "unknown"):
+    if not (sys.stdin.isatty() and can_redraw(sys.stdout)):
         return PlainLines()
     return EditedLines(history_file() if remember and os.environ.get(NO_HISTORY, "") in ("", "0") else None)
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import Any, Sequence
 
-from sfi_local.cli.window import width_of
+from sfi_local.cli.window import can_redraw, width_of
 from sfi_local.machine import human_bytes
 
 TICK_S = 0.25    # between two drawings; what is over sooner is not shown
@@ -52,7 +52,7 @@ class Progress:
     def __init__(self, label: str, unit: str, before: str = "", stream: Any = None):
         self.label, self.unit, self.before = label, unit, before or label
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.live = can_redraw(self.stream)
         self.detail = ""  # said behind the label
         self.done, self.total = 0.0, 0.0
         self._pace, self._start = Pace(), time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any, Iterable
 
 import click
 
-from sfi_local.cli.window import width_of
+from sfi_local.cli.window import can_redraw, width_of
 from sfi_local.store.pull import resolve
 
 RESET, DIM = "\x1b[0m", "\x1b[2m"
@@ -34,7 +34,7 @@ def tell(text: str, dim: bool = False) -> None:
 
 def styled(stream: Any) -> bool:
     """Whether a stream is a terminal that can show styles, and its user wants them."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return can_redraw(stream) and not os.environ.get("NO_COLOR")
 
 
 def resolve_noted(name: str, report_bytes: Any) -> Any:

@@ -19,6 +19,11 @@ def height_of(stream: Any) -> int:
     return max(LEAST_HEIGHT, _size(stream).lines or shutil.get_terminal_size().lines)
 
 
+def can_redraw(stream: Any) -> bool:
+    """Whether a stream is a terminal that obeys escape sequences."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def _size(stream: Any) -> os.terminal_size:
     try:
         return os.get_terminal_size(stream.fileno())

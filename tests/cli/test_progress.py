@@ -32,6 +32,11 @@ def test_many_small_reports_are_one_pace():
     assert pace.left(6000, 30) == pytest.approx(30, rel=0.05) and len(pace._points) < 100
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+
+
 @pytest.mark.parametrize("width", range(1, 100, 7))
 @pytest.mark.parametrize("unit", ["tokens", "bytes", "%", "runs"])
 def test_no_line_is_wider_than_the_window(width, unit):
@@ -89,6 +94,15 @@ def test_few_plain_lines_where_nothing_can_be_drawn_over(monkeypatch):
         monkeypatch.setattr(progress, "PLAIN_S", 0)
         reading(50, 100)
     assert stream.getvalue() == "reading [########........] 50 of 100 tokens, 0 s left\n" or stream.getvalue().count("\n") == 1
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(progress, "PLAIN_S", 0)
+    stream = Terminal()
+    with Progress("reading", "tokens", stream=stream) as reading:
+        reading(50, 100)
+    assert "\x1b" not in stream.getvalue() and stream.getvalue().endswith("\n")
 
 
 def test_runs_name_what_is_measured(monkeypatch):
