@@ -28,12 +28,12 @@ add_dependencies(llama sfi-source-id)
 # ---- the cffi extension --------------------------------------------------------------------------------------------
 
 set(ffi "${CMAKE_CURRENT_SOURCE_DIR}/ffi/build_ffi.py")
-set(SFI_HEADER "${CMAKE_CURRENT_SOURCE_DIR}/include/sfi.h")
+set(SFI_HEADERS "${CMAKE_CURRENT_SOURCE_DIR}/include/sfi.h" "${CMAKE_CURRENT_SOURCE_DIR}/include/sfi-research.h")
 add_custom_command(
     OUTPUT  "${SFI_GENERATED}/_sfi.c"
-    COMMAND "${Python_EXECUTABLE}" "${ffi}" "${SFI_HEADER}" "${SFI_GENERATED}/_sfi.c"
-    DEPENDS "${ffi}" "${SFI_HEADER}"
-    COMMENT "Generating _sfi.c from sfi.h" VERBATIM)
+    COMMAND "${Python_EXECUTABLE}" "${ffi}" ${SFI_HEADERS} "${SFI_GENERATED}/_sfi.c"
+    DEPENDS "${ffi}" ${SFI_HEADERS}
+    COMMENT "Generating _sfi.c from the headers" VERBATIM)
 
 Python_add_library(sfi-ffi MODULE "${SFI_GENERATED}/_sfi.c")
 target_link_libraries(sfi-ffi PRIVATE llama)
@@ -82,6 +82,6 @@ install(TARGETS ${SFI_LIBRARIES} ${SFI_STUB}
 install(TARGETS sfi-ffi LIBRARY DESTINATION sfi_local RUNTIME DESTINATION sfi_local)
 install(FILES "${CMAKE_BINARY_DIR}/package/_build_info.py" DESTINATION sfi_local)
 install(DIRECTORY "${SFI_ROOT}/models/" DESTINATION sfi_local/models FILES_MATCHING PATTERN "*.json")
-install(FILES "${SFI_HEADER}" DESTINATION sfi_local/include)
+install(FILES ${SFI_HEADERS} "${SFI_GENERATED}/sfi-source-id.h" DESTINATION sfi_local/include)
 install(DIRECTORY "${SFI_TREE}/include/" "${SFI_TREE}/ggml/include/" DESTINATION sfi_local/include FILES_MATCHING PATTERN "*.h")
 install(FILES "${SFI_TREE}/LICENSE" DESTINATION sfi_local/lib RENAME LICENSE-llama.cpp)

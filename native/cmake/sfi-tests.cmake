@@ -20,7 +20,7 @@ file(GLOB unit_tests CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/tests/*.cpp"
 foreach (source IN LISTS unit_tests)
     get_filename_component(name "${source}" NAME_WE)
     add_executable(sfi-${name} "${source}")
-    target_include_directories(sfi-${name} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
+    target_include_directories(sfi-${name} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}" "${CMAKE_CURRENT_SOURCE_DIR}/api")
     target_link_libraries(sfi-${name} PRIVATE llama)
     list(APPEND SFI_PROGRAMS sfi-${name})
 endforeach()

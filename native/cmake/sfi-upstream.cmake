@@ -68,7 +68,7 @@ set(SFI_GENERATED "${CMAKE_BINARY_DIR}/generated")
 file(MAKE_DIRECTORY "${SFI_GENERATED}")
 file(GLOB SFI_GGML_SOURCES  CONFIGURE_DEPENDS "${native}/ggml/*.c"       "${native}/ggml/*.cpp")
 file(GLOB SFI_CPU_SOURCES   CONFIGURE_DEPENDS "${native}/ggml/cpu/*.c"   "${native}/ggml/cpu/*.cpp")
-file(GLOB SFI_LLAMA_SOURCES CONFIGURE_DEPENDS "${native}/llama/*.cpp"    "${native}/*.cpp")
+file(GLOB SFI_LLAMA_SOURCES CONFIGURE_DEPENDS "${native}/llama/*.cpp" "${native}/api/*.cpp")
 
 if (SFI_GGML_SOURCES)
     target_sources(ggml-base PRIVATE ${SFI_GGML_SOURCES})
@@ -114,7 +114,7 @@ if (SFI_LLAMA_SOURCES)
 endif()
 target_include_directories(llama
     PUBLIC  "$<BUILD_INTERFACE:${native}/include>"
-    PRIVATE "${native}/llama" "${native}/ggml" "${SFI_GENERATED}")
+    PRIVATE "${native}/api" "${native}/llama" "${native}/ggml" "${SFI_GENERATED}")
 target_compile_definitions(llama PRIVATE SFI_BUILD)
 target_compile_features(llama PRIVATE cxx_std_17)
 

@@ -41,9 +41,9 @@ static char * read_file(const char * path, size_t * size) {
     return text;
 }
 
-static bool show_progress(void * user, int32_t n_done, int32_t n_total) {
+static bool show_progress(void * user, enum sfi_phase phase, int32_t done, int32_t total) {
     (void) user;
-    fprintf(stderr, "prefill %d/%d\n", n_done, n_total);
+    fprintf(stderr, "%s %d/%d\n", phase == SFI_PHASE_PREFILL ? "prefill" : "fit of layer", done, total);
     return true;
 }
 
@@ -67,7 +67,7 @@ static int generate(struct sfi * sfi, struct llama_context * lctx, const llama_t
         }
         print_token(vocab, token);
 
-        struct sfi_step_info info;
+        struct sfi_step_info info = { .struct_size = sizeof(info) };
         err = sfi_step(sfi, 0, token, SFI_STEP_AUTO, &info);
         if (!err && info.kind != SFI_STEP_FAST) {
             fprintf(stderr, "step %d: %s (%s), %d cells\n", i, sfi_kind_name(info.kind), sfi_reason_name(info.reason), info.n_cells);
@@ -79,7 +79,7 @@ static int generate(struct sfi * sfi, struct llama_context * lctx, const llama_t
 }
 
 static void print_stats(const struct sfi * sfi) {
-    struct sfi_stats stats;
+    struct sfi_stats stats = { .struct_size = sizeof(stats) };
     if (sfi_get_stats(sfi, &stats) == SFI_OK) {
         fprintf(stderr, "%lld slow and %lld fast steps, %.2f of the KV read\n", (long long) stats.n_slow, (long long) stats.n_fast,
                 stats.kv_dense > 0 ? (double) stats.kv_read/(double) stats.kv_dense : 1.0);
@@ -100,9 +100,8 @@ static int run(struct llama_model * model, const char * text, size_t size, int n
     cparams.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     struct llama_context * lctx = llama_init_from_model(model, cparams);
 
-    struct sfi_params params = sfi_default_params();
     struct sfi * sfi = NULL;
-    int err = sfi_attach(lctx, &params, &sfi);
+    int err = sfi_attach(lctx, NULL, &sfi);
     if (!err) {
         err = generate(sfi, lctx, prompt, n_prompt, n);
         print_stats(sfi);

@@ -1,8 +1,8 @@
-"""Generate the C source of sfi_local._sfi from sfi.h, the one place where the C API is declared.
+"""Generate the C source of sfi_local._sfi from sfi.h and sfi-research.h, the one place where the C API is declared.
 
-usage: build_ffi.py SFI_H OUT_C
+usage: build_ffi.py SFI_H SFI_RESEARCH_H OUT_C
 
-cffi wants declarations without preprocessor. Values of enums and lengths of arrays are left to the C compiler
+cffi wants declarations without preprocessor. Values of enums are left to the C compiler
 ("..."), so a stale cdef cannot exist: what does not match the header does not compile.
 """
 
@@ -17,16 +17,19 @@ PRELUDE = """
 struct llama_context;
 typedef int32_t llama_token;
 typedef int32_t llama_seq_id;
+enum ggml_log_level { GGML_LOG_LEVEL_NONE = ..., ... };
+typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user);
 void ggml_backend_load_all_from_path(const char * dir_path);
 """
 
 # a sfi_progress_fn implemented in Python with @ffi.def_extern()
 CALLBACKS = """
-extern "Python" bool sfi_progress_py(void * user, int32_t n_done, int32_t n_total);
+extern "Python" bool sfi_progress_py(void * user, enum sfi_phase phase, int32_t done, int32_t total);
 """
 
 SOURCE = """
 #include "sfi.h"
+#include "sfi-research.h"
 #include "ggml-backend.h"
 """
 
@@ -42,18 +45,23 @@ def without_preprocessor(header: str) -> str:
 
 
 def cdef(header: str) -> str:
-    """The declarations of sfi.h as cffi reads them."""
+    """The declarations of a header as cffi reads them."""
     text = without_preprocessor(without_comments(header)).replace("SFI_API ", "")
     text = re.sub(r"\b(SFI_[A-Z0-9_]+)\s*=\s*-?\d+", r"\1 = ...", text)
-    text = re.sub(r"\[SFI_[A-Z0-9_]+\]", "[...]", text)
-    return PRELUDE + text + CALLBACKS
+    return text
 
 
-def main(header: str, out: str) -> None:
+def whole(headers: list[str]) -> str:
+    """What cffi is given of these files."""
+    return PRELUDE + "".join(cdef(Path(header).read_text(encoding="utf-8")) for header in headers) + CALLBACKS
+
+
+def main(*headers_and_out: str) -> None:
     from cffi import FFI
 
+    *headers, out = headers_and_out
     ffi = FFI()
-    ffi.cdef(cdef(Path(header).read_text(encoding="utf-8")))
+    ffi.cdef(whole(headers))
     ffi.set_source(MODULE, SOURCE)
     ffi.emit_c_code(out)
     Path(out).touch()  # cffi leaves an equal file alone, and make would try again for ever

@@ -1,28 +1,49 @@
 /*
  * sfi.h: slow-fast decoding on a llama.cpp context.
  *
- * Rare *slow steps* attend to every cell of the KV cache and choose, per layer and KV head, which cells matter;
- * the *fast steps* between them attend to that support alone. The full KV cache is kept: bandwidth and compute
- * are saved, memory is not.
+ * A token of an ordinary step attends to every cell of the KV cache, so decoding gets slower as the text gets longer. A *fast
+ * step* looks at a sketch, a small copy of all keys and values in few bits, attends exactly to the cells that matter to this
+ * token by it, and lets the sketch stand for all others. The cache itself is kept: time is saved, memory is not. A *slow step*
+ * attends to everything and renews what fast steps need. Which step comes next is decided by sfi_step(), and seldom is it slow.
  *
- *     struct llama_context * lctx = llama_init_from_model(model, cparams);   // flash attention on
- *     struct sfi_params params = sfi_default_params();
- *     struct sfi * sfi;
- *     int err = sfi_attach(lctx, &params, &sfi);
- *     if (err) { fprintf(stderr, "%s\n", sfi_last_error()); return 1; }
+ *     #include "sfi.h"
+ *     #include <stdio.h>
  *
- *     sfi_prefill(sfi, 0, prompt, n_prompt);                  // logits of the last token are ready
- *     while (...) {
- *         llama_token token = llama_sampler_sample(smpl, lctx, -1);
- *         struct sfi_step_info info;
- *         err = sfi_step(sfi, 0, token, SFI_STEP_AUTO, &info);   // logits of the next token are ready
+ *     static int generate(struct llama_context * lctx, struct llama_sampler * sampler, const llama_token * prompt, int n_prompt, int n) {
+ *         struct sfi * sfi = NULL;
+ *         int err = sfi_attach(lctx, NULL, &sfi);                            // NULL: the defaults
+ *         if (!err) {
+ *             err = sfi_prefill(sfi, 0, prompt, n_prompt, NULL, NULL);       // the logits of the last token are ready
+ *         }
+ *         for (int i = 0; i < n && !err; ++i) {
+ *             const llama_token token = llama_sampler_sample(sampler, lctx, -1);
+ *             if (llama_vocab_is_eog(llama_model_get_vocab(llama_get_model(lctx)), token)) {
+ *                 break;
+ *             }
+ *             printf("%d\n", token);
+ *             err = sfi_step(sfi, 0, token, SFI_STEP_AUTO, NULL);            // the logits of the next token are ready
+ *         }
+ *         if (err) {
+ *             fprintf(stderr, "%s: %s\n", sfi_status_name(err), sfi_last_error());
+ *         }
+ *         sfi_free(sfi);
+ *         return err;
  *     }
- *     sfi_free(sfi);
  *
- * Every function that can fail returns 0 (SFI_OK) or a negative enum sfi_status; nothing here aborts or prints.
- * One thread at a time may be inside a context: a second one gets SFI_ERR_BUSY and nothing happens.
- * sfi and llama_context may be freed in either order. The context stays an ordinary llama_context: whatever is
- * done to its memory (llama_memory_*, llama_decode, llama_state_*) is noticed, and the next step is slow.
+ * lctx is made by llama_init_from_model() with flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED and, for several sequences,
+ * kv_unified = false. Tokens, samplers, chat templates and saved states are llama.h's own.
+ *
+ * Every function that can fail returns 0 (SFI_OK) or a negative enum sfi_status, and sfi_last_error() says what to do about it.
+ * Nothing here aborts, throws or prints. Structs may grow: each begins with its size, which the caller sets to sizeof before
+ * the call. A smaller one than the library's is accepted; what it lacks has its default, and nothing is written behind its end.
+ *
+ * One thread at a time may be inside a context: a second one gets SFI_ERR_BUSY and nothing happens. sfi_cancel(), sfi_get_stats()
+ * and sfi_memory() may be called at any time. sfi and llama_context may be freed in either order, but not by two threads at the
+ * same time. After fork() only one of the two processes may go on with a context, and with a GPU only the parent. The context
+ * stays an ordinary llama_context: whatever is done to its memory (llama_memory_*, llama_decode, llama_state_*) is noticed, and
+ * the next step is slow.
+ *
+ * sfi-research.h has the other policies, the constants of the paper, the format of the sketch, and a look inside.
  */
 #ifndef SFI_H
 #define SFI_H
@@ -32,6 +53,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+/* Of this header; sfi_version() is of the library. A library serves programs that were built with headers before it. */
+#define SFI_VERSION_MAJOR 0
+#define SFI_VERSION_MINOR 1
+#define SFI_VERSION_PATCH 0
+#define SFI_VERSION (SFI_VERSION_MAJOR*10000 + SFI_VERSION_MINOR*100 + SFI_VERSION_PATCH)
 
 #if defined(_WIN32)
 #    if defined(SFI_BUILD)
@@ -47,100 +74,59 @@
 extern "C" {
 #endif
 
-/* ---- life cycle ------------------------------------------------------------------------------------------- */
-
 struct sfi;
+struct sfi_research; /* sfi-research.h */
 
-/* Which fast steps there are. */
+/* ---- parameters ------------------------------------------------------------------------------------------------ */
+
 enum sfi_policy {
-    SFI_POLICY_FROZEN = 0, /* `selected` is chosen on slow steps and kept until the next */
-    SFI_POLICY_WINDOW = 1, /* sink + recent only: the baseline every selector must beat */
-    SFI_POLICY_SKETCH = 2, /* `selected` is chosen at every step by a low-rank, few-bit copy of K and V, which also stands
-                              for all cells that are not attended to */
-    SFI_POLICY_ORACLE = 3, /* `selected` is chosen at every step by exact attention: no faster than dense, for measuring */
-};
-
-enum sfi_selector {
-    SFI_SELECTOR_TOPK  = 0, /* top-K of the pooled evidence of the last queries */
-    SFI_SELECTOR_PAPER = 1, /* the selector of arXiv 2603.12038, evidence of the slow step's query alone */
+    SFI_POLICY_FROZEN = 0, /* the cells are chosen on slow steps and kept until the next: as in arXiv 2603.12038, and on any GPU */
+    SFI_POLICY_SKETCH = 2, /* the cells are chosen at each step, by the sketch */
 };
 
 struct sfi_params {
-    size_t  struct_size; /* sizeof(struct sfi_params); filled by sfi_default_params() */
-
-    /* the support, in cells per KV head: budget = n_sink + n_recent + n_selected */
-    enum sfi_policy   policy;
-    enum sfi_selector selector;
-    int32_t n_sink;      /* >= 0 */
-    int32_t n_recent;    /* >= n_queries; the window's end follows the text ... */
-    bool    pinned;      /* ... and its start stays where the last refresh put it; false: it slides (policy frozen, window) */
-    int32_t n_selected;  /* >= 1 */
-
-    /* the schedule, in steps */
-    int32_t max_span;    /* fast steps after which a step is slow at the latest; 0: never (not for frozen and window) */
-    int32_t min_span;    /* fast steps before a boundary may make a step slow, >= 0 */
-    bool    boundary;    /* slow step at the first content token after the end of a sentence */
-    bool    repair;      /* frozen, window: a slow step computes K and V of the span before it again, with dense attention */
-    int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells, on a GPU by llama.cpp's own attention, which is faster
-                            there but rounds otherwise; 0: slow-fast at every depth */
-
-    /* the selector */
-    int32_t n_queries;   /* evidence of the last n queries, 1 .. 64 ... */
-    int32_t n_slow_queries; /* ... of which a slow step takes the last n: its own costs nothing, more do, 1 .. 64 */
-    int32_t pool_after;  /* an important cell also brings the cells after it ... */
-    int32_t pool_before; /* ... and before it */
-
-    /* SFI_POLICY_SKETCH: cells are attended to exactly if their share of the scanned attention times the expected error of
-     * their logit is larger, n_selected of them at most; 0: n_selected cells. This is the mean over all heads: those whose
-     * outputs the sketch changes more have a smaller one, by the fit */
-    float   tolerance;
-
-    /* SFI_POLICY_SKETCH: after a fast step whose tail_mass was larger, the next step is slow and the sketch is fitted anew
-     * to the latest queries; 0: never */
-    float   max_tail_mass;
-
-    /* SFI_POLICY_SKETCH: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format.
-     * No components of K: 8, 48, 0, 0, 16 for heads of up to 127 values with sketch_first 2, and for each 64 values of larger
-     * ones 4, 40, 0, 0, 16 with sketch_first half of K, rounded up: 5/64 and 1/16 of F16; with tolerance 0 and for
-     * soft-capped logits 4, 12, 24, 0, 16. No components of V: the tail is dropped.
-     * sketch_first: each step reads so many 4 bytes of K of every cell, and the rest of those cells alone that have
-     * at least second_look times the mean share of the attention by that (of 8192 cells, if there are more); 0: everything of
-     * every cell, as with tolerance 0 or soft-capped logits */
-    int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2, sketch_first;
-    float   second_look;
-
-    /* SFI_SELECTOR_PAPER, see method in arXiv 2603.12038 */
-    float   alpha, gamma, beta, p, eta, lambda_clip, a_soft, a_cross, temperature;
-    int32_t nms_radius;
+    size_t          struct_size; /* sizeof(struct sfi_params) */
+    enum sfi_policy policy;
+    float   tolerance;   /* sketch: how far a step may be from a dense one. A cell is attended to exactly if its share of the attention
+                            times the expected error of its logit, in nats, is larger; 0: n_selected cells always are */
+    int32_t n_selected;  /* cells that a step chooses at most, for each layer and KV head */
+    int32_t n_recent;    /* the latest cells, which it always attends to */
+    int32_t n_sink;      /* the first ones of the text, likewise */
+    int32_t auto_depth;  /* SFI_STEP_AUTO is dense below this many cells; 0: at no depth; -1: below the depth from which a fast step
+                            is faster by rule. On a GPU that is llama.cpp's own attention, which rounds otherwise */
+    int32_t max_span;    /* frozen: fast steps after which a step is slow at the latest */
+    bool    boundary;    /* frozen: a step is slow at the first content token after the end of a sentence */
+    const struct sfi_research * research; /* NULL: its defaults */
 };
 
-/* The defaults: policy sketch, without slow steps but those that it needs itself. */
-SFI_API struct sfi_params sfi_default_params(void);
+/* The defaults of a policy. params->struct_size must be set. */
+SFI_API int sfi_default_params(struct sfi_params * params, enum sfi_policy policy);
 
-/* The defaults of another policy: frozen and window refresh at boundaries, as in arXiv 2603.12038. */
-SFI_API struct sfi_params sfi_policy_params(enum sfi_policy policy);
+/* ---- life cycle ------------------------------------------------------------------------------------------------ */
 
-/* Attach to a context. On failure *out is NULL and sfi_last_error() says what to change.
- * SFI_ERR_MODEL: no layer of this model can be sparse. SFI_ERR_CONTEXT: flash attention off, embeddings,
- * several sequences in a unified KV cache. SFI_ERR_KV_TYPE: K or V type without a kernel. SFI_ERR_BACKEND:
- * a layer with sparse attention lives on a device that lacks the operations of this policy. */
+/* Attach to a context; params may be NULL. On failure *out is NULL and sfi_last_error() says what to change.
+ * SFI_ERR_MODEL: no layer of this model can be sparse. SFI_ERR_CONTEXT: flash attention off, embeddings, several sequences in
+ * a unified KV cache. SFI_ERR_KV_TYPE: K or V type without a kernel. SFI_ERR_BACKEND: a layer lives on a device that lacks
+ * the operations of this policy. */
 SFI_API int  sfi_attach(struct llama_context * lctx, const struct sfi_params * params, struct sfi ** out);
 
-/* Detach and free; NULL is accepted. The llama_context stays usable (or may already be gone). While another thread
- * is inside, that thread frees when it leaves. */
+/* Detach and free; NULL is accepted. The llama_context stays usable (or may already be gone). While another thread is inside,
+ * that thread frees when it leaves. */
 SFI_API void sfi_free(struct sfi * sfi);
 
-/* New parameters for an attached context. Supports are dropped, so the next step is slow. */
+/* New parameters for an attached context. What was chosen is dropped, so the next step is slow. */
 SFI_API int  sfi_set_params(struct sfi * sfi, const struct sfi_params * params);
+
+/* The parameters in use; `research` lives until the next sfi_set_params() or sfi_free(). */
 SFI_API int  sfi_get_params(const struct sfi * sfi, struct sfi_params * params);
 
-/* ---- steps ------------------------------------------------------------------------------------------------ */
+/* ---- steps ----------------------------------------------------------------------------------------------------- */
 
 enum sfi_step_kind {
     SFI_STEP_AUTO  = 0, /* let the schedule decide */
-    SFI_STEP_SLOW  = 1, /* dense attention, ends with a refreshed support */
-    SFI_STEP_FAST  = 2, /* attention over the support only */
-    SFI_STEP_DENSE = 3, /* dense attention, no refresh */
+    SFI_STEP_SLOW  = 1, /* dense attention, ends with a new support for fast steps */
+    SFI_STEP_FAST  = 2, /* attention over the support, and the sketch for the rest */
+    SFI_STEP_DENSE = 3, /* dense attention alone */
 };
 
 enum sfi_reason {
@@ -148,34 +134,40 @@ enum sfi_reason {
     SFI_REASON_FIRST       = 1, /* slow: the sequence has no support yet */
     SFI_REASON_BOUNDARY    = 2, /* slow: a sentence or clause ended */
     SFI_REASON_MAX_SPAN    = 3, /* slow: max_span fast steps since the last slow one */
-    SFI_REASON_UNSTABLE    = 4, /* slow: the support drifted (policies that can tell) */
+    SFI_REASON_UNSTABLE    = 4, /* slow: the sketch stood for too much */
     SFI_REASON_INVALIDATED = 5, /* slow: the cache was edited behind the support */
     SFI_REASON_FORCED      = 6, /* the caller asked for this kind */
-    SFI_REASON_SHORT       = 7, /* dense: fewer cells than auto_depth, see there */
+    SFI_REASON_SHORT       = 7, /* dense: fewer cells than auto_depth */
     SFI_REASON_VERIFY      = 8, /* slow or dense: sfi_verify() */
-    SFI_REASON_COUNT       = 9,
 };
 
 struct sfi_step_info {
-    enum sfi_step_kind kind;   /* what was done: SLOW, FAST or DENSE */
+    size_t             struct_size;
+    enum sfi_step_kind kind;      /* what was done: SLOW, FAST or DENSE */
     enum sfi_reason    reason;
-    int32_t pos;               /* position of the token */
-    int32_t depth;             /* cells the sequence has after the step */
-    int32_t n_cells;           /* cells each KV head of a sparse layer attended to, in the mean */
-    float   tail_mass;         /* policy sketch, fast: attention mass that the sketch stood in for, mean over all heads; else 0 */
-    int64_t t_us;              /* time of the step in microseconds, logits included */
+    int32_t            pos;       /* position of the token */
+    int32_t            depth;     /* cells the sequence has after the step */
+    int32_t            n_cells;   /* cells each KV head of a sparse layer attended to exactly, in the mean */
+    float              tail_mass; /* sketch, fast: share of the attention that it stood in for, mean over all heads; else 0 */
+    int64_t            t_us;      /* time of the step in microseconds, logits included */
 };
 
-/* Called between prefill batches with the tokens done so far; return false to stop (SFI_ERR_ABORTED). */
-typedef bool (*sfi_progress_fn)(void * user, int32_t n_done, int32_t n_total);
+enum sfi_phase {
+    SFI_PHASE_PREFILL = 0, /* done and total are tokens */
+    SFI_PHASE_FIT     = 1, /* the sketch is fitted to the text: done and total are layers */
+};
 
-/* Dense prefill of n tokens after what the sequence holds; the last queries choose the first support.
- * On SFI_ERR_ABORTED the tokens done so far stay in the cache. */
+/* Called between batches and between layers; return false to stop (SFI_ERR_ABORTED). It must not call into this context. */
+typedef bool (*sfi_progress_fn)(void * user, enum sfi_phase phase, int32_t done, int32_t total);
+
+/* Dense prefill of n tokens after what the sequence holds; its end chooses the first support. progress may be NULL. On
+ * SFI_ERR_ABORTED the batches that were done stay in the cache. To continue a conversation, take back what is not common
+ * (sfi_rollback()) and prefill the rest. */
 SFI_API int sfi_prefill(struct sfi * sfi, llama_seq_id seq, const llama_token * tokens, int32_t n,
                         sfi_progress_fn progress, void * user);
 
-/* One token of one sequence. FAST without a valid support is refused with SFI_ERR_NO_SUPPORT; at the end of
- * the pinned window AUTO and FAST become slow (SFI_REASON_MAX_SPAN). info may be NULL. */
+/* One token of one sequence. FAST without a valid support is refused with SFI_ERR_NO_SUPPORT; where the window of policy frozen
+ * is full, AUTO and FAST become slow (SFI_REASON_MAX_SPAN). info may be NULL. */
 SFI_API int sfi_step(struct sfi * sfi, llama_seq_id seq, llama_token token, enum sfi_step_kind kind,
                      struct sfi_step_info * info);
 
@@ -183,89 +175,48 @@ SFI_API int sfi_step(struct sfi * sfi, llama_seq_id seq, llama_token token, enum
 SFI_API int sfi_peek(const struct sfi * sfi, llama_seq_id seq, llama_token token,
                      enum sfi_step_kind * kind, enum sfi_reason * reason);
 
-/* Take back the last n tokens of a sequence. A support that does not list them stays valid: any n up to the cells
- * that followed the last refresh, and n_recent of those before it. Taken back beyond that, the next step is slow. */
+/* Take back the last n tokens of a sequence. A support that does not list them stays valid: any n up to the cells that followed
+ * the last refresh, and n_recent of those before it. Taken back beyond that, the next step is slow. */
 SFI_API int sfi_rollback(struct sfi * sfi, llama_seq_id seq, int32_t n);
 
-/* Dense attention for n tokens in one batch, 1 to llama_n_batch(), each K row read once for all of them. They take the
- * place of the last n_replaced tokens of the sequence (n_replaced <= n), whose K and V came from fast steps. The logits
- * after token i are then llama_get_logits_ith(lctx, i). With refresh the pass ends with a new support.
+/* Dense attention for n tokens in one batch, 1 to llama_n_batch(), each K row read once for all of them. They take the place of
+ * the last n_replaced tokens of the sequence (n_replaced <= n), whose K and V came from fast steps. The logits after token i
+ * are then llama_get_logits_ith(lctx, i). With refresh the pass ends with a new support.
  *
- * To decode exactly as dense steps would: draft a few tokens by fast steps, verify the token that was sampled last and
- * all drafted ones, keep the drafts that the logits confirm, sfi_rollback() the others, sample the next token. */
+ * To decode exactly as dense steps would: draft a few tokens by fast steps, verify the token that was sampled last and all
+ * drafted ones, keep the drafts that the logits confirm, sfi_rollback() the others, sample the next token. */
 SFI_API int sfi_verify(struct sfi * sfi, llama_seq_id seq, const llama_token * tokens, int32_t n, int32_t n_replaced,
                        bool refresh, struct sfi_step_info * info);
 
 /* Drop the support of a sequence, if it has one: its next step is slow. */
 SFI_API int sfi_invalidate(struct sfi * sfi, llama_seq_id seq);
 
-/* ---- inspection: the support-stability hook ---------------------------------------------------------------- */
+/* From any thread: the call that is inside this context ends with SFI_ERR_ABORTED, after the operation that computes now (on a
+ * GPU, after the batch), and what it began is taken back as for SFI_ERR_ABORTED above. The next call works again. If no call
+ * is inside, nothing happens. llama_set_abort_callback() works beside it. */
+SFI_API void sfi_cancel(struct sfi * sfi);
 
-/* Whose operations make the support of a layer. */
-enum sfi_path {
-    SFI_PATH_NONE     = 0, /* its device lacks them: refused */
-    SFI_PATH_NATIVE   = 1, /* ours */
-    SFI_PATH_PORTABLE = 2, /* ggml's own, which any GPU has: policies frozen and window, selector topk, no sfi_verify() */
-};
-
-struct sfi_layer {
-    bool    sparse;        /* fast steps are sparse in this layer */
-    int32_t n_head, n_head_kv, n_embd_head_k, n_embd_head_v;
-    size_t  kv_cell_bytes; /* bytes of K and V of one cell, all KV heads */
-    const char * why;      /* why the layer stays dense; "" if sparse */
-    enum sfi_path path;    /* NONE if not sparse */
-};
-
-/* The path of layers (F16, head size 128) on a device of ggml_backend_dev_get(). NONE: *lacks, which may be NULL, names the
- * operations it lacks, until the next call of this thread. With SFI_PORTABLE_PATH set to 1 in the environment: never native. */
-SFI_API enum sfi_path sfi_device_path(size_t device, const struct sfi_params * params, const char ** lacks);
-
-SFI_API int32_t sfi_n_layer(const struct sfi * sfi);
-SFI_API int     sfi_get_layer(const struct sfi * sfi, int32_t il, struct sfi_layer * layer);
-
-/* Memory that sfi adds to the context, in bytes. */
-SFI_API size_t  sfi_memory(const struct sfi * sfi);
-
-/* The selected cells of one layer and KV head, up to n_max of them, and the positions they hold; either array
- * may be NULL. Returns their number, or a negative status. */
-SFI_API int sfi_get_selected(const struct sfi * sfi, llama_seq_id seq, int32_t il, int32_t head_kv,
-                             int32_t * cells, int32_t * positions, int32_t n_max);
-
-struct sfi_stability {
-    int32_t n_selected;
-    float   evidence;  /* evidence on all candidates; topk: attention mass that always does not hold */
-    float   mass;      /* share of it that `selected` captured, in [0, 1] */
-    float   mass_prev; /* share that the previous set would have captured; NAN at the first refresh */
-    float   jaccard;   /* overlap of `selected` with the previous set; NAN at the first refresh */
-};
-
-/* Of the last refresh (a slow step, or the end of prefill). SFI_ERR_NO_SUPPORT if there was none. */
-SFI_API int sfi_get_stability(const struct sfi * sfi, llama_seq_id seq, int32_t il, int32_t head_kv,
-                              struct sfi_stability * stability);
-
-/* Policy sketch: what the last fast step left to the sketch in one layer, for one query head (not KV head). */
-struct sfi_tail {
-    float mass;        /* share of its attention on cells outside of the support, in [0, 1] */
-    float logit_error; /* how far a sketched logit is from the exact one, root of the mean square, by the fit */
-};
-
-/* SFI_ERR_NO_SUPPORT where the policy has no sketch, or nothing has been scanned yet. */
-SFI_API int sfi_get_tail(const struct sfi * sfi, llama_seq_id seq, int32_t il, int32_t head, struct sfi_tail * tail);
+/* ---- meters ---------------------------------------------------------------------------------------------------- */
 
 struct sfi_stats {
+    size_t  struct_size;
     int64_t n_slow, n_fast, n_dense, n_prefill;  /* steps; tokens of prefill */
-    int64_t n_reason[SFI_REASON_COUNT];          /* slow and dense steps by reason */
-    int64_t us_slow, us_fast, us_dense, us_prefill;
-    int64_t kv_read, kv_dense;                   /* bytes of K and V that the steps read / dense steps would have read
-                                                    for the tokens that were not taken back */
-    int64_t n_verify, n_verified, us_verify;     /* calls of sfi_verify(), tokens in them, their time */
+    int64_t n_verify, n_verified;                /* calls of sfi_verify(), tokens in them */
+    int64_t us_slow, us_fast, us_dense, us_prefill, us_verify;
+    int64_t kv_read, kv_dense;                   /* bytes of K and V that the steps read / dense steps would have read for the
+                                                    tokens that were not taken back */
     int64_t n_repaired;                          /* tokens whose K and V slow steps computed again */
+    int64_t n_reason[16];                        /* slow and dense steps by enum sfi_reason */
 };
 
+/* Since attach or reset, as of the last step that ended. */
 SFI_API int sfi_get_stats  (const struct sfi * sfi, struct sfi_stats * stats);
 SFI_API int sfi_reset_stats(struct sfi * sfi);
 
-/* ---- errors and identity ----------------------------------------------------------------------------------- */
+/* Bytes that sfi adds to the context. */
+SFI_API size_t sfi_memory(const struct sfi * sfi);
+
+/* ---- errors, log and identity ---------------------------------------------------------------------------------- */
 
 enum sfi_status {
     SFI_OK             =   0,
@@ -277,24 +228,28 @@ enum sfi_status {
     SFI_ERR_FULL       =  -6, /* no free cell: the context is full */
     SFI_ERR_MEMORY     =  -7, /* allocation failed */
     SFI_ERR_DECODE     =  -8, /* llama_decode failed */
-    SFI_ERR_ABORTED    =  -9, /* stopped by a callback */
+    SFI_ERR_ABORTED    =  -9, /* stopped by a callback or sfi_cancel() */
     SFI_ERR_NO_SUPPORT = -10, /* nothing was selected yet */
     SFI_ERR_BUSY       = -11, /* another thread is inside this context */
     SFI_ERR_DETACHED   = -12, /* the llama_context is gone */
 };
 
-/* The name of a status, e.g. "SFI_ERR_FULL". */
-SFI_API const char * sfi_status_name(int status);
-
 /* One sentence with the remedy about the last failure on this thread; "" if there was none. */
 SFI_API const char * sfi_last_error(void);
 
+/* Names, e.g. "SFI_ERR_FULL", "fast", "max_span". */
+SFI_API const char * sfi_status_name(int status);
 SFI_API const char * sfi_kind_name  (enum sfi_step_kind kind);
 SFI_API const char * sfi_reason_name(enum sfi_reason reason);
-SFI_API const char * sfi_path_name  (enum sfi_path path);
 
-/* The sources this library was built from: "<llama.cpp commit>+<hash of our patches and native code>".
- * Compare it with the one you were built against. */
+/* What llama.cpp and this library have to say, line by line; NULL: to stderr. For the whole process, as llama_log_set(). */
+SFI_API void sfi_log_set(ggml_log_callback log, void * user);
+
+/* SFI_VERSION of the library. */
+SFI_API int sfi_version(void);
+
+/* The sources this library was built from: "<llama.cpp commit>+<hash of our patches and native code>". SFI_SOURCE_ID in
+ * sfi-source-id.h, beside this header where the library was installed, is that of the library it came with. */
 SFI_API const char * sfi_source_id(void);
 
 #ifdef __cplusplus

@@ -112,3 +112,21 @@ llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_sh
     }
     return portable.empty() ? LLAMA_PATH_PORTABLE : LLAMA_PATH_NONE;
 }
+
+std::vector<std::string> llama_path_native(ggml_backend_dev_t dev) {
+    static const char * const names[] = { "sparse_attn", "support_evidence", "support_select", "support_stability", "sketch_encode", "sketch_scan" };
+    ggml_context_ptr ctx(ggml_init({ 128*ggml_tensor_overhead(), nullptr, true }));
+    llama_support_params params;
+    params.policy    = LLAMA_SUPPORT_SKETCH;
+    params.tolerance = 1.0f;
+    std::vector<std::string> has;
+    if (ctx) {
+        const auto ops = native_operations(ctx.get(), { 2, 1, 64, 64, GGML_TYPE_F16, GGML_TYPE_F16 }, params);
+        for (size_t i = 0; i < ops.size(); ++i) {
+            if (ggml_backend_dev_supports_op(dev, ops[i])) {
+                has.push_back(names[i]);
+            }
+        }
+    }
+    return has;
+}

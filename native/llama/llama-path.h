@@ -17,6 +17,9 @@ struct llama_path_shape {
 llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_shape & shape, const llama_support_params & params,
                                      std::string * lacks = nullptr);
 
+// The operations of ours that a device computes, by name, each on a small instance of the default policy.
+std::vector<std::string> llama_path_native(ggml_backend_dev_t dev);
+
 // The device that computes on a buffer; null if there is none.
 ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer);
 

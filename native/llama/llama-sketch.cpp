@@ -210,6 +210,9 @@ bool llama_support::fit(llama_context & lctx, uint32_t s) {
     std::vector<layer_rows> rows(n_threads);
     std::vector<std::vector<float>> need(layers.size());
     for (size_t begin = 0; begin < todo.size(); begin += n_threads) {
+        if (on_fit && !on_fit((int32_t) begin, (int32_t) todo.size())) {
+            return false;
+        }
         const size_t n_now = std::min(n_threads, todo.size() - begin);
         std::vector<std::thread> helpers;
         for (size_t i = 0; i < n_now; ++i) {

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -137,6 +138,10 @@ public:
     // Policy sketch, between steps: fits the basis if it is missing or outgrown, writes the codes of cells that have left
     // the window or will with the next cell. False: computing failed, and the support is invalid.
     bool update_sketch(llama_context & lctx, uint32_t stream);
+
+    // Called between the layers of a fit, if it is set, with those done and all; false stops the fit, as if computing had failed.
+    std::function<bool(int32_t done, int32_t total)> on_fit;
+
     bool    scanned     (uint32_t stream) const { return streams[stream].j1 > streams[stream].j0 && params.policy == LLAMA_SUPPORT_SKETCH; }
     void    outgrow     (uint32_t stream) { streams[stream].outgrown = true; } // fit anew after this step
     int64_t sketch_bytes(uint32_t stream) const; // what a fast step reads of the codes and bases

@@ -1,6 +1,6 @@
 // The pure units: where boundaries are, and when a step is slow. Prints every failure; exit code 1 if there was one.
 
-#include "boundary.h"
+#include "sentences.h"
 #include "schedule.h"
 
 #include <cstdio>
@@ -62,43 +62,52 @@ static void test_boundaries() {
     expect_boundaries({ "", "word", "" }, {});
 }
 
-static void expect(const char * what, const slowfast::schedule_input & in, sfi_step_kind asked, sfi_step_kind kind, sfi_reason reason,
-                   const sfi_params & params = sfi_policy_params(SFI_POLICY_FROZEN)) {
-    const auto d = slowfast::decide(params, in, asked);
-    check(d.kind == kind && d.reason == reason, std::string(what) + ": " + sfi_kind_name(d.kind) + ", " + sfi_reason_name(d.reason));
+// as of policy frozen
+static slowfast::schedule schedule() {
+    slowfast::schedule s;
+    s.max_span = 32;
+    s.min_span = 16;
+    s.boundary = true;
+    return s;
+}
+
+static void expect(const char * what, const slowfast::schedule_input & in, slowfast::kind asked, slowfast::kind kind, slowfast::reason reason,
+                   const slowfast::schedule & s = schedule()) {
+    const auto d = slowfast::decide(s, in, asked);
+    check(d.kind == kind && d.reason == reason, std::string(what) + ": kind " + std::to_string(d.kind) + ", reason " + std::to_string(d.reason));
 }
 
 static void test_schedule() {
     slowfast::schedule_input in;
     in.depth = 5000;
-    expect("no support yet", in, SFI_STEP_AUTO, SFI_STEP_SLOW, SFI_REASON_FIRST);
-    expect("fast without support", in, SFI_STEP_FAST, SFI_STEP_AUTO, SFI_REASON_NONE);
+    expect("no support yet", in, slowfast::AUTO, slowfast::SLOW, slowfast::FIRST);
+    expect("fast without support", in, slowfast::FAST, slowfast::AUTO, slowfast::NONE);
     in.edited = true;
-    expect("edited cache", in, SFI_STEP_AUTO, SFI_STEP_SLOW, SFI_REASON_INVALIDATED);
+    expect("edited cache", in, slowfast::AUTO, slowfast::SLOW, slowfast::INVALIDATED);
     in.valid = true;
     in.edited = false;
-    expect("valid support", in, SFI_STEP_AUTO, SFI_STEP_FAST, SFI_REASON_NONE);
+    expect("valid support", in, slowfast::AUTO, slowfast::FAST, slowfast::NONE);
     in.boundary = true;
     in.span = 15;
-    expect("boundary within min_span", in, SFI_STEP_AUTO, SFI_STEP_FAST, SFI_REASON_NONE);
+    expect("boundary within min_span", in, slowfast::AUTO, slowfast::FAST, slowfast::NONE);
     in.span = 16;
-    expect("boundary", in, SFI_STEP_AUTO, SFI_STEP_SLOW, SFI_REASON_BOUNDARY);
+    expect("boundary", in, slowfast::AUTO, slowfast::SLOW, slowfast::BOUNDARY);
     in.span = 64;
-    expect("end of the span", in, SFI_STEP_AUTO, SFI_STEP_SLOW, SFI_REASON_MAX_SPAN);
-    expect("fast beyond the span", in, SFI_STEP_FAST, SFI_STEP_FAST, SFI_REASON_FORCED);
+    expect("end of the span", in, slowfast::AUTO, slowfast::SLOW, slowfast::MAX_SPAN);
+    expect("fast beyond the span", in, slowfast::FAST, slowfast::FAST, slowfast::FORCED);
     in.window_full = true;
-    expect("full window", in, SFI_STEP_FAST, SFI_STEP_SLOW, SFI_REASON_MAX_SPAN);
-    expect("forced dense", in, SFI_STEP_DENSE, SFI_STEP_DENSE, SFI_REASON_FORCED);
-    expect("forced slow", in, SFI_STEP_SLOW, SFI_STEP_SLOW, SFI_REASON_FORCED);
+    expect("full window", in, slowfast::FAST, slowfast::SLOW, slowfast::MAX_SPAN);
+    expect("forced dense", in, slowfast::DENSE, slowfast::DENSE, slowfast::FORCED);
+    expect("forced slow", in, slowfast::SLOW, slowfast::SLOW, slowfast::FORCED);
 
-    sfi_params params = sfi_policy_params(SFI_POLICY_FROZEN);
+    auto params = schedule();
     params.auto_depth = 5001;
-    expect("short", in, SFI_STEP_AUTO, SFI_STEP_DENSE, SFI_REASON_SHORT, params);
-    params = sfi_policy_params(SFI_POLICY_FROZEN);
+    expect("short", in, slowfast::AUTO, slowfast::DENSE, slowfast::SHORT, params);
+    params = schedule();
     params.boundary = false;
     in.window_full = false;
     in.span = 20;
-    expect("boundaries off", in, SFI_STEP_AUTO, SFI_STEP_FAST, SFI_REASON_NONE, params);
+    expect("boundaries off", in, slowfast::AUTO, slowfast::FAST, slowfast::NONE, params);
 }
 
 int main() {

@@ -15,6 +15,7 @@ from sfi_local.binding.library import open_library
 from sfi_local.errors import SfiError, from_status
 from sfi_local.params import POLICIES, SELECTORS, SfiParams
 
+PREFILL = 0  # enum sfi_phase
 KINDS = {"auto": 0, "slow": 1, "fast": 2, "dense": 3}
 
 
@@ -118,7 +119,8 @@ class Engine:
         out = self._ffi.new("struct sfi **")
         context = self._ffi.cast("struct llama_context *", llama_context)
         self._sfi = self._ffi.NULL
-        self._check(self._lib.sfi_attach(context, _to_native(params.validate()), out))
+        structs = _to_native(params.validate())  # one points to the other
+        self._check(self._lib.sfi_attach(context, structs[0], out))
         self._sfi = self._ffi.gc(out[0], self._lib.sfi_free)
 
     def close(self) -> None:
@@ -143,7 +145,7 @@ class Engine:
 
     def step(self, token: int, kind: str = "auto", seq: int = 0) -> StepInfo:
         """One token through the model; the logits of the next are then ready in the context."""
-        info = self._ffi.new("struct sfi_step_info *")
+        info = _sized("struct sfi_step_info")
         self._check(self._lib.sfi_step(self._handle(), seq, token, KINDS[kind], info))
         return self._step_info(info)
 
@@ -152,7 +154,7 @@ class Engine:
 
         The logits after token i are then row i of the context. With refresh the pass ends with a new support.
         """
-        info, array = self._ffi.new("struct sfi_step_info *"), self._ffi.new("llama_token[]", tokens)
+        info, array = _sized("struct sfi_step_info"), self._ffi.new("llama_token[]", tokens)
         self._check(self._lib.sfi_verify(self._handle(), seq, array, len(tokens), n_replaced, refresh, info))
         return self._step_info(info)
 
@@ -172,18 +174,19 @@ class Engine:
 
     @property
     def params(self) -> SfiParams:
-        out = self._ffi.new("struct sfi_params *")
+        out = _sized("struct sfi_params")
         self._check(self._lib.sfi_get_params(self._handle(), out))
-        return _from_native(out)
+        return _from_native(out, out.research)
 
     @params.setter
     def params(self, params: SfiParams) -> None:
         """Supports are dropped, so the next step is slow."""
-        self._check(self._lib.sfi_set_params(self._handle(), _to_native(params.validate())))
+        structs = _to_native(params.validate())  # one points to the other
+        self._check(self._lib.sfi_set_params(self._handle(), structs[0]))
 
     def layers(self) -> list[LayerInfo]:
         """Every layer, and why it stays dense if it does."""
-        out = self._ffi.new("struct sfi_layer *")
+        out = _sized("struct sfi_layer")
         return [self._layer(il, out) for il in range(self._lib.sfi_n_layer(self._handle()))]
 
     @property
@@ -207,19 +210,19 @@ class Engine:
 
     def stability(self, layer: int, head_kv: int, seq: int = 0) -> Stability:
         """How the last refresh of one layer and KV head compares with the one before."""
-        out = self._ffi.new("struct sfi_stability *")
+        out = _sized("struct sfi_stability")
         self._check(self._lib.sfi_get_stability(self._handle(), seq, layer, head_kv, out))
         return Stability(out.n_selected, out.evidence, out.mass, out.mass_prev, out.jaccard)
 
     def tail(self, layer: int, head: int, seq: int = 0) -> Tail:
         """What the last fast step left to the sketch; raises NoSupportError where there is no sketch."""
-        out = self._ffi.new("struct sfi_tail *")
+        out = _sized("struct sfi_tail")
         self._check(self._lib.sfi_get_tail(self._handle(), seq, layer, head, out))
         return Tail(out.mass, out.logit_error)
 
     def stats(self) -> Stats:
         """Counts of steps, reasons, times and bytes since attach or the last reset."""
-        s = self._ffi.new("struct sfi_stats *")
+        s = _sized("struct sfi_stats")
         self._check(self._lib.sfi_get_stats(self._handle(), s))
         reasons = {self._reason_name(i): n for i, n in enumerate(s.n_reason) if i and n}
         return Stats(s.n_slow, s.n_fast, s.n_dense, s.n_prefill, reasons, s.us_slow / 1000, s.us_fast / 1000,
@@ -268,7 +271,8 @@ def device_path(device: int, params: SfiParams) -> tuple[str, str]:
     """(path of layers on this device of ggml, what it lacks if that is ``none``), see ``sfi_device_path()``."""
     native = open_library()
     lacks = native.ffi.new("const char **")
-    path = _path_name(native.lib.sfi_device_path(device, _to_native(params.validate()), lacks))
+    structs = _to_native(params.validate())  # one points to the other
+    path = _path_name(native.lib.sfi_device_path(device, structs[0], lacks))
     return path, native.ffi.string(lacks[0]).decode()
 
 
@@ -278,34 +282,52 @@ def _path_name(path: int) -> str:
 
 
 def default_params() -> SfiParams:
-    """The library's defaults (``sfi_default_params()``)."""
-    native = open_library()
-    return _from_native(native.ffi.new("struct sfi_params *", native.lib.sfi_default_params()))
+    """The library's defaults."""
+    return policy_params("sketch")
 
 
 def policy_params(policy: str) -> SfiParams:
-    """The library's defaults of a policy (``sfi_policy_params()``)."""
+    """The library's defaults of a policy (``sfi_default_params()``, ``sfi_default_research()``)."""
+    params, research = _default_structs(policy)
+    return _from_native(params, research)
+
+
+def _sized(struct: str) -> Any:
+    """A new struct that knows its size, as the library wants it."""
+    ffi = open_library().ffi
+    return ffi.new(f"{struct} *", {"struct_size": ffi.sizeof(struct)})
+
+
+def _default_structs(policy: str) -> tuple[Any, Any]:
     native = open_library()
-    return _from_native(native.ffi.new("struct sfi_params *", native.lib.sfi_policy_params(POLICIES[policy])))
+    params, research = _sized("struct sfi_params"), _sized("struct sfi_research")
+    if native.lib.sfi_default_params(params, POLICIES[policy]) or native.lib.sfi_default_research(research):
+        raise SfiError(native.ffi.string(native.lib.sfi_last_error()).decode())
+    return params, research
+
+
+def _struct_of(name: str, params: Any, research: Any) -> Any:
+    """Which of the two structs has a field of SfiParams: to its user they are one."""
+    return params if name in dir(params) else research
 
 
 _NUMBERS = [f.name for f in fields(SfiParams) if f.name not in ("policy", "selector")]
 
 
-def _to_native(params: SfiParams) -> Any:
-    """A ``struct sfi_params *`` with the values of params."""
-    native = open_library()
-    out = native.ffi.new("struct sfi_params *", native.lib.sfi_default_params())
-    out.policy, out.selector = POLICIES[params.policy], SELECTORS[params.selector]
+def _to_native(params: SfiParams) -> tuple[Any, Any]:
+    """A ``struct sfi_params *`` with the values of params, and the ``struct sfi_research *`` that it points to."""
+    out, research = _default_structs(params.policy)
+    research.selector = SELECTORS[params.selector]
     for name in _NUMBERS:
-        setattr(out, name, getattr(params, name))
-    return out
+        setattr(_struct_of(name, out, research), name, getattr(params, name))
+    out.research = research
+    return out, research
 
 
-def _from_native(struct: Any) -> SfiParams:
-    numbers = {name: getattr(struct, name) for name in _NUMBERS}
+def _from_native(params: Any, research: Any) -> SfiParams:
+    numbers = {name: getattr(_struct_of(name, params, research), name) for name in _NUMBERS}
     numbers = {n: round(v, 6) if isinstance(v, float) else v for n, v in numbers.items()}  # float is 32 bits in C
-    return SfiParams(policy=_name_of(POLICIES, struct.policy), selector=_name_of(SELECTORS, struct.selector), **numbers)
+    return SfiParams(policy=_name_of(POLICIES, params.policy), selector=_name_of(SELECTORS, research.selector), **numbers)
 
 
 def _name_of(names: dict[str, int], number: int) -> str:
@@ -318,19 +340,21 @@ def _define_callbacks() -> None:
     native = open_library()
 
     @native.ffi.def_extern()
-    def sfi_progress_py(user: Any, n_done: int, n_total: int) -> bool:
-        return native.ffi.from_handle(user)(n_done, n_total)
+    def sfi_progress_py(user: Any, phase: int, done: int, total: int) -> bool:
+        return native.ffi.from_handle(user)(phase, done, total)
 
 
 class _Guarded:
     """A progress callback whose exception survives the native code between it and its caller."""
 
     def __init__(self, function: Callable[[int, int], bool | None]):
-        self.function, self.error = function, None
+        self.function, self.error, self._last = function, None, (0, 1)
 
-    def __call__(self, n_done: int, n_total: int) -> bool:
+    def __call__(self, phase: int, done: int, total: int) -> bool:
+        if phase == PREFILL:
+            self._last = done, total
         try:
-            return self.function(n_done, n_total) is not False
+            return self.function(*self._last) is not False  # while a sketch is fitted nothing more is read
         except BaseException as error:
             self.error = error
             return False

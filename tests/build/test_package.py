@@ -19,7 +19,7 @@ from sfi_local import _build_info, _sfi  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(_sfi.__file__).parent
 LIB = PACKAGE / "lib"
-HEADER = ROOT / "native" / "include" / "sfi.h"
+HEADERS = [ROOT / "native" / "include" / name for name in ("sfi.h", "sfi-research.h")]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 
 
@@ -31,9 +31,13 @@ def load(path: Path, name: str):
     return module
 
 
+def header_text() -> str:
+    return "".join(header.read_text(encoding="utf-8") for header in HEADERS)
+
+
 def declared_functions() -> set[str]:
-    """The names behind SFI_API in sfi.h, found without build_ffi.py."""
-    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(encoding="utf-8"), flags=re.DOTALL)
+    """The names behind SFI_API in the headers, found without build_ffi.py."""
+    text = re.sub(r"/\*.*?\*/", "", header_text(), flags=re.DOTALL)
     return set(re.findall(r"^SFI_API\b[^;(]*?(\w+)\s*\(", text, flags=re.MULTILINE))
 
 
@@ -137,27 +141,62 @@ def test_every_function_of_the_header_is_bound():
 
 def test_cdef_declares_what_the_header_declares():
     build_ffi = load(ROOT / "native" / "ffi" / "build_ffi.py", "build_ffi")
-    cdef = build_ffi.cdef(HEADER.read_text(encoding="utf-8"))
+    cdef = build_ffi.whole(HEADERS)
     assert declared_functions() <= set(re.findall(r"\b(sfi_\w+)\s*\(", cdef))
     assert "#" not in cdef and "SFI_API" not in cdef
 
 
 def test_enum_values_are_those_of_the_header():
-    for name, value in re.findall(r"\b(SFI_\w+)\s*=\s*(-?\d+)", HEADER.read_text(encoding="utf-8")):
+    for name, value in re.findall(r"\b(SFI_\w+)\s*=\s*(-?\d+)", header_text()):
         assert getattr(_sfi.lib, name) == int(value)
-
-
-def test_struct_size_is_filled_by_the_library():
-    params = _sfi.lib.sfi_default_params()
-    assert params.struct_size == _sfi.ffi.sizeof("struct sfi_params")
 
 
 def test_progress_can_be_a_python_function():
     seen = []
 
     @_sfi.ffi.callback("sfi_progress_fn")
-    def progress(user, n_done, n_total):
-        seen.append((n_done, n_total))
+    def progress(user, phase, done, total):
+        seen.append((done, total))
         return True
 
-    assert progress(_sfi.ffi.NULL, 3, 7) and seen == [(3, 7)]
+    assert progress(_sfi.ffi.NULL, 0, 3, 7) and seen == [(3, 7)]
+
+
+# ---- the headers are plain C, and a lesson -------------------------------------------------------------------------------
+
+
+def example_of(header: Path) -> str:
+    """The program in the comment at the top of a header, from its first #include to the end of its function."""
+    lines = [line.removeprefix(" *     ") if line.startswith(" *     ") else line.removeprefix(" *")
+             for line in header.read_text(encoding="utf-8").splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("#include"))
+    return "\n".join(lines[first:lines.index("}", first) + 1])
+
+
+def test_the_example_of_the_header_is_the_one_that_is_compiled():
+    program = (ROOT / "native" / "examples" / "header.c").read_text(encoding="utf-8")
+    assert example_of(HEADERS[0]) in program
+
+
+@pytest.mark.parametrize("name", ["header.c", "generate.c", "research"])
+def test_the_headers_are_plain_c(tmp_path, name):
+    gcc = shutil.which("cc") or pytest.skip("no C compiler")
+    trees = [*ROOT.glob("build/*/llama.cpp"), PACKAGE / "include"]
+    llama = next((tree for tree in trees if (tree / "include" / "llama.h").exists() or (tree / "llama.h").exists()), None)
+    if llama is None:
+        pytest.skip("no headers of llama.cpp are here")
+    source = ROOT / "native" / "examples" / name
+    if name == "research":
+        source = tmp_path / "research.c"
+        source.write_text('#include "sfi-research.h"\nint main(void) { return sfi_version() != SFI_VERSION; }\n')
+    system = [f"-isystem{llama / part}" for part in ("", "include", "ggml/include")]
+    done = subprocess.run([gcc, "-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only", f"-I{HEADERS[0].parent}", *system, source],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_versions_of_header_and_library_agree():
+    parts = re.findall(r"#define SFI_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", header_text())
+    major, minor, patch = map(int, parts)
+    assert _sfi.lib.sfi_version() == major * 10000 + minor * 100 + patch
+    assert f'version = "{major}.{minor}.{patch}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

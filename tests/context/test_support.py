@@ -427,22 +427,24 @@ def test_on_a_cpu_a_short_step_is_a_dense_one(opened, prompts, small):
 
 
 BAD = [("policy", 4), ("sketch_k1", 4), ("sketch_v4", 8), ("sketch_first", 1), ("second_look", -1.0), ("second_look", math.nan), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
-       ("max_span", 0), ("min_span", -1), ("auto_depth", -1), ("n_queries", 0), ("n_queries", 65), ("pool_after", -1),
+       ("max_span", 0), ("min_span", -1), ("auto_depth", -2), ("n_queries", 0), ("n_queries", 65), ("pool_after", -1),
        ("pool_before", 1 << 20), ("nms_radius", -1), ("alpha", 0.0), ("alpha", math.nan), ("temperature", -1.0),
-       ("lambda_clip", 1.5), ("lambda_clip", math.nan), ("size", 8)]
+       ("lambda_clip", 1.5), ("lambda_clip", math.nan), ("struct_size", 8)]
 
 
 @pytest.mark.parametrize("name, value", BAD)
 def test_a_parameter_out_of_range_is_refused_by_name(opened, native, name, value):
-    context, out = opened(), native.ffi.new("struct sfi_params *")
+    from sfi_local.binding.engine import _default_structs, _struct_of
+
+    context = opened()
     context.engine.close()
-    params = native.ffi.new("struct sfi_params *", native.lib.sfi_policy_params(native.lib.SFI_POLICY_FROZEN))
     sfi, address = native.ffi.new("struct sfi **"), native.ffi.cast("struct llama_context *", context.address)
-    setattr(params, "struct_size" if name == "size" else name, value)
+    params, research = _default_structs("frozen")
+    params.research = research
+    setattr(_struct_of(name, params, research), name, value)
     assert native.lib.sfi_attach(address, params, sfi) == native.lib.SFI_ERR_ARGUMENT
     assert sfi[0] == native.ffi.NULL and name in native.ffi.string(native.lib.sfi_last_error()).decode()
-    params[0] = native.lib.sfi_default_params()
-    assert native.lib.sfi_attach(address, params, sfi) == 0 == native.lib.sfi_get_params(sfi[0], out)
+    assert native.lib.sfi_attach(address, native.ffi.NULL, sfi) == 0
     native.lib.sfi_free(sfi[0])
 
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "boundary.h"
+#include "sentences.h"
 #include "llama.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace slowfast {
 
-class tail {
+class history {
 public:
     // is this token the first content after the end of a sentence?
     bool peek(const token_class & t) const { return detector.peek(t); }

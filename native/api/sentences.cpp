@@ -1,4 +1,4 @@
-#include "boundary.h"
+#include "sentences.h"
 
 #include <algorithm>
 #include <cstring>

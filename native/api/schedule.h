@@ -1,10 +1,21 @@
-// When a step is slow: one pure function, shared by every caller.
+// When a step is slow: one pure function, shared by every caller, that knows no type of the API.
 
 #pragma once
 
-#include "sfi.h"
+#include <cstdint>
 
 namespace slowfast {
+
+enum kind   { AUTO, SLOW, FAST, DENSE };
+enum reason { NONE, FIRST, BOUNDARY, MAX_SPAN, UNSTABLE, INVALIDATED, FORCED, SHORT, VERIFY };
+
+struct schedule {
+    int32_t auto_depth    = 0;     // dense below
+    int32_t max_span      = 0;     // fast steps at most; 0: any number
+    int32_t min_span      = 0;     // fast steps before a boundary counts
+    bool    boundary      = false; // boundaries count
+    float   max_tail_mass = 0.0f;  // a sketch may stand for; 0: any
+};
 
 struct schedule_input {
     int32_t depth       = 0;     // cells of the sequence before the step
@@ -17,11 +28,11 @@ struct schedule_input {
 };
 
 struct decision {
-    sfi_step_kind kind;
-    sfi_reason    reason;
+    enum kind   kind;
+    enum reason reason;
 };
 
 // kind AUTO means: a fast step was asked for, and there is no support for it
-decision decide(const sfi_params & params, const schedule_input & in, sfi_step_kind asked);
+decision decide(const schedule & s, const schedule_input & in, kind asked);
 
 } // namespace slowfast

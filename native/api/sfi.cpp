@@ -1,0 +1,432 @@
+// The entry points: each validates, picks the kind of a step, and hands it to llama_decode().
+
+#include "context.h"
+#include "grown.h"
+
+#include "sfi-source-id.h"
+
+#include <algorithm>
+#include <functional>
+
+// ---- identity, log -------------------------------------------------------------------------------------------------------
+
+int sfi_version(void) {
+    return SFI_VERSION;
+}
+
+const char * sfi_source_id(void) {
+    return SFI_SOURCE_ID;
+}
+
+void sfi_log_set(ggml_log_callback log, void * user) {
+    llama_log_set(log, user);
+}
+
+// ---- parameters and meters -----------------------------------------------------------------------------------------------
+
+int sfi_get_params(const struct sfi * s, struct sfi_params * params) {
+    return guarded(s, [&](llama_support &) {
+        if (const int err = check_struct(params, "params")) {
+            return err;
+        }
+        sfi_params out = s->settings.params;
+        out.research = &s->settings.research;
+        give(params, out);
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_get_stats(const struct sfi * s, struct sfi_stats * stats) {
+    if (!s) {
+        return fail(SFI_ERR_ARGUMENT, "The sfi context is NULL.");
+    }
+    if (const int err = check_struct(stats, "stats")) {
+        return err;
+    }
+    const std::lock_guard<std::mutex> lock(s->meter);
+    give(stats, s->stats);
+    return SFI_OK;
+}
+
+int sfi_reset_stats(struct sfi * s) {
+    if (!s) {
+        return fail(SFI_ERR_ARGUMENT, "The sfi context is NULL.");
+    }
+    const std::lock_guard<std::mutex> lock(s->meter);
+    s->stats = {};
+    return SFI_OK;
+}
+
+size_t sfi_memory(const struct sfi * s) {
+    if (!s || s->support.expired()) {
+        return 0;
+    }
+    const std::lock_guard<std::mutex> lock(s->meter);
+    return s->memory;
+}
+
+// ---- steps ---------------------------------------------------------------------------------------------------------------
+
+int busy(const sfi * s) {
+    return s->inside == std::this_thread::get_id()
+        ? fail(SFI_ERR_BUSY, "This call comes from a callback of a call on the same context: return from it first.")
+        : fail(SFI_ERR_BUSY, "Another thread is inside this context; give each thread its own, or take turns.");
+}
+
+int check_seq(const llama_support & support, llama_seq_id seq) {
+    const uint32_t n = support.get_kv()->get_n_stream();
+    if (seq < 0 || (uint32_t) seq >= n) {
+        return fail(SFI_ERR_ARGUMENT, "Sequence %d does not exist; this context has sequences 0 to %u.", seq, n - 1);
+    }
+    return SFI_OK;
+}
+
+static int check_tokens(const sfi * s, const llama_token * tokens, int32_t n) {
+    for (int32_t i = 0; i < n; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= s->n_vocab) {
+            return fail(SFI_ERR_ARGUMENT, "Token %d is not in the vocabulary (0 to %d).", tokens[i], s->n_vocab - 1);
+        }
+    }
+    return SFI_OK;
+}
+
+static int check_room(const llama_support & support, llama_seq_id seq, int32_t n) {
+    const int32_t depth = support.depth(seq), size = (int32_t) support.get_kv()->get_size();
+    if (n > size - depth) {
+        return fail(SFI_ERR_FULL, "%d tokens do not fit: the context has %d cells and %d are in use. Make it larger, or remove some.", n, size, depth);
+    }
+    return SFI_OK;
+}
+
+// what a token can do for a boundary; nothing where boundaries do not count
+static slowfast::token_class class_of(const sfi * s, llama_token token) {
+    return s->tokens.empty() ? slowfast::token_class() : s->tokens[token];
+}
+
+static slowfast::decision decide(const sfi * s, const llama_support & support, llama_seq_id seq, llama_token token, sfi_step_kind asked) {
+    slowfast::schedule_input in;
+    in.depth       = support.depth(seq);
+    in.span        = support.span(seq);
+    in.valid       = support.valid(seq);
+    in.edited      = support.was_edited(seq);
+    in.window_full = support.window_full(seq);
+    in.tail_mass   = s->tail_mass[seq];
+    in.boundary    = s->histories[seq].peek(class_of(s, token));
+    return slowfast::decide(s->schedule, in, (slowfast::kind) asked);
+}
+
+// the two of schedule.h and of sfi.h are the same numbers
+static_assert((int) slowfast::DENSE == SFI_STEP_DENSE && (int) slowfast::FAST == SFI_STEP_FAST && (int) slowfast::SLOW == SFI_STEP_SLOW, "kinds");
+static_assert((int) slowfast::FIRST == SFI_REASON_FIRST && (int) slowfast::MAX_SPAN == SFI_REASON_MAX_SPAN
+           && (int) slowfast::INVALIDATED == SFI_REASON_INVALIDATED && (int) slowfast::VERIFY == SFI_REASON_VERIFY, "reasons");
+
+static int stopped(const sfi * s) {
+    return fail(SFI_ERR_ABORTED, s->cancelled ? "Stopped by sfi_cancel(), or by the progress callback." : "Stopped by the abort callback.");
+}
+
+static int sketch_failed(const sfi * s) {
+    return s->cancelled ? stopped(s) : fail(SFI_ERR_DECODE, "The codes of the sketch could not be computed; llama.cpp's log says why.");
+}
+
+static int decode_status(const sfi * s, int ret) {
+    switch (ret) {
+        case 0:  return SFI_OK;
+        case 1:  return fail(SFI_ERR_FULL, "The KV cache has no free cell; make the context larger.");
+        case 2:  return stopped(s);
+        default: return fail(SFI_ERR_DECODE, "llama_decode() failed with code %d; its log says why.", ret);
+    }
+}
+
+// What is announced to a support ends here, also if llama_decode() throws.
+class announced {
+public:
+    announced(llama_support & support, llama_seq_id seq, llama_support_kind kind, int32_t n, bool refresh) : support(support) {
+        support.announce(seq, kind, n, refresh);
+    }
+    ~announced() { support.finish(ok); }
+    bool ok = false;
+private:
+    llama_support & support;
+};
+
+// One llama_decode() of tokens at the end of a sequence; the logits of the last n_logits of them are kept.
+static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n,
+                  llama_support_kind kind, bool refresh, int32_t n_logits) {
+    std::unique_ptr<llama_batch, void (*)(llama_batch *)> batch(new llama_batch(llama_batch_init(n, 0, 1)),
+            [](llama_batch * b) { llama_batch_free(*b); delete b; });
+    const llama_pos pos = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq) + 1;
+    batch->n_tokens = n;
+    for (int32_t i = 0; i < n; ++i) {
+        batch->token[i]     = tokens[i];
+        batch->pos[i]       = pos + i;
+        batch->n_seq_id[i]  = 1;
+        batch->seq_id[i][0] = seq;
+        batch->logits[i]    = i >= n - n_logits;
+    }
+    watch_cancel(*s);
+    int ret;
+    {
+        announced work(support, seq, kind, n, refresh);
+        ret = llama_decode(s->lctx, *batch);
+        llama_synchronize(s->lctx);
+        work.ok = ret == 0;
+    }
+    if (ret == 0 && refresh && !support.refresh_portable(*s->lctx, seq, kind == LLAMA_SUPPORT_SLOW)) {
+        return s->cancelled ? stopped(s) : fail(SFI_ERR_DECODE, "The support could not be chosen; llama.cpp's log says why.");
+    }
+    if (ret == 0 && refresh && !support.update_sketch(*s->lctx, seq)) {
+        return sketch_failed(s);
+    }
+    return decode_status(s, ret);
+}
+
+static int prefill(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
+    const int32_t n_batch = (int32_t) llama_n_batch(s->lctx);
+    const bool    refresh = support.depth(seq) + n >= s->schedule.auto_depth;
+    auto & history = s->histories[seq];
+    history.clear(); // also if it fails: nothing is known then of the text before
+    for (int32_t i = 0; i < n; i += n_batch) {
+        const int32_t m     = std::min(n_batch, n - i);
+        const bool    last  = i + m == n;
+        const int64_t start = ggml_time_us();
+        if (const int err = decode(s, support, seq, tokens + i, m, LLAMA_SUPPORT_PREFILL, refresh && last, last)) {
+            return err;
+        }
+        count_prefill(s, m, ggml_time_us() - start);
+        const bool go_on = !progress || progress(user, SFI_PHASE_PREFILL, i + m, n);
+        if ((!go_on || s->cancelled) && !last) {
+            return fail(SFI_ERR_ABORTED, "Prefill was stopped after %d of %d tokens; they stay in the cache.", i + m, n);
+        }
+    }
+    for (int32_t i = std::max(0, n - 8); i < n; ++i) {
+        history.feed(tokens[i], class_of(s, tokens[i]), true);
+    }
+    return SFI_OK;
+}
+
+int sfi_prefill(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
+    return guarded(s, [&](llama_support & support) {
+        if (!tokens || n < 1) {
+            return fail(SFI_ERR_ARGUMENT, "There are no tokens to prefill.");
+        }
+        for (const int err : { check_seq(support, seq), check_tokens(s, tokens, n) }) {
+            if (err) {
+                return err;
+            }
+        }
+        if (const int err = check_room(support, seq, n)) {
+            return err;
+        }
+        struct watching { // the fit at the end, for as long as this call
+            llama_support & support;
+            ~watching() { support.on_fit = nullptr; }
+        } on_exit{support};
+        support.on_fit = [&](int32_t done, int32_t total) {
+            if (progress && !progress(user, SFI_PHASE_FIT, done, total)) {
+                s->cancelled = true;
+            }
+            return !s->cancelled;
+        };
+        return prefill(s, support, seq, tokens, n, progress, user);
+    });
+}
+
+static llama_support_kind support_kind(const slowfast::decision & d) {
+    switch (d.kind) {
+        case slowfast::SLOW: return LLAMA_SUPPORT_SLOW;
+        case slowfast::FAST: return LLAMA_SUPPORT_FAST;
+        default:             return d.reason == slowfast::SHORT ? LLAMA_SUPPORT_SHORT : LLAMA_SUPPORT_DENSE;
+    }
+}
+
+// Remove the last n tokens from cache and support; `histories` is the caller's.
+static int remove_last(sfi * s, llama_support & support, llama_seq_id seq, int32_t n) {
+    const llama_memory_t memory = llama_get_memory(s->lctx);
+    const llama_pos first = llama_memory_seq_pos_max(memory, seq) + 1 - n;
+    const auto & swa = s->lctx->get_model().hparams;
+    if (n > 0 && s->kv_swa && s->kv_swa->seq_pos_min(seq) > std::max<llama_pos>(0, first - (llama_pos) swa.n_swa)) {
+        return fail(SFI_ERR_CONTEXT, "%d tokens cannot be taken back: the sliding-window layers have dropped the cells before "
+                "them. Make the context with swa_full = true.", n);
+    }
+    if (n > 0 && !llama_memory_seq_rm(memory, seq, first, -1)) {
+        support.invalidate(seq);
+        return fail(SFI_ERR_DECODE, "The last %d tokens could not be removed from the memory of this model.", n);
+    }
+    if (n > 0) {
+        support.roll_back(seq, n);
+    }
+    return SFI_OK;
+}
+
+// A slow step that computes the tokens since the last refresh again, in one batch with its own.
+static int repairing_step(sfi * s, llama_support & support, llama_seq_id seq, llama_token token) {
+    auto tokens = s->histories[seq].since_refresh(llama_n_batch(s->lctx) - 1);
+    const int32_t n = (int32_t) tokens.size();
+    if (const int err = remove_last(s, support, seq, n)) {
+        return err;
+    }
+    tokens.push_back(token);
+    if (const int err = decode(s, support, seq, tokens.data(), n + 1, LLAMA_SUPPORT_VERIFY, true, 1)) {
+        s->histories[seq].take_back(n);
+        return err;
+    }
+    const std::lock_guard<std::mutex> lock(s->meter);
+    s->stats.n_repaired += n;
+    return SFI_OK;
+}
+
+// What a step did, after it.
+static sfi_step_info report(sfi * s, const llama_support & support, llama_seq_id seq, const slowfast::decision & d, int64_t start) {
+    const bool fast = d.kind == slowfast::FAST, scanned = fast && support.scanned(seq);
+    sfi_step_info done = {};
+    attended sketched;
+    if (scanned) {
+        sketched = attended_by_sketch(s, support, seq, done.tail_mass);
+    }
+    done.kind    = (sfi_step_kind) d.kind;
+    done.reason  = (sfi_reason) d.reason;
+    done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
+    done.depth   = support.depth(seq);
+    done.n_cells = fast ? support.n_fast_cells(seq) + (int32_t) mean_cells(sketched) : done.depth;
+    done.t_us    = ggml_time_us() - start;
+    s->tail_mass[seq] = done.tail_mass;
+    count_step(s, support, seq, done, sketched);
+    return done;
+}
+
+int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_kind kind, struct sfi_step_info * info) {
+    return guarded(s, [&](llama_support & support) {
+        for (const int err : { check_seq(support, seq), check_tokens(s, &token, 1), check_range("kind", kind, SFI_STEP_AUTO, SFI_STEP_DENSE),
+                               info ? check_struct(info, "info") : SFI_OK }) {
+            if (err) {
+                return err;
+            }
+        }
+        if (const int err = check_room(support, seq, 1)) {
+            return err;
+        }
+        const auto d = decide(s, support, seq, token, kind);
+        if (d.kind == slowfast::AUTO) {
+            return fail(SFI_ERR_NO_SUPPORT, "A fast step needs a support: prefill, or take a slow step first.");
+        }
+        const int64_t start = ggml_time_us();
+        if (d.reason == slowfast::UNSTABLE) {
+            support.outgrow(seq);
+        }
+        const bool slow   = d.kind == slowfast::SLOW;
+        const bool repair = slow && s->settings.research.repair && support.valid(seq) && support.span(seq) > 0 && refreshes(s->settings.params.policy);
+        if (d.kind == slowfast::FAST && !support.update_sketch(*s->lctx, seq)) {
+            return sketch_failed(s);
+        }
+        if (const int err = repair ? repairing_step(s, support, seq, token) : decode(s, support, seq, &token, 1, support_kind(d), slow, 1)) {
+            return err;
+        }
+        s->histories[seq].feed(token, class_of(s, token), slow);
+        const sfi_step_info done = report(s, support, seq, d, start);
+        if (info) {
+            give(info, done);
+        }
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_peek(const struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_kind * kind, enum sfi_reason * reason) {
+    return guarded(s, [&](llama_support & support) {
+        for (const int err : { check_seq(support, seq), check_tokens(s, &token, 1) }) {
+            if (err) {
+                return err;
+            }
+        }
+        const auto d = decide(s, support, seq, token, SFI_STEP_AUTO);
+        if (kind) {
+            *kind = (sfi_step_kind) d.kind;
+        }
+        if (reason) {
+            *reason = (sfi_reason) d.reason;
+        }
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_rollback(struct sfi * s, llama_seq_id seq, int32_t n) {
+    return guarded(s, [&](llama_support & support) {
+        if (const int err = check_seq(support, seq)) {
+            return err;
+        }
+        const int32_t depth = support.depth(seq);
+        if (const int err = check_range("n", n, 0, depth)) {
+            return err;
+        }
+        if (const int err = remove_last(s, support, seq, n)) {
+            return err;
+        }
+        s->histories[seq].take_back(n);
+        count_taken_back(s, support, depth, n);
+        return (int) SFI_OK;
+    });
+}
+
+static int check_verify(const sfi * s, const llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n, int32_t n_replaced) {
+    if (!tokens) {
+        return fail(SFI_ERR_ARGUMENT, "There are no tokens to verify.");
+    }
+    const int32_t depth = support.depth(seq);
+    for (const int err : { check_range("n", n, 1, (int32_t) llama_n_batch(s->lctx)), check_range("n_replaced", n_replaced, 0, std::min(n, depth)) }) {
+        if (err) {
+            return err;
+        }
+    }
+    if (const int err = check_tokens(s, tokens, n)) {
+        return err;
+    }
+    return check_room(support, seq, n - n_replaced);
+}
+
+int sfi_verify(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, int32_t n_replaced, bool refresh, struct sfi_step_info * info) {
+    return guarded(s, [&](llama_support & support) {
+        for (const int err : { check_seq(support, seq), info ? check_struct(info, "info") : SFI_OK }) {
+            if (err) {
+                return err;
+            }
+        }
+        if (support.has_portable()) {
+            return fail(SFI_ERR_BACKEND, "A device of this model attends to several tokens with other rounding than to one, so a batch "
+                    "cannot verify what dense steps give: take dense steps, or keep the model on the CPU (n_gpu_layers = 0).");
+        }
+        if (const int err = check_verify(s, support, seq, tokens, n, n_replaced)) {
+            return err;
+        }
+        const int64_t start = ggml_time_us();
+        if (const int err = remove_last(s, support, seq, n_replaced)) {
+            return err;
+        }
+        s->histories[seq].take_back(n_replaced);
+        if (const int err = decode(s, support, seq, tokens, n, LLAMA_SUPPORT_VERIFY, refresh, n)) {
+            return err;
+        }
+        for (int32_t i = 0; i < n; ++i) {
+            s->histories[seq].feed(tokens[i], class_of(s, tokens[i]), true); // dense: nothing to repair
+        }
+        sfi_step_info done = {};
+        done.kind    = refresh ? SFI_STEP_SLOW : SFI_STEP_DENSE;
+        done.reason  = SFI_REASON_VERIFY;
+        done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
+        done.depth   = done.n_cells = support.depth(seq);
+        done.t_us    = ggml_time_us() - start;
+        count_verify(s, support, done, n, n - n_replaced, refresh);
+        if (info) {
+            give(info, done);
+        }
+        return (int) SFI_OK;
+    });
+}
+
+int sfi_invalidate(struct sfi * s, llama_seq_id seq) {
+    return guarded(s, [&](llama_support & support) {
+        if (const int err = check_seq(support, seq)) {
+            return err;
+        }
+        support.invalidate(seq);
+        return (int) SFI_OK;
+    });
+}
