@@ -76,7 +76,7 @@ class Model:
     def template(self) -> ChatTemplate:
         v = self.vocabulary
         return ChatTemplate(self.file.metadata.get("tokenizer.chat_template"), v.bos_text, v.eos_text, v.add_bos,
-                            v.tokenize)
+                            v.tokenize, vocabulary=v, note=self._note)
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
         """Token ids; with ``special`` the text of a special token becomes that token."""

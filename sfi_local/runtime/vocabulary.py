@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import re
+from functools import cached_property
+from typing import Any, Sequence
 
 from sfi_local.binding.library import open_library
+from sfi_local.errors import InputError
+from sfi_local.runtime import long_text
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 1 << 0, 1 << 3, 1 << 4  # attributes of a token in llama.h
+_SPECIAL = _UNKNOWN | _CONTROL | _USER_DEFINED
+_UNREAD = _UNKNOWN | _CONTROL  # read as tokens where special tokens are read, and else as text
+_SHORT_CONTENT = 20_000        # characters that are sooner tokenised twice than all names of special tokens collected
+_NO_LETTER = "\x01"            # merges with nothing
 
 
 class Vocabulary:
@@ -22,7 +32,45 @@ class Vocabulary:
         return self._weights.n_vocab()
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
-        return self._weights.tokenize(text.encode("utf-8"), add_bos, special)
+        """Token ids; with ``special`` the text of a special token becomes that token.
+
+        Any text on any thread's stack, see long_text.py. Raises InputError for what is no text, OutOfMemoryError.
+        """
+        data = self._encoded(text)
+        out = [self._weights.token_bos()] if add_bos and self.bos_text else []
+        if len(long_text.cut(text, self._slow_digits)) == 1:
+            return out + self._tokenize(data, len(text), special)
+        for part in self._apart(text) if special else [text]:
+            for piece in long_text.cut(part, self._slow_digits):
+                out += self.continued(piece, out[-1], special) if out else self.tokenize(piece, False, special)
+        return out
+
+    def continued(self, text: str, last: int, special: bool = False) -> list[int]:
+        """Token ids of a text that goes on after a token.
+
+        SentencePiece vocabularies begin a text, and what follows a special token, with a space of their own; this is no beginning.
+        """
+        if not self._begins_with_space or self._attributes(last) & _SPECIAL:
+            return self.tokenize(text, False, special)
+        before = self.tokenize(_NO_LETTER)
+        tokens = self.tokenize(_NO_LETTER + text, False, special)
+        return tokens[len(before):] if tokens[:len(before)] == before else self.tokenize(text, False, special)
+
+    def structure(self, source: str, contents: Sequence[str]) -> re.Pattern:
+        """Matches the texts in contents of a chat that would be read as special tokens.
+
+        source: the chat template; what it uses of the tokens that are read as such in any text is no part of a content either
+        """
+        used = (t for t in set(self.tokenize(source, False, True)) if self._attributes(t) & _SPECIAL)
+        names = {name for t in used if re.search(r"\w", name := self._text(t))}
+        if any(len(text) > _SHORT_CONTENT or self.tokenize(text, False, True) != self.tokenize(text) for text in contents):
+            names |= self._control_names
+        return _any_of(names)
+
+    def spelled(self, token: int) -> tuple[bytes, bool]:
+        """(bytes, whether they are the name of a token that has no text) of a token."""
+        piece = self.piece(token)
+        return (piece, False) if piece else (self._text(token).encode(), True)
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; b"" for a special one."""
@@ -42,5 +90,56 @@ class Vocabulary:
         """Whether a token ends the answer."""
         return bool(self._llama.llama_vocab_is_eog(self._weights.vocab, token))
 
+    def _tokenize(self, data: bytes, n: int, special: bool) -> list[int]:
+        """Of n characters, on a stack for so many. No token has less than a byte, but a space may come before."""
+        room = len(data) + 2
+
+        def call() -> list[int]:
+            array = (self._llama.llama_token * room)()
+            n_tokens = self._llama.llama_tokenize(self._weights.vocab, data, len(data), array, room, False, special)
+            if n_tokens < 0:
+                raise InputError(f"The text of {len(data)} bytes cannot be tokenised: give a shorter one.")
+            return array[:n_tokens]
+
+        return long_text.with_stack_for(n, call)
+
+    @staticmethod
+    def _encoded(text: str) -> bytes:
+        try:
+            return text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"The text is no Unicode: character {error.start} is half of a surrogate pair (U+{ord(text[error.start]):04X}). "
+                             f"Give text that was decoded from UTF-8.") from None
+
+    def _apart(self, text: str) -> list[str]:
+        """The text in pieces, each name of a special token by itself."""
+        return [piece for piece in re.split(f"({_any_of(self._names(_SPECIAL)).pattern})", text) if piece]
+
+    def _names(self, attributes: int) -> set[str]:
+        n, get, vocab = self._weights.n_vocab(), self._llama.llama_vocab_get_attr, self._weights.vocab
+        return {name for t in range(n) if get(vocab, t) & attributes and (name := self._text(t))}
+
+    @cached_property
+    def _control_names(self) -> set[str]:
+        return self._names(_UNREAD)
+
+    @cached_property
+    def _slow_digits(self) -> bool:
+        name = ctypes.create_string_buffer(32)
+        self._llama.llama_model_meta_val_str(self._weights.model, b"tokenizer.ggml.pre", name, len(name))
+        return name.value == b"superbpe"
+
+    @cached_property
+    def _begins_with_space(self) -> bool:
+        return b"".join(map(self.piece, self.tokenize("x"))).startswith(b" ")
+
+    def _attributes(self, token: int) -> int:
+        return self._llama.llama_vocab_get_attr(self._weights.vocab, token)
+
     def _text(self, token: int) -> str:
         return self._weights.token_get_text(token) if token >= 0 else ""
+
+
+def _any_of(names: set[str]) -> re.Pattern:
+    """Matches any of the names, of two at one place the longer; nothing, if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
