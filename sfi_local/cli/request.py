@@ -7,7 +7,7 @@ import select
 import stat
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable, Sequence
 
 from sfi_local.cli import text_input
 from sfi_local.cli.progress import Progress
@@ -16,7 +16,7 @@ from sfi_local.cli.text_input import from_argument
 from sfi_local.errors import InputError, UsageError
 from sfi_local.loading import load
 from sfi_local.runtime.sampling import Sampling
-from sfi_local.runtime.template import Message, fit_tokens
+from sfi_local.runtime.template import Message, fit_document, too_long
 
 
 @dataclass
@@ -68,16 +68,16 @@ class PromptRequest:
         """False where nothing was given and stdin is a terminal."""
         return not (self.prompt is None and self.file is None and sys.stdin is not None and sys.stdin.isatty())
 
-    def texts(self) -> tuple[str, str]:
-        """(document, question); one of them may be empty, not both. Raises InputError."""
-        document = text_input.from_file(self.file) if self.file is not None else ""
+    def texts(self) -> tuple[text_input.Source | None, str]:
+        """(document, question); one of them may be missing or empty, not both. Raises InputError."""
+        document = text_input.open_text(self.file) if self.file is not None else None
         if self.prompt is not None:
             question = text_input.from_argument(self.prompt, "-p")
             if self.file is None:
                 _note_unread_stdin()
         else:
             question = text_input.from_stdin() if self.file is None else ""
-        if not (document.strip() or question.strip()):
+        if (document is None or document.is_blank()) and not question.strip():
             raise InputError("The prompt is empty: give text with -p, a file with -f, or text on stdin.")
         return document, question
 
@@ -98,23 +98,39 @@ class PromptRequest:
     def n_limit(self) -> int | None:
         return None if self.n < 0 else self.n
 
-    def prompt_tokens(self, model: Any, document: str, question: str) -> list[int]:
+    def prompt_tokens(self, model: Any, document: text_input.Source | None, question: str) -> list[int]:
         """Token ids of the prompt, the document cut as the request allows. Raises InputError if it does not fit."""
-        document_tokens = model.tokenize(document) if document else []
-        rest = ["\n\n" + question if document and question else question] if question else []
-
-        def build(head: list[int]) -> list[int]:
+        def build(head: str) -> list[int]:
+            text = head + ("\n\n" if document and question else "") + question
             if self.raw:
-                bos = model.tokenize("", add_bos=model.vocabulary.add_bos)
-                return bos + head + [t for text in rest for t in model.tokenize(text, special=True)]
+                return model.tokenize(text, model.vocabulary.add_bos, special=True)
             system = [] if self.system is None else [Message("system", [self.system])]
-            return model.template.tokens([*system, Message("user", [head, *rest])])
+            return model.template.tokens([*system, Message("user", [text])])
+
+        def tokenize(head: str) -> list[int]:
+            return model.tokenize(head, special=self.raw)
+
+        def text_of(tokens: Sequence[int]) -> str:
+            return b"".join(model.vocabulary.spelled(t)[0] for t in tokens).decode("utf-8", errors="replace")
 
         n_ctx = model.n_ctx_limit
         room = n_ctx - (self.n if self.truncate and self.n > 0 else 1)
         limit = min(room, self.max_prompt_tokens or room)
-        may_cut = self.truncate or self.max_prompt_tokens is not None
-        return build(fit_tokens(document_tokens, len(build([])), limit, not may_cut, n_ctx))
+
+        def refuse(n: str) -> InputError:
+            return too_long(n, n_ctx) if limit == room else InputError(
+                f"The prompt has {n} tokens, and --max-prompt-tokens allows {limit}: raise it, or ask a shorter question.")
+
+        if document is None:
+            return self._checked(build(""), limit, refuse)
+        return fit_document(document, build, tokenize, text_of, limit, refuse,
+                            may_cut=self.truncate or self.max_prompt_tokens is not None)
+
+    @staticmethod
+    def _checked(tokens: list[int], limit: int, refuse: Callable[[str], InputError]) -> list[int]:
+        if len(tokens) > limit:
+            raise refuse(str(len(tokens)))
+        return tokens
 
 
 def _note_unread_stdin() -> None:

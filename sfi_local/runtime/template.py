@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Callable, Iterable, Protocol, Sequence
 
 from sfi_local.errors import InputError
@@ -198,26 +198,16 @@ class ChatTemplate:
                              f"--raw.") from None
         return rendered + self._closed_thought(rendered)
 
-    @cached_property
+    @property
     def _formatter(self) -> Any:
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        try:
-            return Jinja2ChatFormatter(self.source, eos_token=self.eos, bos_token=self.bos)
-        except Exception as error:  # of Jinja
-            raise InputError(f"The model's chat template cannot be read ({error}): use --raw.") from None
+        return _formatter(self.source or "", self.bos, self.eos)
 
     # ---- switches, and what a template does not have ----
 
-    @cached_property
-    def variables(self) -> set[str]:
+    @property
+    def variables(self) -> frozenset[str]:
         """Names that the template reads and does not set."""
-        from jinja2 import meta
-
-        if self.source is None:
-            return set()
-        environment = self._formatter._environment.environment
-        return meta.find_undeclared_variables(environment.parse(self.source)) - set(_RESERVED)
+        return _variables(self.source or "", self.bos, self.eos)
 
     @cached_property
     def _arguments(self) -> dict[str, Any]:
@@ -275,6 +265,24 @@ class ChatTemplate:
         if self._think is not None and not (set(self._arguments) - set(self._given) or self._needs_word
                                             or (not self._think and self.formats[0].is_in(self.source or ""))):
             self._note(f"The model's chat template has no switch for thoughts: --{'' if self._think else 'no-'}think changes nothing.")
+
+
+@lru_cache(maxsize=128)  # parsing takes longer than rendering
+def _formatter(source: str, bos: str, eos: str) -> Any:
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    try:
+        return Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
+    except Exception as error:  # of Jinja
+        raise InputError(f"The model's chat template cannot be read ({error}): use --raw.") from None
+
+
+@lru_cache(maxsize=128)
+def _variables(source: str, bos: str, eos: str) -> frozenset[str]:
+    from jinja2 import meta
+
+    environment = _formatter(source, bos, eos)._environment.environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(source))) - set(_RESERVED)
 
 
 _LOOKS_SPECIAL = re.compile(r"<\|[^|\s]+\|>")  # where no vocabulary says what is
