@@ -6,8 +6,9 @@ import os
 import select
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Iterator, Protocol
 
+from sfi_local.cli.chat_commands import COMMANDS
 from sfi_local.cli.text_input import decode
 from sfi_local.cli.window import can_redraw, height_of, width_of
 from sfi_local.machine import cache_dir
@@ -18,6 +19,7 @@ HISTORY = "chat_history"
 NO_HISTORY = "SFI_LOCAL_NO_HISTORY"  # in the environment: anything but nothing or 0
 LONGEST_REMEMBERED = 8192            # characters; a pasted text that is longer is not kept for another day
 LARGEST_HISTORY = 1 << 20            # bytes, of which the older half is then dropped
+FILE_COMMANDS = {f"/{c.name}" for c in COMMANDS if c.argument == "FILE"}
 TOGETHER_S = 0.05                    # lines that come within this time were pasted
 
 
@@ -65,7 +67,7 @@ class EditedLines:
         style = Style.from_dict({} if plain else {"": "bold", "prompt": "ansicyan"})
         self._session = PromptSession(
             FormattedText([("class:prompt", PROMPT)]), multiline=True, output=_output(), key_bindings=_keys(), style=style,
-            history=_history(history), tempfile_suffix=".txt",
+            history=_history(history), tempfile_suffix=".txt", completer=_completer(), complete_while_typing=False,
             prompt_continuation=lambda width, line, wraps: FormattedText([("class:prompt", " " * len(MORE) if wraps else MORE)]))
 
     def ask(self) -> str:
@@ -115,6 +117,23 @@ def _keys() -> Any:
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
     return keys
+
+
+def _completer() -> Any:
+    """Tab: the commands of a chat, and the files that some of them take."""
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    class Commands(Completer):
+        def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
+            typed = document.text_before_cursor
+            name, blank, path = typed.partition(" ")
+            if blank and name in FILE_COMMANDS:
+                yield from PathCompleter(expanduser=True).get_completions(Document(path), event)
+            elif not blank and typed.startswith("/"):
+                yield from (Completion(f"/{c.name}", -len(typed)) for c in COMMANDS if f"/{c.name}".startswith(typed))
+
+    return Commands()
 
 
 def _history(path: Path | None) -> Any:

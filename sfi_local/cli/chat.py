@@ -179,6 +179,8 @@ class Chat:
     def do_regen(self, _: str) -> None:
         if not self.messages or self.messages[-1].role != "assistant":
             raise InputError("There is no answer yet: ask something first.")
+        if self.request.temp == 0:
+            tell("With temp 0 an answer comes out the same again: /set temp=0.8 lets it differ.")
         if answered := self._answer(self.messages[:-1], random.randrange(1, 2**31)):
             self.messages = answered
 

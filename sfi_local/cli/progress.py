@@ -17,6 +17,15 @@ RECENT_S = 10.0  # of which the time that is left is reckoned
 BAR = 16         # characters
 
 
+_drawn: set["Progress"] = set()  # those whose line is on the screen
+
+
+def erase_drawn() -> None:
+    """Before something else is written: what is drawn goes, and comes again behind it."""
+    for one in list(_drawn):
+        one.erase()
+
+
 class Pace:
     """How fast a piece of work has been going of late: reading slows down with the depth, so its mean says too little."""
 
@@ -57,7 +66,7 @@ class Progress:
         self.done, self.total = 0.0, 0.0
         self._pace, self._start = Pace(), time.monotonic()
         self._last_plain = self._start
-        self._drawn = self._began = False
+        self._began = False
         self._lock, self._closed = threading.Lock(), threading.Event()
         if self.live:
             threading.Thread(target=self._tick, daemon=True).start()
@@ -80,17 +89,21 @@ class Progress:
     def close(self) -> None:
         """May be called twice."""
         self._closed.set()
+        self.erase()
+
+    def erase(self) -> None:
+        """Take the line away until it is drawn again."""
         with self._lock:
-            if self._drawn:
+            if self in _drawn:
                 self._write("\r\x1b[K")
-                self._drawn = False
+                _drawn.discard(self)
 
     def _tick(self) -> None:
         while not self._closed.wait(TICK_S):
             with self._lock:
                 if not self._closed.is_set():
                     self._write("\r\x1b[K" + first_that_fits(self._forms(time.monotonic()), width_of(self.stream) - 1))
-                    self._drawn = True
+                    _drawn.add(self)
 
     def _forms(self, now: float) -> list[str]:
         if not self._began:

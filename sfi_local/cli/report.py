@@ -53,7 +53,7 @@ def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
     written = f"{len(tally.tokens)} written at {tally.decode_tps:.1f}/s" if steps else f"{len(tally.tokens)} written"
     end = [ENDS[tally.finish]] if tally.finish in ENDS else []
-    read, share = f"{tally.n_prefilled} tokens read", f"KV read {100 * kv_read_share(model):.0f} %"
+    read, share = f"{tally.n_prefilled} token{'' if tally.n_prefilled == 1 else 's'} read", f"KV read {100 * kv_read_share(model):.0f} %"
     long = "; ".join([f"{read} at {tally.prefill_tps:.0f}/s, {written}" + (f" ({kinds})" if kinds else ""), share, *end])
     short = f"{tally.n_prefilled} read, {len(tally.tokens)} written, {tally.decode_tps:.1f}/s"
     return first_that_fits([long, *("; ".join(parts) for parts in ([f"{read}, {written}", share, *end], [short, share, *end],

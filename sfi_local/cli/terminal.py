@@ -9,6 +9,7 @@ from typing import Any, Iterable
 
 import click
 
+from sfi_local.cli.progress import erase_drawn
 from sfi_local.cli.window import can_redraw, width_of
 from sfi_local.store.pull import resolve
 
@@ -21,11 +22,13 @@ KINDS_OF_MODE = {"sfi": ("prefill", "slow", "fast"), "dense": ("prefill", "dense
 
 def say(sentence: str) -> None:
     """One line on stderr."""
+    erase_drawn()
     click.echo(f"sfi-local: {sentence}", err=True)
 
 
 def tell(text: str, dim: bool = False) -> None:
     """Text of a conversation on stderr, on a terminal in whole words; dim: less visible than the answer"""
+    erase_drawn()
     if sys.stderr.isatty():
         width = width_of(sys.stderr) - 1
         text = "\n".join(fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))

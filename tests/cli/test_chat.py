@@ -141,7 +141,7 @@ def test_an_answer_again_a_saved_conversation_and_back(chat, tmp_path):
     one.type("/regen\r")
     one.wait_for("no answer yet")
     one.answer_to("Hello")
-    one.answer_to("/regen")
+    assert "comes out the same again" in one.answer_to("/regen")
     one.type(f"/save {tmp_path / 'a b.json'}\r")
     one.wait_for("Saved")
     saved = json.loads((tmp_path / "a b.json").read_text())
@@ -276,6 +276,17 @@ def test_what_was_typed_comes_back_another_day_unless_it_must_not(chat, tmp_path
     last = chat()
     last.type("\x1b[A")
     last.wait_to_see("Name three rivers$")
+
+
+def test_tab_completes_commands_and_files(chat, tmp_path):
+    (tmp_path / "report of today.txt").write_text("A report.")
+    one = chat()
+    one.type("/rea\t")
+    one.wait_to_see("> /read$")
+    one.type(f" {tmp_path}/rep\t")
+    one.wait_to_see("today")
+    one.type("\r")
+    one.wait_for("9 tokens")
 
 
 @SIZES

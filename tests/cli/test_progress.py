@@ -1,6 +1,7 @@
 """The line that says how far a piece of work is: what it says, and that it moves and leaves nothing behind."""
 
 import io
+import re
 import time
 
 import pytest
@@ -94,6 +95,17 @@ def test_few_plain_lines_where_nothing_can_be_drawn_over(monkeypatch):
         monkeypatch.setattr(progress, "PLAIN_S", 0)
         reading(50, 100)
     assert stream.getvalue() == "reading [########........] 50 of 100 tokens, 0 s left\n" or stream.getvalue().count("\n") == 1
+
+
+def test_a_sentence_in_between_has_a_line_of_its_own(monkeypatch):
+    monkeypatch.setattr(progress, "TICK_S", 0.01)
+    stream = Terminal()
+    with Progress("reading", "tokens", stream=stream):
+        time.sleep(0.1)
+        progress.erase_drawn()
+        stream.write("A sentence.\n")
+        time.sleep(0.1)
+    assert re.search(r"reading, 0 s\r\x1b\[KA sentence\.\n\r\x1b\[Kreading, 0 s", stream.getvalue())
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
