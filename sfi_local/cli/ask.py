@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Iterator, Protocol
 
 from sfi_local.cli.chat_commands import COMMANDS
-from sfi_local.cli.text_input import decode
+from sfi_local.cli.text_input import decode, from_argument
 from sfi_local.cli.window import can_redraw, height_of, width_of
 from sfi_local.machine import cache_dir
 
@@ -27,7 +27,7 @@ class Lines(Protocol):
     """Where messages come from."""
 
     def ask(self) -> str:
-        """The next message, or "". Raises EOFError at the end, KeyboardInterrupt for Ctrl-C where nothing is typed."""
+        """The next message, or "". Raises EOFError at the end, KeyboardInterrupt for Ctrl-C where nothing is typed, InputError for what is no text."""
 
 
 def lines(remember: bool) -> Lines:
@@ -71,7 +71,7 @@ class EditedLines:
             prompt_continuation=lambda width, line, wraps: FormattedText([("class:prompt", " " * len(MORE) if wraps else MORE)]))
 
     def ask(self) -> str:
-        return closed(self._session.prompt())
+        return closed(from_argument(self._session.prompt(), "The message"))
 
 
 def _output() -> Any:
@@ -195,7 +195,7 @@ class PlainLines:
         data = read_together(sys.stdin.fileno()) if sys.platform != "win32" else sys.stdin.buffer.readline()
         if not data:
             raise EOFError
-        return decode(data, "The line").rstrip("\n")
+        return decode(data, "The message").rstrip("\n")
 
 
 def read_together(fd: int) -> bytes:

@@ -1,6 +1,7 @@
 """The conversation on a terminal, in windows of 80 x 24 and of 40 x 12 and on a dumb terminal."""
 
 import json
+import os
 import re
 import stat
 import time
@@ -43,7 +44,7 @@ def chat(window, tiny):
 
 def n_read(shown):
     """Tokens that the last answer had to read."""
-    return int(re.findall(r"(\d+)(?: tokens)? read", shown)[-1])
+    return int(re.findall(r"(\d+)(?: tokens?)? read", shown)[-1])
 
 
 def last_message(one, path):
@@ -88,6 +89,18 @@ def test_lines_that_go_on_are_one_message(chat, tmp_path, env, lines):
             one.wait_to_see(r"\n\.$")
     one.wait_for(" written")
     assert last_message(one, tmp_path / "a") == TEXT and one.shown.count(" written") == 1
+
+
+@pytest.mark.parametrize("env", [{}, {"TERM": "dumb"}])
+def test_what_is_no_text_is_refused_and_the_chat_goes_on(chat, env):
+    one = chat(**env)
+    for data in (b"caf\xe9 au lait", PASTE.format("a\0b").encode() if not env else b"a\xff"):
+        os.write(one.master, data)
+        time.sleep(0.3)
+        one.type("\n")
+        one.wait_for("The message (is not UTF-8 text|has a NUL)")
+    one.answer_to("Hello", "\n")
+    assert "Traceback" not in one.shown
 
 
 def test_the_first_line_says_how(chat):
