@@ -11,8 +11,8 @@ from sfi_local.binding.library import log, open_library
 from sfi_local.errors import ArgumentError, ModelFileError
 from sfi_local.machine import physical_cores
 from sfi_local.params import PORTABLE_POLICY, SfiParams
-from sfi_local.runtime.memory import check_memory, cost_of
-from sfi_local.runtime.model import MIN_CTX, Model
+from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
+from sfi_local.runtime.model import Model
 from sfi_local.runtime.slot import MODES
 from sfi_local.store import layout
 from sfi_local.store.gguf_file import GgufFile, read_gguf
@@ -27,7 +27,7 @@ MAX_LAYERS = 9999    # more than any model has: all of them
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
          type_k: str = "f16", type_v: str = "f16", params: SfiParams | None = None, fit_budget: bool = False,
          portable_params: SfiParams | None = None, fidelity: float | str | None = None, gpu_layers: int | None = None,
-         verbose: bool = False,
+         force: bool = False, verbose: bool = False,
          progress: Callable[[float, float], None] | None = None) -> "Model":
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
@@ -41,6 +41,7 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     fidelity:  nats from dense, or ``floor``: takes the place of the params' tolerance in modes ``auto`` and ``sfi``, see
                tuning/tolerance.py; None without params: ``floor``, if the model is calibrated
     gpu_layers: layers that a GPU holds and computes, the output being one more; None: all, where the build has a GPU backend
+    force:     go on, with a note, where the memory is too small
     progress:  called with (done, total) while the weights are read
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
@@ -50,16 +51,18 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     layers = layout.layers(file)
     settled, note = params_for_mode(file, mode, type_k, type_v, params, fidelity)
     portable = portable_params if params else SfiParams.of(PORTABLE_POLICY)
-    cost = cost_of(layers, mode, type_k, type_v, settled, portable or settled, bool(gpus))
-    room = check_memory(file, cost, n_ctx or MIN_CTX, gpu.share_of(len(layers), gpu_layers, gpus), gpus)
     _check_generates(file)
+    share = gpu.share_of(len(layers), gpu_layers, gpus)
+    cost = cost_of(by_metadata(file, layers, type_k, type_v), layers, mode, type_k, type_v, settled, portable or settled, bool(gpus))
+    cost = exact_cost(file, cost, n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, gpu_layers)
+    room = check_memory(file, cost, n_ctx or MIN_CTX, share, gpus, force)
     native = open_library()
     log.verbose = verbose
-    weights = load_weights(native.llama_cpp, file.path, gpu_layers, progress)
-    model = Model(file, weights, room and cost.cells(room), mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
+    weights = load_weights(native.llama_cpp, file.path, gpu_layers, progress, room.mapped_only)
+    model = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
                   type_v=type_v, params=settled, fit_budget=fit_budget or params is None, gpu_layers=gpu_layers,
                   portable_params=portable, find_auto_depth=auto_depth_of)
-    for sentence in filter(None, (note, no_gpu)):
+    for sentence in filter(None, (note, no_gpu, *room.notes)):
         model._note(sentence)
     return model
 
@@ -95,8 +98,11 @@ def _check_generates(file: GgufFile) -> None:
         str(file.path).encode("utf-8")
     except UnicodeEncodeError:
         raise ModelFileError(f"The name of {file.path} is not UTF-8, which llama.cpp needs: rename the file.") from None
-    if file.architecture in layout.NO_CACHE:
-        raise ModelFileError(f"{file.path} is a {file.architecture} model, which does not generate text token by token: "
-                             f"give a decoder model.")
+    what = layout.kind_of_file(file)
+    if what:
+        raise ModelFileError(f"{file.path} is {what}, not a model that generates text: give the model itself.")
+    if file.architecture in layout.NO_CACHE or file.get("pooling_type"):
+        raise ModelFileError(f"{file.path} is a {file.architecture} model for embeddings, or another that does not generate text token "
+                             f"by token: give a decoder model.")
     if file.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         raise ModelFileError(f"{file.path} has no tokenizer in it: convert the model again with its tokenizer files.")

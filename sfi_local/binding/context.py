@@ -11,10 +11,15 @@ from sfi_local.errors import ModelFileError, OutOfMemoryError
 
 GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 N_BATCH = 512
+MAX_OUTPUTS = 64  # tokens of a batch whose logits are wanted, a verified span being the most; more are possible, but not reserved for
 
 
-def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None) -> Any:
-    """llama_cpp._internals.LlamaModel; Ctrl-C stops between two tensors."""
+def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None,
+                 mapped_only: bool = False) -> Any:
+    """llama_cpp._internals.LlamaModel; Ctrl-C stops between two tensors.
+
+    mapped_only: every weight stays in the mapped file, none is copied into an order that the CPU reads faster
+    """
     from llama_cpp._internals import LlamaModel
 
     with InterruptFlag() as flag:
@@ -27,6 +32,8 @@ def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Calla
         params.progress_callback = llama.llama_progress_callback(on_progress)
         if gpu_layers is not None:
             params.n_gpu_layers = gpu_layers
+        if mapped_only:
+            params.use_extra_bufts = False
         log.errors.clear()
         try:
             return LlamaModel(path_model=str(path), params=params, verbose=True)
@@ -39,17 +46,24 @@ def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: st
     """llama_cpp._internals.LlamaContext of one sequence and n_ctx cells. Raises OutOfMemoryError."""
     from llama_cpp import _internals
 
-    params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_BATCH, N_BATCH, 1
-    params.n_threads = params.n_threads_batch = n_threads
-    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    params.type_k, params.type_v = GGML_TYPES[type_k], GGML_TYPES[type_v]
-    params.no_perf = True
+    params = context_params(llama, n_ctx, n_threads, type_k, type_v)
     try:
         return _internals.LlamaContext(model=weights, params=params, verbose=True)
     except ValueError:
         raise OutOfMemoryError(f"A context of {n_ctx} tokens cannot be created ({last_log_lines() or 'no message'}): "
                                f"lower --ctx, or change --kv-type.") from None
+
+
+def context_params(llama: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str) -> Any:
+    """struct llama_context_params of every context we make."""
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_BATCH, N_BATCH, 1
+    params.n_outputs_max = MAX_OUTPUTS
+    params.n_threads = params.n_threads_batch = n_threads
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.type_k, params.type_v = GGML_TYPES[type_k], GGML_TYPES[type_v]
+    params.no_perf = True
+    return params
 
 
 def logits(context: Any, row: int) -> Any:

@@ -154,6 +154,7 @@ class _Log:
         self.errors: deque[str] = deque(maxlen=3)
         self._level = 0
         self._callback = None
+        self._collected: list[str] | None = None
 
     def install(self, llama_cpp: ModuleType) -> None:
         self._callback = llama_cpp.llama_log_callback(self._on_line)  # kept alive: the library calls it
@@ -162,10 +163,22 @@ class _Log:
     def _on_line(self, level: int, text: bytes, user: Any) -> None:
         self._level = self._level if level == _LEVEL_CONT else level
         line = text.decode("utf-8", errors="replace")
+        if self._collected is not None:
+            self._collected.append(line)
+            return
         if self._level == _LEVEL_ERROR and line.strip(". \n"):
             self.errors.append(line.strip())
         if self.verbose:
             sys.stderr.write(line)
+
+    @contextmanager
+    def collected(self):
+        """The lines of what is done inside ``with``, which are shown and kept nowhere else."""
+        self._collected = []
+        try:
+            yield self._collected
+        finally:
+            self._collected = None
 
 
 log = _Log()

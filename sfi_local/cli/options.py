@@ -56,6 +56,7 @@ def model_options(command: Callable) -> Callable:
         click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True,
                      help="Type of K and V in the cache."),
         gpu_option,
+        force_option,
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr."),
     )):
         command = option(command)
@@ -67,6 +68,11 @@ def gpu_option(command: Callable) -> Callable:
     return click.option("--gpu-layers", type=click.IntRange(0, 9999), metavar="N",
                         help="Layers that a GPU holds and computes, the output being one more; 0: none "
                              "[default: all, where the build has a GPU backend].")(command)
+
+
+def force_option(command: Callable) -> Callable:
+    """--force."""
+    return click.option("--force", is_flag=True, help="Go on where the memory is too small.")(command)
 
 
 def sfi_options(command: Callable) -> Callable:

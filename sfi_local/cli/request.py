@@ -43,6 +43,7 @@ class PromptRequest:
     ctx: int | None
     kv_type: str
     gpu_layers: int | None
+    force: bool
     verbose: bool
     params: Any
     fit_budget: bool
@@ -88,7 +89,7 @@ class PromptRequest:
         with Progress("loading", "%") as loading:
             return load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
                         type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
-                        fidelity=self.fidelity, gpu_layers=self.gpu_layers, verbose=self.verbose, progress=loading)
+                        fidelity=self.fidelity, gpu_layers=self.gpu_layers, force=self.force, verbose=self.verbose, progress=loading)
 
     def sampling(self) -> Any:
         seed = {} if self.seed is None else {"seed": self.seed}

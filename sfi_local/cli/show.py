@@ -10,7 +10,9 @@ import click
 from sfi_local.cli.options import sfi_options, take_params
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.terminal import resolve_noted
+from sfi_local.errors import LibraryError
 from sfi_local.machine import human_bytes
+from sfi_local.runtime.memory import caches_by_llama
 from sfi_local.store.gguf_file import read_gguf
 from sfi_local.store.layout import KV_TYPES, kv_bytes, layers, sfi_bytes, why_dense
 
@@ -22,7 +24,7 @@ DEPTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 @sfi_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def command(model: str, as_json: bool, **options: Any) -> None:
-    """Describe MODEL (name, hub name or path) from its metadata; the weights are not loaded.
+    """Describe MODEL (name, hub name or path) from its metadata; the weights are not loaded. What a cache takes is asked of llama.cpp.
 
     \b
     sfi-local inspect smollm2-135m
@@ -36,8 +38,12 @@ def command(model: str, as_json: bool, **options: Any) -> None:
 
 
 def describe(file: Any, params: Any) -> dict[str, Any]:
-    """What the metadata says; sizes in bytes, depths in cells."""
+    """What the metadata says, and llama.cpp of the cache; sizes in bytes, depths in cells.
+
+    kv_bytes_by: ``llama.cpp``, or ``metadata`` where that does not load the model
+    """
     all_layers = layers(file)
+    asked = _asked(file)
     return {
         "path": str(file.path),
         "name": file.metadata.get("general.name"),
@@ -50,9 +56,17 @@ def describe(file: Any, params: Any) -> dict[str, Any]:
         "why_dense": why_dense(all_layers),
         "layers": [vars(layer) for layer in all_layers],
         "budget": params.budget,
-        "kv_bytes": {t: {str(d): kv_bytes(all_layers, d, t, t) for d in DEPTHS} for t in KV_TYPES},
+        "kv_bytes_by": "llama.cpp" if asked else "metadata",
+        "kv_bytes": {t: {str(d): asked[t][d] if asked else kv_bytes(all_layers, d, t, t) for d in DEPTHS} for t in KV_TYPES},
         "sfi_bytes": sfi_bytes(all_layers, params, file.n_ctx_train or 4096),
     }
+
+
+def _asked(file: Any) -> dict[str, dict[int, int]] | None:
+    try:
+        return caches_by_llama(file, KV_TYPES, DEPTHS)
+    except LibraryError:
+        return None
 
 
 def as_text(facts: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from sfi_local.params import SfiParams
 from sfi_local.runtime.draft_length import MAX_DRAFTS
 from sfi_local.runtime.exact import generate_exact
 from sfi_local.runtime.generate import generate
+from sfi_local.runtime.memory import MIN_CTX
 from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.slot import Progress, Schedule, Session
 from sfi_local.runtime.step import Step
@@ -21,7 +22,6 @@ from sfi_local.runtime.template import ChatTemplate, Message, too_long
 from sfi_local.runtime.vocabulary import Vocabulary
 from sfi_local.store.gguf_file import GgufFile
 
-MIN_CTX = 512        # a context smaller than this is of no use
 FIRST_CTX = 4096     # a context starts at this size and grows with the conversation
 
 

@@ -60,10 +60,10 @@ class Layer:
     sparse: bool
     why: str
 
-    def kv_bytes(self, depth: int, type_k: str, type_v: str) -> int:
-        """Bytes of K and V that this layer holds at a depth."""
-        cells = 0 if self.shared else min(depth, self.window) if self.window else depth
-        return cells * self.n_head_kv * (self.k_size * KV_TYPES[type_k] + self.v_size * KV_TYPES[type_v]) // 32
+    def kv_bytes(self, n_ctx: int, type_k: str, type_v: str) -> int:
+        """Bytes of K and V of this layer in a context of n_ctx cells: all of them also where it sees a window only, because the
+        cache is made so that it can be cut and continued anywhere."""
+        return 0 if self.shared else n_ctx * self.n_head_kv * (self.k_size * KV_TYPES[type_k] + self.v_size * KV_TYPES[type_v]) // 32
 
 
 def layers(file: GgufFile) -> list[Layer]:
@@ -73,6 +73,28 @@ def layers(file: GgufFile) -> list[Layer]:
     return [_layer(file, il, whole) for il in range(max(0, n_layer))]
 
 
+# architecture -> what such a file is
+_NO_MODEL = {
+    "clip": "an image or sound projector (mmproj)", "imatrix": "an importance matrix for quantising", "controlvector": "a control vector",
+    "eagle3": "a draft model that only helps another",
+}
+
+
+def kind_of_file(file: GgufFile) -> str:
+    """What a file is that is no model for itself; "" if it may be one."""
+    kind = str(file.metadata.get("general.type", "model"))
+    if kind == "adapter" or any(name.endswith((".lora_a", ".lora_b")) for name in file.tensors):
+        return "an adapter (LoRA) for a model"
+    if kind in ("imatrix", "mmproj", "control_vector", "vocab"):
+        return {"imatrix": _NO_MODEL["imatrix"], "mmproj": _NO_MODEL["clip"], "vocab": "a vocabulary without weights"}.get(
+            kind, _NO_MODEL["controlvector"])
+    if file.architecture in _NO_MODEL:
+        return _NO_MODEL[file.architecture]
+    if file.metadata.get("clip.has_vision_encoder") or file.metadata.get("clip.has_audio_encoder"):
+        return _NO_MODEL["clip"]
+    return "" if file.tensors or int(file.metadata.get("split.count", 0)) > 1 else "a vocabulary without weights"
+
+
 def why_dense(all_layers: list[Layer]) -> str:
     """Why no layer can be sparse; "" if one can."""
     if any(layer.sparse for layer in all_layers):
@@ -80,9 +102,26 @@ def why_dense(all_layers: list[Layer]) -> str:
     return next((layer.why for layer in all_layers), "the file describes no layers")
 
 
-def kv_bytes(all_layers: list[Layer], depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of the KV cache at a depth."""
-    return sum(layer.kv_bytes(depth, type_k, type_v) for layer in all_layers)
+def kv_bytes(all_layers: list[Layer], n_ctx: int, type_k: str = "f16", type_v: str = "f16") -> int:
+    """Bytes of the KV cache of a context of n_ctx cells."""
+    return sum(layer.kv_bytes(n_ctx, type_k, type_v) for layer in all_layers)
+
+
+def n_vocab(file: GgufFile) -> int:
+    """Tokens of the vocabulary."""
+    embedding = file.tensors.get("token_embd.weight", (0, 0))
+    tokens = file.metadata.get("tokenizer.ggml.tokens", 0)
+    return embedding[1] or (len(tokens) if isinstance(tokens, list) else int(tokens))
+
+
+def compute_bytes(file: GgufFile, all_layers: list[Layer], n_ctx: int, n_batch: int, n_outputs: int) -> int:
+    """No less than what a batch's masks, activations and logits take, in bytes."""
+    masks = 2 if any(layer.window for layer in all_layers) else 1
+    widest = max(_most(file.get("feed_forward_length", 0)),
+                 int(file.get("expert_feed_forward_length", 0)) * int(file.get("expert_used_count", 0)))
+    heads = max((layer.n_head * layer.k_size for layer in all_layers), default=0)
+    of_token = 6 * int(file.get("embedding_length", 0)) + 3 * widest + 3 * heads
+    return 2 * masks * n_batch * n_ctx + 4 * n_batch * of_token + 4 * n_outputs * n_vocab(file)
 
 
 def sfi_bytes(all_layers: list[Layer], params: SfiParams, n_ctx: int) -> int:
@@ -138,6 +177,11 @@ def _layer(file: GgufFile, il: int, whole: str) -> Layer:
 
 def _default_head_size(file: GgufFile, n_head: int) -> int:
     return int(file.get("embedding_length", 0)) // n_head if n_head else 0
+
+
+def _most(value) -> int:
+    """The largest of a value that may be a list with one per layer."""
+    return max(map(int, value), default=0) if isinstance(value, list) else int(value)
 
 
 def _per_layer(value, il: int) -> int:

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from sfi_local import Message, Sampling, SfiParams, Tally, load
-from sfi_local.errors import ArgumentError, BusyError, DetachedError, InputError, ModelFileError, OutOfMemoryError
+from sfi_local.errors import ArgumentError, BusyError, DetachedError, InputError, ModelFileError
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 SMALL = SfiParams.of("frozen", n_recent=32, n_selected=40, max_span=12, min_span=2)
@@ -162,18 +162,6 @@ def test_a_model_may_be_used_from_another_thread(models):
     thread.start()
     thread.join()
     assert [s.token for s in result[0]] == [s.token for s in run(models("dense"))]
-
-
-def test_too_little_memory_is_refused_with_numbers(tiny, monkeypatch):
-    size, per_cell = tiny.stat().st_size, 4 * 2 * 64 * 2 + 512 * 6  # K and V of all layers; the mask of a batch
-    monkeypatch.setattr("sfi_local.runtime.memory.available_memory", lambda: size)
-    with pytest.raises(OutOfMemoryError, match="more than can be used"):
-        load(tiny)
-    monkeypatch.setattr("sfi_local.runtime.memory.available_memory", lambda: int((size + 1000 * per_cell) / 0.9) + 1)
-    with load(tiny, mode="stock", n_threads=1) as model:
-        assert model.n_ctx_limit == 1000
-    with load(tiny, n_threads=1) as model: # what a sketch holds has to fit too
-        assert 512 <= model.n_ctx_limit < 900
 
 
 def test_a_second_generation_ends_the_first(models):

@@ -1,9 +1,16 @@
-"""What is said where a GPU has too little memory, or is not there: without one."""
+"""What is said where a GPU or the machine has too little memory, or where there is no GPU: without one."""
+
+import re
 
 import pytest
 
+from sfi_local import SfiParams, load
 from sfi_local.binding import gpu
 from sfi_local.errors import ArgumentError, OutOfMemoryError
+from sfi_local.runtime import memory
+from sfi_local.runtime.memory import ContextCost, Room, by_metadata, check_memory, exact_cost
+from sfi_local.store.gguf_file import read_gguf
+from sfi_local.store.layout import layers, sfi_bytes
 
 CARD = gpu.Gpu("CUDA0", "a small card", free=8 << 30, total=12 << 30)
 
@@ -36,24 +43,101 @@ def test_too_little_memory_is_refused_with_what_is_missing_and_what_would_fit():
         gpu.room_for_context(need(6, 4, gpu.share_of(32, layers + 1, [CARD])), [CARD], 32)
 
 
-def test_a_context_costs_its_sketch_too(tiny):
-    from sfi_local import SfiParams
-    from sfi_local.runtime.memory import ContextCost, check_memory
-    from sfi_local.store.gguf_file import read_gguf
-    from sfi_local.store.layout import layers, sfi_bytes
+def cost(file, params=None, kv_type="f16"):
+    all_layers = layers(file)
+    return ContextCost(by_metadata(file, all_layers, kv_type, kv_type), all_layers, kv_type, kv_type, params)
 
+
+def test_a_context_costs_its_sketch_too(tiny):
     file = read_gguf(tiny)
-    stock, sketch = (ContextCost(layers(file), "f16", "f16", params) for params in (None, SfiParams()))
+    stock, sketch = cost(file), cost(file, SfiParams())
     n = 1 << 20
     assert sketch.bytes(n) == stock.bytes(n) + sfi_bytes(layers(file), SfiParams(), n)
-    for cost in (stock, sketch):
-        cells = cost.cells(1 << 28)
-        assert cost.bytes(cells) <= 1 << 28 < cost.bytes(cells + 1)
+    for one in (stock, sketch):
+        cells = one.cells(1 << 28)
+        assert one.bytes(cells) <= 1 << 28 < one.bytes(cells + 1)
     assert stock.cells(0) == 0
     card = gpu.Gpu("CUDA0", "a card", free=int((file.n_bytes + stock.bytes(n)) / gpu.MEMORY_SHARE) + 1024, total=1 << 40)
-    assert check_memory(file, stock, n, 1.0, [card])
+    assert check_memory(file, stock, n, 1.0, [card]).n_bytes
     with pytest.raises(OutOfMemoryError, match="more than a card"):
         check_memory(file, sketch, n, 1.0, [card])
+    assert check_memory(file, sketch, n, 1.0, [card], force=True).n_bytes is None
+
+
+# ---- the host's memory -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def available(monkeypatch):
+    """Set what the system has free, in bytes."""
+    return lambda n_bytes: monkeypatch.setattr(memory, "available_memory", lambda: n_bytes)
+
+
+def test_a_context_that_does_not_fit_is_refused_with_what_would(tiny, available):
+    file, n = read_gguf(tiny), 1 << 17
+    stock = cost(file)
+    available(stock.bytes(n // 2))
+    with pytest.raises(OutOfMemoryError, match="more than can be used here") as refusal:
+        check_memory(file, stock, n, 0, [])
+    ctx, quantised = (int(cells) for cells in re.findall(r"--ctx (\d+)", str(refusal.value)))
+    assert "--force" in str(refusal.value) and "--kv-type q8_0 and --ctx" in str(refusal.value)
+    assert check_memory(file, stock, ctx, 0, []).n_bytes
+    assert check_memory(file, cost(file, kv_type="q8_0"), quantised, 0, []).n_bytes and quantised > ctx
+    forced = check_memory(file, stock, n, 0, [], force=True)
+    assert forced.n_bytes is None and "more than can be used" in forced.notes[0]
+
+
+def test_where_not_even_the_smallest_context_fits_another_model_is_named(tiny, available):
+    available(1000)
+    with pytest.raises(OutOfMemoryError, match="take a smaller model"):
+        check_memory(read_gguf(tiny), cost(read_gguf(tiny)), 512, 0, [])
+
+
+def test_weights_that_do_not_fit_are_read_again_instead_of_refused(tiny, available):
+    file = read_gguf(tiny)
+    stock = cost(file)
+    available(int((stock.bytes(512) + file.n_bytes // 2) / memory.MEMORY_SHARE))
+    room = check_memory(file, stock, 512, 0, [])
+    assert room.mapped_only and "do not fit beside the context" in room.notes[0] and room.n_bytes >= stock.bytes(512)
+    available(int((stock.bytes(512) + file.n_bytes) / memory.MEMORY_SHARE) + 1)
+    assert check_memory(file, stock, 512, 0, []) == Room(int(memory.MEMORY_SHARE * memory.available_memory()) - file.n_bytes)
+
+
+def test_llama_cpp_is_asked_only_where_it_may_decide(native, tiny, available, monkeypatch):
+    file, asked = read_gguf(tiny), []
+    monkeypatch.setattr(memory, "by_llama", lambda *args: asked.append(args))
+    available(1 << 40)
+    assert exact_cost(file, cost(file), 4096, 0, [], None).bytes(512) and not asked
+    available(file.n_bytes)
+    assert exact_cost(file, cost(file), 4096, 0, [], None).bytes(512) and asked
+
+
+def test_a_loaded_model_knows_the_largest_context(tiny, available):
+    size, n = tiny.stat().st_size, 1024
+    file = read_gguf(tiny)
+    exact = ContextCost(memory.by_llama(file, "f16", "f16", file.n_ctx_train), layers(file), "f16", "f16", None)
+    available(int((size + exact.bytes(n)) / memory.MEMORY_SHARE) + 1)
+    with load(tiny, mode="stock", n_threads=1) as model:
+        assert n <= model.n_ctx_limit < n + memory.PAD_CTX
+    with load(tiny, n_threads=1) as model:  # what a sketch holds has to fit too
+        assert 512 <= model.n_ctx_limit < n
+    available(size // 10)
+    with pytest.raises(OutOfMemoryError, match="--force"):
+        load(tiny, n_ctx=4096)
+    with load(tiny, n_ctx=512, n_threads=1, mode="stock", force=True) as model:
+        assert "--force" in model.notes[0]
+        assert next(model.generate("x", n=1)).text is not None
+
+
+def test_what_fits_is_known_before_a_model_is_loaded(tiny, available):
+    file = read_gguf(tiny)
+    available(1 << 40)
+    assert memory.fitting_context(file) == file.n_ctx_train
+    available(1000)
+    assert memory.fitting_context(file) == 0
+    available(int((file.n_bytes + cost(file, SfiParams()).bytes(2048)) / memory.MEMORY_SHARE) + 1)
+    assert 2048 - memory.PAD_CTX <= memory.fitting_context(file) <= 2048
+    available(None)
+    assert memory.fitting_context(file) is None
 
 
 def test_layers_for_a_gpu_that_is_not_there_are_refused(monkeypatch):

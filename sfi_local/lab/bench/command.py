@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sfi_local.cli.options import depth_list, fidelity_option, gpu_option, name_list, sfi_options, take_params
+from sfi_local.cli.options import depth_list, fidelity_option, force_option, gpu_option, name_list, sfi_options, take_params
 from sfi_local.cli.progress import Runs
 from sfi_local.cli.window import width_of
 from sfi_local.lab import checks
@@ -42,6 +42,7 @@ MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in 
               help="Repetitions of each mode, which take turns.")
 @click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core].")
 @gpu_option
+@force_option
 @click.option("--text", metavar="FILE", help="The text that is decoded; - reads stdin [default: Python's own help topics].")
 @click.option("--random", "random_tokens", is_flag=True, help="Random tokens instead of text, where boundaries mean nothing.")
 @click.option("--fill", type=click.Choice(["prefill", "state"]), default="prefill", show_default=True,
@@ -104,6 +105,7 @@ class BenchPlan:
     fit_budget: bool
     fidelity: float | str | None = None
     gpu_layers: int | None = None
+    force: bool = False
 
     @property
     def need(self) -> int:
@@ -129,7 +131,7 @@ def measure(request: BenchPlan) -> list[dict[str, Any]]:
     widest = max(request.kv_types, key=KV_TYPES.get)
     with Runs(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, gpu_layers=request.gpu_layers,
-                                    verbose=request.verbose) as model:
+                                    force=request.force, verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)
         rows = []
         for kv_type in request.kv_types:
