@@ -15,8 +15,9 @@ from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
 COMMANDS = {
     "run": ("cli.run", "command", "Answer a prompt, about a file if one is given; chat on a terminal."),
     "view": ("view.command", "command", "Show where each generated token looked, as an HTML page."),
-    "models": ("cli.models", "models_command", "List the known models and where they are."),
+    "models": ("cli.models", "models_command", "List the known models, where they are and what fits."),
     "pull": ("cli.models", "pull_command", "Fetch a model into the cache."),
+    "rm": ("cli.models", "rm_command", "Remove a fetched model from the cache."),
     "bench": ("lab.bench.command", "command", "Measure modes side by side at several depths."),
     "eval": ("lab.eval.command", "command", "Measure fidelity: how close modes and policies are to dense decoding."),
     "calibrate": ("lab.eval.calibrate", "command", "Measure once how close to dense a model stays, for --fidelity."),

@@ -102,10 +102,11 @@ def test_stop_texts_end_the_answer(cli, tiny):
 
 
 def test_models_inspect_and_doctor_speak_json(cli, tiny, tmp_path):
-    models = json.loads(cli("models", "--json", SFI_LOCAL_CACHE=str(tmp_path)).stdout)
-    assert {"name", "path", "size", "context", "license"} <= set(models[0]) and models[0]["path"] is None
+    models = json.loads(cli("models", "--json", SFI_LOCAL_CACHE=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub")).stdout)
+    assert {"name", "path", "size", "context", "license", "sha256", "fits"} <= set(models[0]) and models[0]["path"] is None
+    assert 0 < models[0]["fits"] <= models[0]["context"]
     facts = json.loads(cli("inspect", tiny, "--json").stdout)
-    assert facts["n_sparse"] == 4 and facts["kv_bytes"]["f16"]["4096"] == 4096 * 1024
+    assert facts["n_sparse"] == 4 and facts["kv_bytes"]["f16"]["4096"] == 4096 * 1024 and facts["kv_bytes_by"] == "llama.cpp"
     doctor = json.loads(cli("doctor", "--json").stdout)
     assert doctor["library"]["usable"] is True and "sparse_attn" in doctor["devices"]["CPU"]
 
@@ -139,11 +140,53 @@ def test_bad_model_files(cli, tmp_path, tiny):
 
 def test_a_model_too_large_for_memory(cli, tmp_path):
     path = tmp_path / "huge.gguf"
-    header = struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 1 << 40, 0, 0)
-    path.write_bytes(b"GGUF" + header)
+    header, tensor = struct.pack("<IQQ", 3, 1, 2), struct.pack("<Q1sIQIQ", 1, b"t", 1, 1 << 40, 0, 0)
+    keys = b"".join(struct.pack(f"<Q{len(key)}sIQ{len(value)}s", len(key), key, 8, len(value), value)
+                    for key, value in ((b"general.architecture", b"llama"), (b"tokenizer.ggml.model", b"gpt2")))
+    path.write_bytes(b"GGUF" + header + keys + tensor)
     os.truncate(path, (1 << 42) + 4096)  # sparse: takes no disk
     line = sentence(cli("run", path, "-p", "x"))
-    assert "needs 4.4 TB" in line and "more than can be used" in line and "smaller quantisation" in line
+    assert "needs 4.4 TB" in line and "more than can be used" in line and "smaller quantisation" in line and "--force" in line
+
+
+@pytest.mark.parametrize("kind, word", [("adapter", "adapter (LoRA)"), ("mmproj", "projector"), ("imatrix", "importance matrix"),
+                                        ("vocab", "vocabulary without weights"), ("embedding", "for embeddings")])
+def test_files_that_are_no_model_are_named_for_what_they_are(cli, tmp_path, kind, word):
+    line = sentence(cli("run", write_other(tmp_path / "x.gguf", kind), "-p", "x"))
+    assert word in line and "give" in line
+
+
+def write_other(path, kind):
+    """A file that lies beside models in repositories."""
+    import gguf
+    import numpy as np
+
+    out = gguf.GGUFWriter(path, {"mmproj": "clip", "embedding": "qwen3"}.get(kind, "llama"))
+    if kind in ("adapter", "imatrix"):
+        out.add_type(kind)
+    out.add_tokenizer_model("gpt2" if kind in ("embedding", "vocab") else "no_vocab")
+    if kind == "embedding":
+        out.add_pooling_type(gguf.PoolingType.LAST)
+    if kind != "vocab":
+        out.add_tensor("blk.0.attn_q.weight" + (".lora_a" if kind == "adapter" else ""), np.zeros((8, 32), np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+def test_rm_removes_what_was_pulled(cli, tmp_path):
+    from sfi_local.catalogue import find
+
+    cache = {"SFI_LOCAL_CACHE": str(tmp_path / "cache"), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    place = tmp_path / "cache" / "models" / "smollm2-135m" / find("smollm2-135m").file
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"weights")
+    done = cli("rm", "smollm2-135m", **cache)
+    assert done.returncode == 0 and b"Removed 1 file of smollm2-135m, 7 B." in done.stderr and not place.exists()
+    assert "is not in the cache" in sentence(cli("rm", "smollm2-135m", **cache))
+    assert "did you mean" in sentence(cli("rm", "smollm3", **cache)) and "delete the file itself" in sentence(cli("rm", "./x.gguf", **cache))
 
 
 def test_a_model_that_cannot_be_sparse(cli, tmp_path, native):
@@ -215,7 +258,7 @@ def test_no_network_is_a_sentence(cli, tmp_path):
     line = sentence(cli("pull", "smollm2-135m", SFI_LOCAL_CACHE=str(tmp_path / "cache"), PIP_RETRIES="0", PIP_TIMEOUT="1",
                         PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_EXTRA_INDEX_URL="", PIP_NO_INDEX="false"))
     assert "cannot be reached" in line
-    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"] == []
 
 
 # ---- pipes and signals -----------------------------------------------------------------------------------------------
