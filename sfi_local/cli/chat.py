@@ -17,6 +17,7 @@ from sfi_local.cli.report import short_statistics, statistics
 from sfi_local.cli.stream import Screen, stream
 from sfi_local.cli.terminal import tell
 from sfi_local.cli.text_input import from_file
+from sfi_local.cli.thinking import no_answer
 from sfi_local.cli.turns import fit
 from sfi_local.cli.window import height_of, width_of
 from sfi_local.errors import InputError, SfiError
@@ -108,7 +109,7 @@ class Chat:
             tokens = self.model.template.tokens(kept)
             tally.n_prompt = len(tokens)
             space()
-            stream(self.model, tokens, self.request, self._sampling(seed_offset), tally, reading, Screen(self._marked))
+            stream(self.model, tokens, self.request, self._sampling(seed_offset), tally, reading, Screen(self._marked, self.request.thinking.hidden))
         except KeyboardInterrupt:
             if not tally.tokens:
                 tell(f"Stopped after {reading.done:.0f} of {reading.total:.0f} tokens; they are kept." if reading.done else "Stopped.")
@@ -120,6 +121,8 @@ class Chat:
 
     def _note_statistics(self, tally: Tally) -> None:
         self._stats = statistics(self.model, tally)
+        if why := no_answer(tally):
+            tell(why)
         if not self.request.quiet:
             tell(short_statistics(self.model, tally, width_of(sys.stderr) - 1), dim=True)
         space()

@@ -15,10 +15,14 @@ def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dic
     """The object that --json prints; rates in tokens per second."""
     return {
         "text": tally.text,
+        "thought": "".join(tally.thoughts).strip(),
+        "answer": "".join(tally.answers),
         "tokens": tally.tokens,
         "n_prompt": tally.n_prompt,
+        "n_cached": tally.n_prompt - tally.n_prefilled,
         "n_generated": len(tally.tokens),
         "finish": tally.finish,
+        "ttft_s": round(tally.s_first, 3),
         "prefill_tps": tally.prefill_tps,
         "decode_tps": tally.decode_tps,
         "steps": {kind: tally.steps[kind] for kind in ("slow", "fast", "dense", "stock")},
@@ -52,7 +56,7 @@ def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
     steps = sum(tally.steps.values())
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
     written = f"{len(tally.tokens)} written at {tally.decode_tps:.1f}/s" if steps else f"{len(tally.tokens)} written"
-    end = [ENDS[tally.finish]] if tally.finish in ENDS else []
+    end = [_end(tally)] if tally.finish in ENDS else []
     read, share = f"{tally.n_prefilled} token{'' if tally.n_prefilled == 1 else 's'} read", f"KV read {100 * kv_read_share(model):.0f} %"
     long = "; ".join([f"{read} at {tally.prefill_tps:.0f}/s, {written}" + (f" ({kinds})" if kinds else ""), share, *end])
     short = f"{tally.n_prefilled} read, {len(tally.tokens)} written, {tally.decode_tps:.1f}/s"
@@ -74,7 +78,11 @@ def statistics(model: Any, tally: Any) -> str:
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
     if path(model) not in ("native", "stock"):
         parts.append(f"{path(model)} path")
-    return "; ".join(parts + [ENDS[tally.finish]] if tally.finish in ENDS else parts)
+    return "; ".join(parts + [_end(tally)] if tally.finish in ENDS else parts)
+
+
+def _end(tally: Any) -> str:
+    return ENDS[tally.finish] + (" inside the thought" if tally.in_thought else "")
 
 
 def path(model: Any) -> str:

@@ -13,6 +13,7 @@ from sfi_local.cli import text_input
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.terminal import resolve_noted, say
 from sfi_local.cli.text_input import from_argument
+from sfi_local.cli.thinking import Thinking
 from sfi_local.errors import InputError, UsageError
 from sfi_local.loading import load
 from sfi_local.runtime.sampling import Sampling
@@ -45,6 +46,7 @@ class PromptRequest:
     gpu_layers: int | None
     force: bool
     verbose: bool
+    thinking: Thinking
     params: Any
     fit_budget: bool
     portable_params: Any
@@ -62,6 +64,7 @@ class PromptRequest:
             raise UsageError("--raw leaves out the chat template, so there is no place for --system: put it into -p.")
         if self.mode in ("dense", "stock") and self.fidelity not in (None, "default"):
             raise UsageError(f"--fidelity is about fast steps, and mode {self.mode} has none: leave it out, or take --mode sfi.")
+        self.thinking.check(self.raw)
         for name, text in (("--system", self.system or ""), *(("--stop", text) for text in self.stop)):
             from_argument(text, name)
 
@@ -87,9 +90,12 @@ class PromptRequest:
         with Progress("fetching", "bytes") as fetching:
             path = resolve_noted(self.model, fetching)
         with Progress("loading", "%") as loading:
-            return load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
-                        type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
-                        fidelity=self.fidelity, gpu_layers=self.gpu_layers, force=self.force, verbose=self.verbose, progress=loading)
+            model = load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
+                         type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
+                         fidelity=self.fidelity, gpu_layers=self.gpu_layers, force=self.force, verbose=self.verbose, progress=loading)
+        if not self.raw:
+            self.thinking.apply(model)
+        return model
 
     def sampling(self) -> Any:
         seed = {} if self.seed is None else {"seed": self.seed}

@@ -17,6 +17,7 @@ from sfi_local.cli.report import report, short_statistics, statistics
 from sfi_local.cli.request import PromptRequest
 from sfi_local.cli.stream import Screen, stream
 from sfi_local.cli.terminal import marks_wanted, say, tell_marks
+from sfi_local.cli.thinking import no_answer, take_thinking, thinking_options
 from sfi_local.errors import UsageError
 from sfi_local.runtime.step import Tally
 
@@ -39,6 +40,7 @@ class RunCommand(click.Command):
 @sfi_options
 @fidelity_option
 @model_options
+@thinking_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
 @click.option("--quiet", is_flag=True, help="No line of statistics after an answer.")
 @click.option("--no-history", is_flag=True, help=f"Chat: keep nothing of what is typed for another day; {NO_HISTORY}=1 too.")
@@ -66,7 +68,7 @@ def command(**options: Any) -> None:
     drafted and how many of them kept, and ties: tokens that rounding might have decided otherwise.
     """
     params, fit = take_params(options)
-    request = RunRequest(**options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
+    request = RunRequest(thinking=take_thinking(options), **options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
     if request.n is None:
         request.n = -1 if request.is_chat() else N_ANSWER
     request.check()
@@ -111,10 +113,13 @@ def answer(request: RunRequest) -> None:
         tokens, sampling = request.prompt_tokens(model, document, question), request.sampling()
         tally, marked = Tally(n_prompt=len(tokens)), request.marks()
         stream(model, tokens, request, sampling, tally, Progress("reading", "tokens", "preparing"),
-               None if request.as_json else Screen(marked))
+               None if request.as_json else Screen(marked, request.thinking.hidden))
         if request.as_json:
             print(json.dumps(report(model, tally, request, sampling), ensure_ascii=False))
-        elif request.verbose:
+            return
+        if why := no_answer(tally):
+            say(why)
+        if request.verbose:
             say(statistics(model, tally))
         elif not request.quiet:
             say(short_statistics(model, tally))

@@ -19,6 +19,7 @@ from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.slot import Progress, Schedule, Session
 from sfi_local.runtime.step import Step
 from sfi_local.runtime.template import ChatTemplate, Message, too_long
+from sfi_local.runtime.thoughts import ThoughtBudget
 from sfi_local.runtime.vocabulary import Vocabulary
 from sfi_local.store.gguf_file import GgufFile
 
@@ -74,9 +75,15 @@ class Model:
 
     @cached_property
     def template(self) -> ChatTemplate:
+        """The model's chat template, as set_template() left it."""
+        self.set_template()
+        return self.__dict__["template"]
+
+    def set_template(self, arguments: dict[str, Any] | None = None, think: bool | None = None, keep_thoughts: bool = True) -> None:
+        """Give the chat template variables, switch thoughts, let it drop earlier ones: see ChatTemplate. Raises InputError."""
         v = self.vocabulary
-        return ChatTemplate(self.file.metadata.get("tokenizer.chat_template"), v.bos_text, v.eos_text, v.add_bos,
-                            v.tokenize, vocabulary=v, note=self._note)
+        self.template = ChatTemplate(self.file.metadata.get("tokenizer.chat_template"), v.bos_text, v.eos_text, v.add_bos, v.tokenize,
+                                     vocabulary=v, note=self._note, arguments=arguments, think=think, keep_thoughts=keep_thoughts)
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
         """Token ids; with ``special`` the text of a special token becomes that token."""
@@ -100,17 +107,20 @@ class Model:
 
     def generate(self, prompt: str | Sequence, *, n: int | None = 512, sampling: Sampling | None = None,
                  stop: Sequence[str] = (), schedule: Schedule | None = None,
-                 draft: int | None = None, progress: Progress | None = None) -> Iterator[Step]:
+                 draft: int | None = None, progress: Progress | None = None, think_budget: int | None = None) -> Iterator[Step]:
         """Yield a Step per generated token; see generate.generate, and in mode ``exact`` exact.generate_exact.
 
         prompt: text, messages or token ids, see prompt_tokens
         n:      tokens at most; None: until the answer ends or the context is full
         draft:  mode ``exact``: tokens drafted per span; None: as many as pay
+        think_budget: tokens of thought, after which the answer begins; None: no limit
         Raises InputError if the prompt is empty or does not fit, ArgumentError for options that the mode does not have.
         """
         self._check_generate(schedule, draft)
         tokens = self.prompt_tokens(prompt) if prompt else []
         sampler = (sampling or Sampling()).validate().chain()
+        if think_budget is not None:
+            sampler = ThoughtBudget(sampler, self.template.thoughts(tokens), self.vocabulary, think_budget)
         session = self.open_session(len(tokens), n)
         if self.mode == "exact":
             yield from generate_exact(session, self.vocabulary, tokens, sampler, n, stop, draft, progress)

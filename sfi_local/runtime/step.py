@@ -82,6 +82,8 @@ class Tally:
     """Sums over the items of one generation. Times in milliseconds; rates in tokens per second.
 
     spans: mode exact: (index of the last token, n_drafted, n_accepted) of each
+    thoughts, answers: the text, told apart; in_thought: whether it ends in a thought
+    s_first: seconds from the start of the process to the first token
     """
 
     n_prompt: int = 0
@@ -95,6 +97,10 @@ class Tally:
     finish: str = ""
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     ties: list[bool] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    in_thought: bool = False
+    s_first: float = 0.0
 
     def add(self, step: Step) -> None:
         """Count one item."""

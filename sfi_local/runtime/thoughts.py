@@ -7,7 +7,9 @@ thought already, or have closed it.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 THOUGHT, ANSWER = "thought", "answer"
 _START, _HEADER = "start", "header"   # nothing but blanks so far; between two messages, or in the header of one
@@ -233,3 +235,52 @@ def _partial(text: str, marks: dict[str, Format]) -> int:
         if any(mark.startswith(text[-n:]) for mark in marks):
             return n
     return 0
+
+
+class TokenThoughts:
+    """A ThoughtStream that is given the tokens of an answer.
+
+    vocabulary: has spelled(token)
+    """
+
+    def __init__(self, stream: ThoughtStream, vocabulary: Any):
+        self.stream, self._vocabulary = stream, vocabulary
+
+    def push(self, token: int, text: str, last: bool) -> list[tuple[str, str]]:
+        """What became sure with a token and the text that became final with it, see Step; all that is left with the last."""
+        name, is_name = self._vocabulary.spelled(token)
+        found = self.stream.push(text)
+        if is_name and not last:
+            found += self.stream.push(name.decode(errors="replace"), control=True)
+        return found + self.stream.finish() if last else found
+
+
+class ThoughtBudget:
+    """A sampler that ends a thought after n tokens: then it draws what makes the model answer.
+
+    sampler: draws all other tokens; vocabulary: has spelled(token) and tokenize()
+    """
+
+    def __init__(self, sampler: Any, stream: ThoughtStream, vocabulary: Any, n: int):
+        self._sampler, self._stream, self._vocabulary, self._n = sampler, stream, vocabulary, n
+        self._lead: list[int] = []  # what is to be drawn next
+
+    def sample(self, *place: Any) -> int:
+        """The next token; place: whose logits, as the sampler takes it."""
+        if self._stream.inside and not self._lead and self._n <= 0:
+            self._lead = self._vocabulary.tokenize(self._stream.format.lead, special=True)
+        token = self._lead.pop(0) if self._lead else self._sampler.sample(*place)
+        self._n -= self._stream.inside
+        name, is_name = self._vocabulary.spelled(token)
+        self._stream.push(name.decode(errors="replace"), control=is_name)
+        return token
+
+    def clone(self) -> "ThoughtBudget":
+        """A copy that draws the same, random numbers included."""
+        clone = ThoughtBudget(self._sampler.clone(), deepcopy(self._stream), self._vocabulary, self._n)
+        clone._lead = list(self._lead)
+        return clone
+
+    def close(self) -> None:
+        """Free the sampler."""
+        self._sampler.close()

@@ -14,6 +14,7 @@ from sfi_local.cli.progress import Progress
 from sfi_local.cli.report import kv_read_share, statistics
 from sfi_local.cli.request import PromptRequest
 from sfi_local.cli.terminal import say, tell_notes
+from sfi_local.cli.thinking import take_thinking, thinking_options
 from sfi_local.errors import InputError, UsageError
 from sfi_local.runtime.step import Tally, TextStream
 from sfi_local.view.data import Collector, page_data
@@ -28,6 +29,7 @@ from sfi_local.whole_file import check_matplotlib, check_writable, written_whole
 @sfi_options
 @fidelity_option
 @model_options
+@thinking_options
 @click.option("--html", metavar="FILE", default="view.html", show_default=True, help="Where the page is written.")
 @click.option("--png", metavar="FILE", help="Also write a picture of it: the mean over all layers and heads.")
 def command(**options: Any) -> None:
@@ -45,7 +47,7 @@ def command(**options: Any) -> None:
     The paths of what was written go to stdout.
     """
     params, fit = take_params(options)
-    request = ViewRequest(**options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
+    request = ViewRequest(thinking=take_thinking(options), **options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
     request.check()
     view(request)
 
@@ -96,7 +98,7 @@ def collect(model: Any, tokens: list[int], sampling: Any, request: ViewRequest) 
     tally = Tally(n_prompt=len(tokens))
     with Progress("reading", "tokens", "preparing") as prefill:
         steps = model.generate(tokens, n=request.n_limit, sampling=sampling, stop=request.stop, draft=request.draft,
-                               progress=prefill)
+                               progress=prefill, think_budget=request.thinking.budget)
         first = next(steps)
     tell_notes(model)
     collector, n = Collector.of(model.session, len(tokens)), request.n_limit or model.session.n_ctx - len(tokens)

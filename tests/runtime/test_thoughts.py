@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sfi_local.runtime.thoughts import ANSWER, OTHERS, TAGS, THOUGHT, ThoughtStream, formats_of
+from sfi_local.runtime.thoughts import ANSWER, OTHERS, TAGS, THOUGHT, ThoughtBudget, ThoughtStream, TokenThoughts, formats_of
 
 HARMONY, TO_SELF, SOLAR, KIMI = OTHERS[1:]
 
@@ -59,14 +59,12 @@ def test_thought_and_answer_whatever_the_pieces(name):
         assert told_apart(stream, pieces(output, split)) == {THOUGHT: thought, ANSWER: answer}, split
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_cut_at_every_place_nothing_is_lost_or_told_otherwise(name):
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "{" not in case[2]])
+def test_cut_in_two_at_every_place(name):
     prompt, formats, output, thought, answer = CASES[name]
-    parts = list(pieces(output, 1))
-    for at in range(len(parts)):
+    for at in range(len(output) + 1):
         stream = ThoughtStream(re.sub("[{}]", "", prompt), formats)
-        joined = [("".join(t for t, c in run if not c), False) for run in (parts[:at],) if not any(c for _, c in run)] or parts[:at]
-        assert told_apart(stream, [*joined, *parts[at:]]) == {THOUGHT: thought, ANSWER: answer}, at
+        assert told_apart(stream, [(output[:at], False), (output[at:], False)]) == {THOUGHT: thought, ANSWER: answer}, at
 
 
 def test_what_is_sure_is_not_held_back():
@@ -104,3 +102,61 @@ def test_the_lead_of_a_format_ends_its_thought(f):
     assert stream.inside
     stream.push(f.lead)
     assert stream.push("Yes") == [(ANSWER, "Yes")]
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------------------
+
+class Letters:
+    """A vocabulary of characters; token 0 is named <s> and has no text."""
+
+    def spelled(self, token):
+        return (chr(token).encode(), False) if token else (b"<s>", True)
+
+    def tokenize(self, text, add_bos=False, special=False):
+        return list(map(ord, text))
+
+
+class Drawn:
+    """Draws the characters of a text, one after the other."""
+
+    def __init__(self, text):
+        self.left = list(map(ord, text))
+
+    def sample(self, context, row=-1):
+        return self.left.pop(0)
+
+    def clone(self):
+        return Drawn("".join(map(chr, self.left)))
+
+    def close(self):
+        self.left = None
+
+
+def test_tokens_are_told_apart_and_names_are_not_shown():
+    told = TokenThoughts(ThoughtStream("<think>"), Letters())
+    found = [item for i, token in enumerate([*map(ord, "hm</think>"), 0, *map(ord, "Yes")])
+             for item in told.push(token, chr(token) if token else "", last=i == 13)]
+    assert "".join(text for kind, text in found if kind == ANSWER) == "Yes"
+    assert "".join(text for kind, text in found if kind == THOUGHT) == "hm"
+
+
+@pytest.mark.parametrize("prompt, output, n, drawn", [
+    ("<think>", "abcdef", 3, "abc\n</think>\n\ndef"),
+    ("<think>", "abcdef", 0, "\n</think>\n\nabcdef"),
+    ("<think>", "ab</think>cd", 20, "ab</think>cd"),
+    ("", "abcdef", 0, "abcdef"),
+    ("", "<think>abcdef", 2, "<think>ab\n</think>\n\ncdef"),
+    ("", "<think>abcdef", 0, "<think>\n</think>\n\nabcdef"),
+])
+def test_a_budget_ends_a_thought(prompt, output, n, drawn):
+    sampler = ThoughtBudget(Drawn(output), ThoughtStream(prompt), Letters(), n)
+    assert "".join(chr(sampler.sample(None)) for _ in drawn) == drawn
+
+
+def test_a_clone_draws_the_same_and_leaves_the_first_alone():
+    sampler = ThoughtBudget(Drawn("abcdef"), ThoughtStream("<think>"), Letters(), 3)
+    for i in range(8):  # in the thought, and in the middle of what ends it
+        clone = sampler.clone()
+        ahead = [clone.sample(None, 0) for _ in range(12 - i)]
+        assert [sampler.clone().sample(None, 0)] == ahead[:1]
+        assert sampler.sample(None, 0) == ahead[0]
