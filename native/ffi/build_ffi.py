@@ -15,6 +15,8 @@ MODULE = "sfi_local._sfi"
 # what sfi.h takes from llama.h, and the little else that Python calls directly
 PRELUDE = """
 struct llama_context;
+struct llama_model;
+struct llama_context_params;
 typedef int32_t llama_token;
 typedef int32_t llama_seq_id;
 enum ggml_log_level { GGML_LOG_LEVEL_NONE = ..., ... };

@@ -120,6 +120,19 @@ SFI_API int  sfi_set_params(struct sfi * sfi, const struct sfi_params * params);
 /* The parameters in use; `research` lives until the next sfi_set_params() or sfi_free(). */
 SFI_API int  sfi_get_params(const struct sfi * sfi, struct sfi_params * params);
 
+struct sfi_bytes {
+    size_t struct_size;
+    size_t kv;      /* K and V of all cells */
+    size_t sfi;     /* what is attached */
+    size_t compute; /* llama.cpp's room for its graphs, as far as it is known before */
+};
+
+/* Memory that a context will take with what is attached to it, on all devices together, before it is made. cparams as for
+ * llama_init_from_model(); params may be NULL. Nothing of that size is allocated. Fails as sfi_attach() would. Not while
+ * another thread makes or frees a context of this model. */
+SFI_API int  sfi_context_bytes(struct llama_model * model, const struct llama_context_params * cparams,
+                               const struct sfi_params * params, struct sfi_bytes * bytes);
+
 /* ---- steps ----------------------------------------------------------------------------------------------------- */
 
 enum sfi_step_kind {

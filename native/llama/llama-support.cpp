@@ -142,6 +142,10 @@ void llama_support::allocate(const llama_model & model) {
         allocate_results(ctx, model, ils);
     }
     for (auto & [kind, ctx] : contexts) {
+        if (model.hparams.no_alloc) {
+            planned += ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, kind.first);
+            continue;
+        }
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, kind.first);
         if (!buffer) {
             throw std::bad_alloc();
@@ -207,9 +211,9 @@ void llama_support::allocate_results(ggml_context * ctx, const llama_model & mod
 }
 
 size_t llama_support::memory() const {
-    size_t size = 0;
+    size_t size = planned;
     for (const auto & b : buffers) {
-        size += ggml_backend_buffer_get_size(b.second.get());
+        size += b.second ? ggml_backend_buffer_get_size(b.second.get()) : 0;
     }
     return size;
 }

@@ -221,6 +221,7 @@ private:
     std::vector<llama_support_layer> layers;
     std::vector<stream_state>        streams;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
+    size_t planned = 0; // bytes that the buffers would have, of a model that allocates nothing
 
     // the announced work, and the ubatch of it that is being computed
     llama_support_kind kind    = LLAMA_SUPPORT_NONE;

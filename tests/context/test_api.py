@@ -223,3 +223,34 @@ def test_operations_of_a_device(native):
     text = native.ffi.string(native.lib.sfi_device_operations(0)).decode()
     assert "sparse_attn" in text.split() and "sketch_scan" in text.split()
     assert native.ffi.string(native.lib.sfi_device_operations(999)) == b""
+
+
+@pytest.mark.parametrize("policy", ["sketch", "frozen"])
+def test_bytes_of_a_context_before_it_is_made(open_context, tiny_weights, native, policy):
+    """As they are afterwards, and without that memory: one too large for this machine can be asked about."""
+    import ctypes
+
+    from sfi_local import SfiParams
+    from sfi_local.binding.engine import _sized, _to_native
+
+    ffi, lib, llama = native.ffi, native.lib, native.llama_cpp
+    params = SfiParams.of(policy)
+    structs = _to_native(params)
+
+    def ask(n_ctx, kv=1):
+        settings = llama.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.type_k, settings.type_v = n_ctx, 512, 256, kv, kv
+        settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        out = _sized("struct sfi_bytes")
+        status = lib.sfi_context_bytes(ffi.cast("struct llama_model *", ctypes.cast(tiny_weights, ctypes.c_void_p).value),
+                                       ffi.cast("struct llama_context_params *", ctypes.addressof(settings)), structs[0], out)
+        return status, out
+
+    status, out = ask(4096)
+    context = open_context(tiny_weights, params, n_ctx=4096)
+    assert status == 0 and out.sfi == context.engine.memory()
+    assert out.kv == 4096 * 4 * 2 * 2 * 32 * 2  # cells, layers, K and V, heads, values, bytes
+    assert 0 < out.compute < 1 << 28
+    assert ask(1 << 20)[1].kv == out.kv << 8
+    assert ask(4096, kv=6)[0] == lib.SFI_ERR_KV_TYPE and "q5_0" in error(native)
+    context.prefill([1, 2, 3])
