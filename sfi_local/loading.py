@@ -14,7 +14,7 @@ from sfi_local.params import PORTABLE_POLICY, SfiParams
 from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
 from sfi_local.runtime.model import Model
 from sfi_local.runtime.slot import MODES
-from sfi_local.store import layout
+from sfi_local.store import layout, stretch
 from sfi_local.store.gguf_file import GgufFile, read_gguf
 from sfi_local.store.pull import resolve
 from sfi_local.tuning.auto_depth import auto_depth_of
@@ -27,7 +27,7 @@ MAX_LAYERS = 9999    # more than any model has: all of them
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
          type_k: str = "f16", type_v: str = "f16", params: SfiParams | None = None, fit_budget: bool = False,
          portable_params: SfiParams | None = None, fidelity: float | str | None = None, gpu_layers: int | None = None,
-         force: bool = False, verbose: bool = False,
+         yarn: float | tuple[float, int] | None = None, force: bool = False, verbose: bool = False,
          progress: Callable[[float, float], None] | None = None) -> "Model":
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
@@ -41,12 +41,15 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     fidelity:  nats from dense, or ``floor``: takes the place of the params' tolerance in modes ``auto`` and ``sfi``, see
                tuning/tolerance.py; None without params: ``floor``, if the model is calibrated
     gpu_layers: layers that a GPU holds and computes, the output being one more; None: all, where the build has a GPU backend
+    yarn:      stretch the trained context by YaRN: so many times, or (times, tokens that the model was trained on)
     force:     go on, with a note, where the memory is too small
     progress:  called with (done, total) while the weights are read
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
     _check_options(mode, n_ctx, n_threads, type_k, type_v, params, gpu_layers)
-    file = read_gguf(resolve(os.fspath(model)))
+    file, stretched = read_gguf(resolve(os.fspath(model))), None
+    if yarn is not None:
+        file, stretched = stretch.yarn(file, *(yarn if isinstance(yarn, tuple) else (yarn,)))
     gpus, no_gpu = gpu.usable(gpu_layers)
     layers = layout.layers(file)
     settled, note = params_for_mode(file, mode, type_k, type_v, params, fidelity)
@@ -58,7 +61,7 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     room = check_memory(file, cost, n_ctx or MIN_CTX, share, gpus, force)
     native = open_library()
     log.verbose = verbose
-    weights = load_weights(native.llama_cpp, file.path, gpu_layers, progress, room.mapped_only)
+    weights = load_weights(native.llama_cpp, file.path, gpu_layers, progress, room.mapped_only, stretched)
     model = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
                   type_v=type_v, params=settled, fit_budget=fit_budget or params is None, gpu_layers=gpu_layers,
                   portable_params=portable, find_auto_depth=auto_depth_of)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 from sfi_local.binding.interrupt import InterruptFlag
 from sfi_local.binding.library import last_log_lines, log
@@ -15,9 +15,10 @@ MAX_OUTPUTS = 64  # tokens of a batch whose logits are wanted, a verified span b
 
 
 def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None,
-                 mapped_only: bool = False) -> Any:
+                 mapped_only: bool = False, metadata: Mapping[str, int | float | str] | None = None) -> Any:
     """llama_cpp._internals.LlamaModel; Ctrl-C stops between two tensors.
 
+    metadata: in the place of the file's
     mapped_only: every weight stays in the mapped file, none is copied into an order that the CPU reads faster
     """
     from llama_cpp._internals import LlamaModel
@@ -34,6 +35,8 @@ def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Calla
             params.n_gpu_layers = gpu_layers
         if mapped_only:
             params.use_extra_bufts = False
+        overrides = kv_overrides(llama, metadata or {})  # kept until the weights are loaded
+        params.kv_overrides = overrides
         log.errors.clear()
         try:
             return LlamaModel(path_model=str(path), params=params, verbose=True)
@@ -52,6 +55,20 @@ def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: st
     except ValueError:
         raise OutOfMemoryError(f"A context of {n_ctx} tokens cannot be created ({last_log_lines() or 'no message'}): "
                                f"lower --ctx, or change --kv-type.") from None
+
+
+def kv_overrides(llama: Any, metadata: Mapping[str, int | float | str]) -> Any:
+    """An array of struct llama_model_kv_override, which an empty one ends."""
+    found = (llama.llama_model_kv_override * (len(metadata) + 1))()
+    for override, (key, value) in zip(found, metadata.items()):
+        override.key = key.encode()
+        if isinstance(value, str):
+            override.tag, override.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+        elif isinstance(value, float):
+            override.tag, override.value.val_f64 = llama.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
+        else:
+            override.tag, override.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    return found
 
 
 def context_params(llama: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str) -> Any:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
-from sfi_local.binding.context import context_params
+from sfi_local.binding.context import context_params, kv_overrides
 from sfi_local.binding.library import log, open_library
 
 MIB = 1 << 20
@@ -36,11 +36,7 @@ class Simulated:
 def simulated(path: Path, architecture: str, n_vocab: int, gpu_layers: int | None = None) -> Iterator[Simulated | None]:
     """A model for Simulated; None where llama.cpp cannot load it. The vocabulary, which takes most of the time, is left out."""
     llama = open_library().llama_cpp
-    overrides = (llama.llama_model_kv_override * 3)()  # the last one, empty, ends the list
-    overrides[0].tag, overrides[0].key = llama.LLAMA_KV_OVERRIDE_TYPE_STR, b"tokenizer.ggml.model"
-    overrides[0].value.val_str = b"none"
-    overrides[1].tag, overrides[1].key = llama.LLAMA_KV_OVERRIDE_TYPE_INT, f"{architecture}.vocab_size".encode()
-    overrides[1].value.val_i64 = n_vocab
+    overrides = kv_overrides(llama, {"tokenizer.ggml.model": "none", f"{architecture}.vocab_size": n_vocab})
     params = llama.llama_model_default_params()
     params.no_alloc, params.load_mode, params.kv_overrides = True, 0, overrides  # 0: no mapping, which asks for memory
     if gpu_layers is not None:

@@ -55,12 +55,25 @@ def model_options(command: Callable) -> Callable:
                      help="Cells of the context [default: as needed, up to what the model was trained on]."),
         click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True,
                      help="Type of K and V in the cache."),
+        click.option("--yarn", callback=_yarn, metavar="TIMES[:TRAINED]",
+                     help="Stretch the trained context by YaRN, as e.g. Qwen2.5 and Qwen3 need beyond 32768 tokens: 4 makes it four "
+                          "times as long, 4:32768 if the file says more than the model was trained on. Short texts suffer a little."),
         gpu_option,
         force_option,
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr."),
     )):
         command = option(command)
     return command
+
+
+def _yarn(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[float, int] | float | None:
+    """What load() takes. Raises UsageError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,4})?)(?::(\d{1,8}))?", text.strip())
+    if not match:
+        raise UsageError(f"--yarn {text!r} is not understood: write e.g. --yarn 4 or --yarn 4:32768.")
+    return (float(match[1]), int(match[2])) if match[2] else float(match[1])
 
 
 def gpu_option(command: Callable) -> Callable:

@@ -44,6 +44,7 @@ class PromptRequest:
     ctx: int | None
     kv_type: str
     gpu_layers: int | None
+    yarn: float | tuple[float, int] | None
     force: bool
     verbose: bool
     thinking: Thinking
@@ -92,7 +93,8 @@ class PromptRequest:
         with Progress("loading", "%") as loading:
             model = load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
                          type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
-                         fidelity=self.fidelity, gpu_layers=self.gpu_layers, force=self.force, verbose=self.verbose, progress=loading)
+                         fidelity=self.fidelity, gpu_layers=self.gpu_layers, yarn=self.yarn, force=self.force,
+                         verbose=self.verbose, progress=loading)
         if not self.raw:
             self.thinking.apply(model)
         return model
