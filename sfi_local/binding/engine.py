@@ -276,6 +276,12 @@ def device_path(device: int, params: SfiParams) -> tuple[str, str]:
     return path, native.ffi.string(lacks[0]).decode()
 
 
+def device_operations(device: int) -> tuple[str, ...]:
+    """Our operations that this device of ggml computes itself, by name."""
+    native = open_library()
+    return tuple(native.ffi.string(native.lib.sfi_device_operations(device)).decode().split())
+
+
 def _path_name(path: int) -> str:
     native = open_library()
     return native.ffi.string(native.lib.sfi_path_name(path)).decode()
