@@ -347,7 +347,7 @@ def kl(a, b):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(policy="sketch"), "--policy frozen"), (dict(policy="oracle"), "--policy frozen"), (dict(selector="paper"), "selector topk")])
+    (dict(policy="sketch"), "policy frozen"), (dict(policy="oracle"), "policy frozen"), (dict(selector="paper"), "selector topk")])
 def test_what_needs_our_operations_is_refused_with_what_works(opened, small, changes, words):
     from sfi_local.errors import BackendError
 
