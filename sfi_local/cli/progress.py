@@ -84,7 +84,7 @@ class Progress:
             self.done, self.total, self._began = done, total, True
         if not self.live and now - self._last_plain >= PLAIN_S:
             self._last_plain = now
-            self._write(f"{self._forms(now)[0]}\n")
+            self._write(f"{self._forms(now)[1]}\n")
 
     def close(self) -> None:
         """May be called twice."""

@@ -8,19 +8,21 @@ from typing import Any, Sequence
 import numpy as np
 
 _END = re.compile(r"[.!?][\"'”’)\]]*$")              # an end if a blank follows
-_SURE_END = re.compile(r"(?:\n|[。！？][」』）]*|[.!?][\"'”’)\]]*\s)\s*$")
+_SURE_END = re.compile(r"(?:\n\s*\n|[。！？][」』）]*|[.!?][\"'”’)\]]*\s)\s*$")
+_NEW_THING = re.compile(r"\s*(?:\n|[-*•#|>]|\d+[.)]|$)")  # after a newline: an empty line, a list, a heading, a table
 LEAST = 4      # tokens; less is a number, a name, a mark of the template
 ORDINARY = 12  # tokens; a shorter sentence is not put first for one word of it
-LONGEST = 120  # tokens; what has no end by then is cut, as a table or code
+LONGEST = 80   # tokens; what has no end by then is cut, as a table or code
 N_BEST = 5
 
 
 def sentences(pieces: Sequence[str], n: int) -> list[tuple[int, int]]:
-    """Ranges of positions among the first n tokens: sentences, or lines where there are none."""
+    """Ranges of positions among the first n tokens: sentences, whatever lines they are broken into; items of a list."""
     out, start, n = [], 0, min(n, len(pieces))
     for i in range(n):
         special = _is_special(pieces[i])
-        if special or i + 1 - start >= LONGEST or i + 1 == n or _ends(pieces[i], pieces[i + 1]):
+        is_role = i - start <= 1 and pieces[i].endswith("\n") and start > 0 and _is_special(pieces[start - 1])
+        if special or is_role or i + 1 - start >= LONGEST or i + 1 == n or _ends(pieces[i], pieces[i + 1]):
             stop = i if special else i + 1
             if stop - start >= LEAST and "".join(pieces[start:stop]).strip():
                 out.append((start, stop))
@@ -34,7 +36,9 @@ def _is_special(piece: str) -> bool:
 
 
 def _ends(piece: str, following: str) -> bool:
-    return bool(_SURE_END.search(piece) or _END.search(piece) and (following[:1].isspace() or _is_special(following)))
+    if _END.search(piece) and (following[:1].isspace() or _is_special(following)):
+        return True
+    return bool(_SURE_END.search(piece) or piece.endswith("\n") and _NEW_THING.match(following))
 
 
 def shares(collector: Any, n: int) -> np.ndarray:

@@ -94,7 +94,7 @@ def test_few_plain_lines_where_nothing_can_be_drawn_over(monkeypatch):
         assert stream.getvalue() == ""
         monkeypatch.setattr(progress, "PLAIN_S", 0)
         reading(50, 100)
-    assert stream.getvalue() == "reading [########........] 50 of 100 tokens, 0 s left\n" or stream.getvalue().count("\n") == 1
+    assert re.fullmatch(r"reading 50 of 100 tokens, \d+ s( left)?\n", stream.getvalue())
 
 
 def test_a_sentence_in_between_has_a_line_of_its_own(monkeypatch):

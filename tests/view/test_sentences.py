@@ -13,7 +13,10 @@ def cut(*pieces):
 
 def test_sentences_end_where_a_person_would_end_them():
     assert cut("The", " fox", " ran", " away", ".", " It", " came", " back", "!\n", "A", " line", " without", " end", "\n", "and", " 3.", "5", " more") == [
-        "The fox ran away.", "It came back!", "A line without end", "and 3.5 more"]
+        "The fox ran away.", "It came back!", "A line without end\nand 3.5 more"]
+    assert cut("One", " of", " two", " lines", "\n", "is", " one", ".") == ["One of two lines\nis one."]
+    assert cut("A", " head", " of", " it", "\n", "\n", "-", " one", " thing", "\n", "-", " and", " two", " more", "\n\n", "And", " so", " it", " ends") == [
+        "A head of it", "- one thing", "- and two more", "And so it ends"]
     assert cut("The", " fox", " ran", ".", " It", " came", " back", "!") == ["The fox ran.", "It came back!"]
     assert cut("河", "は", "長い", "。", "海", "は", "広い", "。") == ["河は長い。", "海は広い。"]
 
