@@ -15,7 +15,7 @@ from sfi_local.cli.options import meant
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.report import short_statistics, statistics
 from sfi_local.cli.stream import Screen, stream
-from sfi_local.cli.terminal import tell
+from sfi_local.cli.terminal import tell, tell_notes
 from sfi_local.cli.text_input import from_file
 from sfi_local.cli.thinking import no_answer
 from sfi_local.cli.turns import fit
@@ -28,6 +28,7 @@ HELLO = "A pasted text is one message; end a line with \\ to write another. /hel
 # name: (field of the request, its type, how None is shown)
 SETTINGS = {"temp": ("temp", float, ""), "top-k": ("top_k", int, ""), "top-p": ("top_p", float, ""), "min-p": ("min_p", float, ""),
             "seed": ("seed", int, "random"), "n": ("n", int, "no limit")}
+THINK = {"on": True, "off": False}
 ROOMY = 20   # rows
 ROOM = 1024  # tokens that an answer finds room for, or a quarter of the context
 
@@ -201,6 +202,19 @@ class Chat:
         if text:
             self.request = changed(self.request, text)
         tell(", ".join(f"{name} {shown(getattr(self.request, field), none)}" for name, (field, _, none) in SETTINGS.items()))
+
+    def do_think(self, text: str) -> None:
+        """... for the answers that follow; without a word: say how it is."""
+        if text not in ("", *THINK):
+            raise InputError(f"/think {text} is not understood: write /think on or /think off.")
+        if text:
+            self.request = replace(self.request, thinking=replace(self.request.thinking, think=THINK[text]))
+            self.request.thinking.apply(self.model)
+            self._count([Message("user", ["x"])])  # notes what the template does not have
+        think = self.request.thinking.think
+        tell_notes(self.model)
+        tell(f"Thoughts are {'as the template has them' if think is None else 'on' if think else 'off'}"
+             f"{', and hidden' if self.request.thinking.hidden else ''}.")
 
     def do_tokens(self, _: str) -> None:
         n = self._count(self.messages) if self.messages else 0

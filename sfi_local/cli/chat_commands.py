@@ -40,6 +40,7 @@ COMMANDS = (
     Command(("regen",), "", "Answer the last message again."),
     Command(("system",), "[TEXT]", "Set the system message, or show it; - removes it."),
     Command(("set",), "[KEY=VALUE]", "Change a setting, or show them."),
+    Command(("think",), "[on|off]", "Switch the model's thoughts on or off."),
     Command(("tokens",), "", "Show how much of the context is in use."),
     Command(("stats",), "", "Show how the last answer was computed."),
     Command(("save",), "FILE", "Write the conversation to a file."),

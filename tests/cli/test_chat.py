@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
 
+from support.tiny_model import CHATML, write_tiny  # noqa: E402
 from support.window import PASTE, Window  # noqa: E402
 
 OPTIONS = ("--mode", "sfi", "-t", 1, "--temp", 0, "--n-recent", 32, "--n-selected", 40)
@@ -168,6 +169,28 @@ def test_an_answer_again_a_saved_conversation_and_back(chat, tmp_path):
     assert again == saved
     other.type("/load none\r")
     other.wait_for("no file none")
+
+
+THINKER = CHATML[:-3] + r" + ('<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '<think>\n') }}"
+
+
+def test_thoughts_are_switched_and_a_second_turn_goes_on(window, tmp_path, native):
+    one = window(write_tiny(tmp_path / "thinker.gguf", template=THINKER), *OPTIONS, "-n", 12, "--think-budget", 4)
+    one.wait_to_see(READY)
+    one.type("/think\r")
+    one.wait_for("Thoughts are as the template has them")
+    first = n_read(one.answer_to("Hello " * 20))
+    assert n_read(one.answer_to("And?")) < first
+    for typed, said in (("/think off", "Thoughts are off"), ("/think maybe", "write /think on or /think off"), ("/think on", "Thoughts are on")):
+        one.type(typed + "\r")
+        one.wait_for(said)
+        one.answer_to("Hello")
+
+
+def test_a_model_that_cannot_be_switched_says_so(chat):
+    one = chat()
+    one.type("/think on\r")
+    one.wait_for("no switch for thoughts")
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
