@@ -12,7 +12,7 @@ from sfi_local.cli import saved_chat
 from sfi_local.cli.ask import Lines, lines
 from sfi_local.cli.chat_commands import help_text, parse
 from sfi_local.cli.options import meant
-from sfi_local.cli.progress import Progress
+from sfi_local.cli.progress import Progress, erase_drawn
 from sfi_local.cli.report import short_statistics, statistics
 from sfi_local.cli.stream import Screen, stream
 from sfi_local.cli.terminal import tell, tell_notes
@@ -254,6 +254,7 @@ def turns(messages: Sequence[Message]) -> str:
 
 def space() -> None:
     """An empty line between a question and its answer, where the window has room for one."""
+    erase_drawn()
     if sys.stderr.isatty() and height_of(sys.stderr) >= ROOMY:
         sys.stderr.write("\n")
 

@@ -70,6 +70,8 @@ def _arguments(ctx: click.Context, option: click.Parameter, texts: tuple[str, ..
 
 def no_answer(tally: Any) -> str:
     """What is to be said of a run that ended inside a thought; "" for any other."""
-    if not tally.in_thought or tally.finish not in ("length", "context"):
+    if not tally.in_thought or tally.finish not in ("length", "context", "end"):
         return ""
-    return "It ended inside the thought, before an answer: give a larger -n, --think-budget N, or --no-think."
+    if tally.finish == "end":
+        return "The model ended inside its thought, without an answer: ask again, or take --no-think (in a chat /think off)."
+    return "It ended inside the thought, before an answer: give a larger -n, --think-budget N, or --no-think (in a chat /think off)."

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from sfi_local.cli.thinking import no_answer
+from sfi_local.runtime.step import Tally
 from support.command_line import sentence
 from support.tiny_model import CHATML, write_tiny
 
@@ -27,6 +29,13 @@ def test_a_run_that_ends_in_a_thought_says_so(cli, thinker):
     assert done.returncode == 0 and "inside the thought" in last
     assert "--think-budget" in done.stderr.decode()
     assert done.stdout.strip() == b""
+
+
+@pytest.mark.parametrize("finish, said", [("end", "ended inside its thought"), ("length", "larger -n"), ("context", "larger -n"), ("stop", ""), ("", "")])
+def test_a_thought_without_an_answer_is_said_with_its_remedy(finish, said):
+    found = no_answer(Tally(finish=finish, in_thought=True))
+    assert (said in found and "/think off" in found) if said else found == ""
+    assert no_answer(Tally(finish=finish, in_thought=False)) == ""
 
 
 def test_a_budget_makes_the_answer_begin(cli, thinker):
