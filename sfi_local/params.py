@@ -26,22 +26,17 @@ class SfiParams:
                 ``window`` (always only) or ``oracle`` (selected by exact attention: for measuring, no faster than dense)
     selector:   ``topk`` (pooled evidence of the last queries) or ``paper`` (arXiv 2603.12038)
     n_sink:     first cells of the text, always in the support; cells
-    n_recent:   cells before the refresh that are always in the support; cells
+    n_recent:   latest cells that are always in the support; frozen: of the refresh, and all that come after; cells
     n_selected: cells chosen per layer and KV head; cells
-    pinned:     frozen, window: the window's start stays where the last refresh put it; else it slides
     max_span:   a step is slow at the latest after this many fast steps; 0: never (sketch and oracle only); steps
     min_span:   fast steps before a boundary may make a step slow; steps
     boundary:   slow step at the first content token after the end of a sentence
-    repair:     frozen, window: a slow step computes K and V of the span before it again, with dense attention
     auto_depth: below this depth SFI_STEP_AUTO is dense, on a GPU by llama.cpp's own attention; 0: slow-fast at every depth; cells
-    n_queries:  evidence of the last n queries; tokens, 1 .. 64
-    n_slow_queries: ... of which a slow step takes the last n: its own costs nothing, more do; tokens, 1 .. 64
+    n_queries:  evidence of the last n queries; of a slow step, its own; tokens, 1 .. 64
     pool_after, pool_before: an important cell also brings this many cells after and before it; cells
     tolerance:  sketch: cells are attended to exactly if their share of the scanned attention times the expected error of their
                 logit (in nats) is larger, n_selected at most; 0: n_selected cells. This is the mean: a head whose output the
                 sketch changes more, compared with how far it is from the mean of V, has a smaller one
-    max_tail_mass: sketch: after a fast step that left more of the attention to the sketch, in the mean over all heads, the next
-                step is slow and the sketch is fitted anew to the latest queries; a share, 0: never
     sketch_k4, sketch_k2, sketch_k1: components of the sketch's K with 4, 2 and 1 bits; all 0: 8, 48, 0 for heads of up to 127 values
                 with sketch_first 2, and per 64 values of larger ones 4, 40, 0 with sketch_first half of K, rounded up; per 64 values
                 4, 12, 24 with tolerance 0 and for soft-capped logits
@@ -56,19 +51,15 @@ class SfiParams:
     selector: str = "topk"
     n_sink: int = 4
     n_recent: int = 32
-    pinned: bool = True
     n_selected: int = 1024
     max_span: int = 0
     min_span: int = 16
     boundary: bool = False
-    repair: bool = False
     auto_depth: int = 0
     n_queries: int = 16
-    n_slow_queries: int = 1
     pool_after: int = 16
     pool_before: int = 2
     tolerance: float = 3e-4
-    max_tail_mass: float = 0.0
     sketch_k4: int = 0
     sketch_k2: int = 0
     sketch_k1: int = 0
@@ -113,9 +104,8 @@ class SfiParams:
         _one_of("selector", self.selector, SELECTORS)
         for name, least in _LEAST.items():
             _at_least(name, getattr(self, name), least)
-        for name in ("n_queries", "n_slow_queries"):
-            if getattr(self, name) > MAX_QUERIES:
-                raise ArgumentError(f"{name} is {getattr(self, name)}, but at most {MAX_QUERIES} queries are kept: lower it.")
+        if self.n_queries > MAX_QUERIES:
+            raise ArgumentError(f"n_queries is {self.n_queries}, but at most {MAX_QUERIES} queries are kept: lower it.")
         if self.max_span == 0 and self.refreshes:
             raise ArgumentError(f"max_span is 0, which means no slow steps, but policy {self.policy} needs them: give at least 1.")
         if self.policy == "frozen" and self.n_recent < self.n_queries:
@@ -160,7 +150,7 @@ _REFRESHED = {"n_recent": 256, "n_selected": 2048, "max_span": 32, "boundary": T
 
 _LEAST = {
     "n_sink": 0, "n_recent": 1, "n_selected": 1, "max_span": 0, "min_span": 0, "auto_depth": 0,
-    "sketch_first": 0, "second_look": 0, "n_queries": 1, "n_slow_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
+    "sketch_first": 0, "second_look": 0, "n_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
 }
 
 

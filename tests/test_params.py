@@ -22,7 +22,7 @@ def test_defaults_of_a_policy_are_those_of_the_library(native, policy):
 @pytest.mark.parametrize("change, word", [
     ({"n_selected": 0}, "n_selected"), ({"n_recent": 0}, "n_recent"), ({"n_sink": -1}, "n_sink"),
     ({"max_span": 0}, "max_span"), ({"min_span": -1}, "min_span"), ({"n_queries": 65}, "64"),
-    ({"n_queries": 0}, "n_queries"), ({"n_slow_queries": 65}, "n_slow_queries"), ({"n_recent": 15}, "queries"), ({"selector": ""}, "topk"),
+    ({"n_queries": 0}, "n_queries"), ({"n_queries": 65}, "n_queries"), ({"n_recent": 15}, "queries"), ({"selector": ""}, "topk"),
     ({"sketch_k4": 8, "sketch_k1": 4}, "multiple of 32"), ({"sketch_k4": 6, "sketch_k2": 4}, "multiples of 4"), ({"sketch_v2": 8}, "16"),
     ({"sketch_k4": 8, "sketch_first": 1}, "sketch_first"), ({"sketch_first": 1}, "sketch_first"), ({"second_look": -1.0}, "second_look"),
     ({"selector": "best"}, "topk"), ({"lambda_clip": 1.5}, "lambda_clip"), ({"temperature": 0.0}, "temperature"),

@@ -18,12 +18,9 @@ void forget_graphs(llama_context & lctx) {
 
 void destroy(const sfi * s) {
     if (const auto support = s->support.lock()) {
+        llama_synchronize(s->lctx);
         support->get_kv()->support.reset();
-        no_throw([&] { // out of memory: then the next graph gives back what this one was to
-            unwatch_cancel(*s);
-            forget_graphs(*s->lctx);
-            return (int) SFI_OK;
-        });
+        unwatch_cancel(*s);
     }
     delete s;
 }
@@ -89,6 +86,10 @@ static int lacks_operations(const llama_support & support, const llama_model & m
         remedy = "use policy frozen with selector topk, which works there";
     } else if (support.has_path_with_f16(model, il)) {
         remedy = "use f16 for K and V (type_k, type_v), which works there";
+    } else if (const int64_t n = support.most_cells(model, il)) {
+        return fail(SFI_ERR_BACKEND, "Layer %d lives on %s, whose operations%s cannot have a sequence of %u cells: make the context of %lld "
+                "cells or less for each sequence.", il, dev ? ggml_backend_dev_name(dev) : "a device without a name", what.c_str(),
+                support.get_kv()->get_size(), (long long) n);
     }
     return fail(SFI_ERR_BACKEND, "Layer %d lives on %s, which lacks operations%s that these parameters need: %s, or keep the model on the "
             "CPU (n_gpu_layers = 0).", il, dev ? ggml_backend_dev_name(dev) : "a device without a name", what.c_str(), remedy);
@@ -133,7 +134,6 @@ static slowfast::schedule schedule_of(const sfi_settings & s) {
     out.max_span      = s.params.max_span;
     out.min_span      = s.research.min_span;
     out.boundary      = s.params.boundary;
-    out.max_tail_mass = s.research.max_tail_mass;
     return out;
 }
 
@@ -141,7 +141,7 @@ static slowfast::schedule schedule_of(const sfi_settings & s) {
 static int install(sfi & s, llama_kv_cache * kv, const sfi_settings & settings) {
     const auto & model = s.lctx->get_model();
     const auto   sp    = support_params(settings);
-    auto support = std::make_shared<llama_support>(kv, model, sp);
+    auto support = std::make_shared<llama_support>(kv, s.kv_swa, model, sp);
     if (const int err = check_layers(*support, model, sp)) {
         return err;
     }
@@ -174,7 +174,6 @@ static int attach(llama_context * lctx, const sfi_params * params, std::unique_p
     s->lctx    = lctx;
     s->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(&lctx->get_model()));
     s->histories.resize(kv->get_n_stream());
-    s->tail_mass.resize(kv->get_n_stream());
     if (const int err = install(*s, kv, settings)) {
         return err;
     }

@@ -27,7 +27,6 @@ struct sfi {
     int32_t                      n_vocab = 0;
     std::vector<slowfast::token_class> tokens;     // by token id; empty where boundaries do not count
     std::vector<slowfast::history>     histories;  // by stream
-    std::vector<float>           tail_mass;        // by stream, of the last fast step
 
     mutable std::mutex           meter;            // of what follows, which is read while a step runs
     sfi_stats                    stats  = {};
@@ -80,8 +79,7 @@ template <class F> int guarded(const sfi * s, F && f) {
 
 // ---- attach.cpp ----------------------------------------------------------------------------------------------------------
 
-// The next graph of the context is built anew: one that was built for another support, or for none, does not fit, and it keeps
-// that support alive, as its inputs do.
+// The next graph of the context is built anew: one that was built without a support knows nothing of it.
 void forget_graphs(llama_context & lctx);
 
 // ---- cancel.cpp ----------------------------------------------------------------------------------------------------------
@@ -92,15 +90,9 @@ void unwatch_cancel(const sfi & s);
 
 // ---- accounting.cpp ------------------------------------------------------------------------------------------------------
 
-// What the sketch had the last fast step attend to, beside `always`: over all layers and KV heads.
-struct attended { int64_t n_heads = 0, n_cells = 0, bytes = 0; };
-
-int64_t  mean_cells(const attended & a); // per head, rounded
-attended attended_by_sketch(const sfi * s, const llama_support & support, llama_seq_id seq, float & tail_mass);
-float    tail_mass_of(const llama_support & support, llama_seq_id seq, int32_t il, int32_t head);
-
-void count_step   (sfi * s, const llama_support & support, llama_seq_id seq, const sfi_step_info & info, const attended & sketched);
-void count_verify (sfi * s, const llama_support & support, const sfi_step_info & info, int32_t n, int32_t n_new, bool refresh);
+// kv_read: bytes that the step read, by the report of the support
+void count_step   (sfi * s, const llama_support & support, const sfi_step_info & info, int64_t kv_read);
+void count_verify (sfi * s, const llama_support & support, const sfi_step_info & info, int32_t n, int32_t n_new, int64_t kv_read);
 void count_prefill(sfi * s, int32_t n, int64_t t_us);
 void count_taken_back(sfi * s, const llama_support & support, int64_t depth, int32_t n);
 

@@ -1,11 +1,9 @@
-// The last tokens of a sequence, kept so that they can be computed again or taken back.
+// Where the text of a sequence is between two sentences, kept for the last tokens so that they can be taken back.
 
 #pragma once
 
 #include "sentences.h"
-#include "llama.h"
 
-#include <algorithm>
 #include <vector>
 
 namespace slowfast {
@@ -15,14 +13,13 @@ public:
     // is this token the first content after the end of a sentence?
     bool peek(const token_class & t) const { return detector.peek(t); }
 
-    // A token was added to the sequence; with refresh by a step that chose a new support.
-    void feed(llama_token token, const token_class & t, bool refresh) {
+    // A token was added to the sequence.
+    void feed(const token_class & t) {
         if (past.size() >= 2*n_kept) {
             past.erase(past.begin(), past.begin() + n_kept);
         }
-        past.push_back({ token, detector });
+        past.push_back(detector);
         detector.feed(t);
-        n_since = refresh ? 0 : std::min(n_since + 1, past.size());
     }
 
     // The last n tokens were removed. Beyond what is kept, the text before them counts as one without an ender.
@@ -32,19 +29,9 @@ public:
             return;
         }
         for (; n > 0; --n) {
-            detector = past.back().before;
+            detector = past.back();
             past.pop_back();
-            n_since -= n_since > 0;
         }
-    }
-
-    // The tokens since the last refresh, at most n of them.
-    std::vector<llama_token> since_refresh(size_t n) const {
-        std::vector<llama_token> tokens;
-        for (size_t i = past.size() - std::min(n, n_since); i < past.size(); ++i) {
-            tokens.push_back(past[i].token);
-        }
-        return tokens;
     }
 
     void clear() { *this = {}; }
@@ -52,13 +39,8 @@ public:
 private:
     static constexpr size_t n_kept = 1024;
 
-    struct entry {
-        llama_token       token;
-        boundary_detector before; // as it was when the token came
-    };
-    std::vector<entry> past;
-    size_t             n_since = 0; // of them, after the last refresh
-    boundary_detector  detector;
+    std::vector<boundary_detector> past; // as it was when each of the last tokens came
+    boundary_detector              detector;
 };
 
 } // namespace slowfast

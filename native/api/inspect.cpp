@@ -168,7 +168,7 @@ int sfi_get_tail(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t hea
         }
         const int32_t n_head_kv = hparams.n_head_kv(il), group = hparams.n_head(il)/n_head_kv;
         sfi_tail out = {};
-        out.mass        = tail_mass_of(support, seq, il, head);
+        out.mass        = support.tail_mass(seq, il, head);
         out.logit_error = layer.logit_error[seq*n_head_kv + head/group];
         give(tail, out);
         return (int) SFI_OK;

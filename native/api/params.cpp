@@ -41,7 +41,6 @@ static const number numbers[] = {
     MORE_INT (selector,        SFI_SELECTOR_TOPK, SFI_SELECTOR_PAPER, SFI_SELECTOR_TOPK),
     MORE_INT (min_span,        0, many, 16),
     MORE_INT (n_queries,       1, 64, 16),
-    MORE_INT (n_slow_queries,  1, 64, 1),
     MORE_INT (pool_after,      0, 4096, 16),
     MORE_INT (pool_before,     0, 4096, 2),
     MORE_INT (sketch_k4,       0, 512, 0),
@@ -51,7 +50,6 @@ static const number numbers[] = {
     MORE_INT (sketch_v2,       0, 512, 0),
     MORE_INT (sketch_first,    0, 64, 0),
     MORE_REAL(second_look,     0, 1e6, 0.5),
-    MORE_REAL(max_tail_mass,   0, 1, 0.0),
     // the authors' code; the paper gives lambda_clip 0.02, a_soft 0.5, a_cross 0.35 and no others
     MORE_REAL(alpha,           1e-6, 1e6, 0.5),
     MORE_REAL(gamma,          -1e38, 1e38, 0.5),
@@ -83,7 +81,6 @@ sfi_settings default_settings(sfi_policy policy) {
     s.params.policy        = policy;
     s.params.boundary      = refreshes(policy);
     s.research.struct_size = sizeof(sfi_research);
-    s.research.pinned      = true;
     if ((int) policy == SFI_POLICY_ORACLE) {
         s.params.n_selected = 256; // its best ones: more hardly change the result
     }
@@ -237,10 +234,8 @@ llama_support_params support_params(const sfi_settings & settings) {
     sp.n_recent    = p.n_recent;
     sp.n_selected  = p.n_selected;
     sp.n_grow      = sketch ? sketch_batch : p.max_span;
-    sp.pinned      = r.pinned || sketch;
     sp.n_queries   = sketch ? sketch_queries : r.n_queries;
     sp.n_evidence  = paper ? 1 : r.n_queries; // the paper: the slow step's query alone
-    sp.n_slow_evidence = paper ? 1 : std::min(r.n_slow_queries, r.n_queries);
     sp.tolerance   = p.tolerance;
     sp.second_look = r.second_look;
     sp.format      = { r.sketch_k4, r.sketch_k2, r.sketch_k1, r.sketch_v4, r.sketch_v2, r.sketch_first };

@@ -18,9 +18,6 @@ decision decide(const schedule & s, const schedule_input & in, kind asked) {
     if (!in.valid) {
         return { SLOW, in.edited ? INVALIDATED : FIRST };
     }
-    if (s.max_tail_mass > 0.0f && in.tail_mass > s.max_tail_mass) {
-        return { SLOW, UNSTABLE };
-    }
     if ((s.max_span > 0 && in.span >= s.max_span) || in.window_full) {
         return { SLOW, MAX_SPAN };
     }

@@ -7,14 +7,13 @@
 namespace slowfast {
 
 enum kind   { AUTO, SLOW, FAST, DENSE };
-enum reason { NONE, FIRST, BOUNDARY, MAX_SPAN, UNSTABLE, INVALIDATED, FORCED, SHORT, VERIFY };
+enum reason { NONE, FIRST, BOUNDARY, MAX_SPAN, INVALIDATED, FORCED, SHORT, VERIFY };
 
 struct schedule {
-    int32_t auto_depth    = 0;     // dense below
-    int32_t max_span      = 0;     // fast steps at most; 0: any number
-    int32_t min_span      = 0;     // fast steps before a boundary counts
-    bool    boundary      = false; // boundaries count
-    float   max_tail_mass = 0.0f;  // a sketch may stand for; 0: any
+    int32_t auto_depth = 0;     // dense below
+    int32_t max_span   = 0;     // fast steps at most; 0: any number
+    int32_t min_span   = 0;     // fast steps before a boundary counts
+    bool    boundary   = false; // boundaries count
 };
 
 struct schedule_input {
@@ -22,8 +21,7 @@ struct schedule_input {
     int32_t span        = 0;     // fast steps since the last slow one
     bool    valid       = false; // there is a support, and it fits the cache
     bool    edited      = false; // there was one, until the cache was edited
-    bool    window_full = false; // the pinned window has no room for this token
-    float   tail_mass   = 0.0f;  // of the last fast step
+    bool    window_full = false; // frozen: the window has no room for this token
     bool    boundary    = false; // the token is the first content after the end of a sentence
 };
 

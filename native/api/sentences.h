@@ -37,7 +37,6 @@ public:
     bool feed(const token_class & t);
     // the same answer without taking the token
     bool peek(const token_class & t) const;
-    void reset() { armed = ENDER_NONE; apart = false; }
 private:
     uint8_t armed = ENDER_NONE;
     bool    apart = false; // white space since the ender

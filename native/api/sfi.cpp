@@ -91,7 +91,7 @@ static int check_tokens(const sfi * s, const llama_token * tokens, int32_t n) {
 }
 
 static int check_room(const llama_support & support, llama_seq_id seq, int32_t n) {
-    const int32_t depth = support.depth(seq), size = (int32_t) support.get_kv()->get_size();
+    const int32_t depth = support.facts(seq).depth, size = (int32_t) support.get_kv()->get_size();
     if (n > size - depth) {
         return fail(SFI_ERR_FULL, "%d tokens do not fit: the context has %d cells and %d are in use. Make it larger, or remove some.", n, size, depth);
     }
@@ -105,12 +105,12 @@ static slowfast::token_class class_of(const sfi * s, llama_token token) {
 
 static slowfast::decision decide(const sfi * s, const llama_support & support, llama_seq_id seq, llama_token token, sfi_step_kind asked) {
     slowfast::schedule_input in;
-    in.depth       = support.depth(seq);
-    in.span        = support.span(seq);
-    in.valid       = support.valid(seq);
-    in.edited      = support.was_edited(seq);
-    in.window_full = support.window_full(seq);
-    in.tail_mass   = s->tail_mass[seq];
+    const auto facts = support.facts(seq);
+    in.depth       = facts.depth;
+    in.span        = facts.span;
+    in.valid       = facts.valid;
+    in.edited      = facts.edited;
+    in.window_full = facts.window_full;
     in.boundary    = s->histories[seq].peek(class_of(s, token));
     return slowfast::decide(s->schedule, in, (slowfast::kind) asked);
 }
@@ -124,30 +124,16 @@ static int stopped(const sfi * s) {
     return fail(SFI_ERR_ABORTED, s->cancelled ? "Stopped by sfi_cancel(), or by the progress callback." : "Stopped by the abort callback.");
 }
 
-static int sketch_failed(const sfi * s) {
-    return s->cancelled ? stopped(s) : fail(SFI_ERR_DECODE, "The codes of the sketch could not be computed; llama.cpp's log says why.");
-}
-
 static int decode_status(const sfi * s, int ret) {
     switch (ret) {
         case 0:  return SFI_OK;
         case 1:  return fail(SFI_ERR_FULL, "The KV cache has no free cell; make the context larger.");
         case 2:  return stopped(s);
+        case LLAMA_SUPPORT_FAILED:
+            return s->cancelled ? stopped(s) : fail(SFI_ERR_DECODE, "What fast steps need of the text could not be computed; llama.cpp's log says why.");
         default: return fail(SFI_ERR_DECODE, "llama_decode() failed with code %d; its log says why.", ret);
     }
 }
-
-// What is announced to a support ends here, also if llama_decode() throws.
-class announced {
-public:
-    announced(llama_support & support, llama_seq_id seq, llama_support_kind kind, int32_t n, bool refresh) : support(support) {
-        support.announce(seq, kind, n, refresh);
-    }
-    ~announced() { support.finish(ok); }
-    bool ok = false;
-private:
-    llama_support & support;
-};
 
 // One llama_decode() of tokens at the end of a sequence; the logits of the last n_logits of them are kept.
 static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n,
@@ -164,25 +150,16 @@ static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llam
         batch->logits[i]    = i >= n - n_logits;
     }
     watch_cancel(*s);
-    int ret;
-    {
-        announced work(support, seq, kind, n, refresh);
-        ret = llama_decode(s->lctx, *batch);
+    return decode_status(s, support.run(*s->lctx, seq, kind, n, refresh, [&] {
+        const int ret = llama_decode(s->lctx, *batch);
         llama_synchronize(s->lctx);
-        work.ok = ret == 0;
-    }
-    if (ret == 0 && refresh && !support.refresh_portable(*s->lctx, seq, kind == LLAMA_SUPPORT_SLOW)) {
-        return s->cancelled ? stopped(s) : fail(SFI_ERR_DECODE, "The support could not be chosen; llama.cpp's log says why.");
-    }
-    if (ret == 0 && refresh && !support.update_sketch(*s->lctx, seq)) {
-        return sketch_failed(s);
-    }
-    return decode_status(s, ret);
+        return ret;
+    }));
 }
 
 static int prefill(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
     const int32_t n_batch = (int32_t) llama_n_batch(s->lctx);
-    const bool    refresh = support.depth(seq) + n >= s->schedule.auto_depth;
+    const bool    refresh = support.facts(seq).depth + n >= s->schedule.auto_depth;
     auto & history = s->histories[seq];
     history.clear(); // also if it fails: nothing is known then of the text before
     for (int32_t i = 0; i < n; i += n_batch) {
@@ -199,7 +176,7 @@ static int prefill(sfi * s, llama_support & support, llama_seq_id seq, const lla
         }
     }
     for (int32_t i = std::max(0, n - 8); i < n; ++i) {
-        history.feed(tokens[i], class_of(s, tokens[i]), true);
+        history.feed(class_of(s, tokens[i]));
     }
     return SFI_OK;
 }
@@ -258,39 +235,18 @@ static int remove_last(sfi * s, llama_support & support, llama_seq_id seq, int32
     return SFI_OK;
 }
 
-// A slow step that computes the tokens since the last refresh again, in one batch with its own.
-static int repairing_step(sfi * s, llama_support & support, llama_seq_id seq, llama_token token) {
-    auto tokens = s->histories[seq].since_refresh(llama_n_batch(s->lctx) - 1);
-    const int32_t n = (int32_t) tokens.size();
-    if (const int err = remove_last(s, support, seq, n)) {
-        return err;
-    }
-    tokens.push_back(token);
-    if (const int err = decode(s, support, seq, tokens.data(), n + 1, LLAMA_SUPPORT_VERIFY, true, 1)) {
-        s->histories[seq].take_back(n);
-        return err;
-    }
-    const std::lock_guard<std::mutex> lock(s->meter);
-    s->stats.n_repaired += n;
-    return SFI_OK;
-}
-
 // What a step did, after it.
 static sfi_step_info report(sfi * s, const llama_support & support, llama_seq_id seq, const slowfast::decision & d, int64_t start) {
-    const bool fast = d.kind == slowfast::FAST, scanned = fast && support.scanned(seq);
+    const auto read = support.report(seq, support_kind(d), d.kind == slowfast::SLOW);
     sfi_step_info done = {};
-    attended sketched;
-    if (scanned) {
-        sketched = attended_by_sketch(s, support, seq, done.tail_mass);
-    }
-    done.kind    = (sfi_step_kind) d.kind;
-    done.reason  = (sfi_reason) d.reason;
-    done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
-    done.depth   = support.depth(seq);
-    done.n_cells = fast ? support.n_fast_cells(seq) + (int32_t) mean_cells(sketched) : done.depth;
-    done.t_us    = ggml_time_us() - start;
-    s->tail_mass[seq] = done.tail_mass;
-    count_step(s, support, seq, done, sketched);
+    done.kind      = (sfi_step_kind) d.kind;
+    done.reason    = (sfi_reason) d.reason;
+    done.pos       = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
+    done.depth     = support.facts(seq).depth;
+    done.n_cells   = read.n_cells;
+    done.tail_mass = read.tail_mass;
+    done.t_us      = ggml_time_us() - start;
+    count_step(s, support, done, read.kv_read);
     return done;
 }
 
@@ -310,18 +266,10 @@ int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_
             return fail(SFI_ERR_NO_SUPPORT, "A fast step needs a support: prefill, or take a slow step first.");
         }
         const int64_t start = ggml_time_us();
-        if (d.reason == slowfast::UNSTABLE) {
-            support.outgrow(seq);
-        }
-        const bool slow   = d.kind == slowfast::SLOW;
-        const bool repair = slow && s->settings.research.repair && support.valid(seq) && support.span(seq) > 0 && refreshes(s->settings.params.policy);
-        if (d.kind == slowfast::FAST && !support.update_sketch(*s->lctx, seq)) {
-            return sketch_failed(s);
-        }
-        if (const int err = repair ? repairing_step(s, support, seq, token) : decode(s, support, seq, &token, 1, support_kind(d), slow, 1)) {
+        if (const int err = decode(s, support, seq, &token, 1, support_kind(d), d.kind == slowfast::SLOW, 1)) {
             return err;
         }
-        s->histories[seq].feed(token, class_of(s, token), slow);
+        s->histories[seq].feed(class_of(s, token));
         const sfi_step_info done = report(s, support, seq, d, start);
         if (info) {
             give(info, done);
@@ -353,7 +301,7 @@ int sfi_rollback(struct sfi * s, llama_seq_id seq, int32_t n) {
         if (const int err = check_seq(support, seq)) {
             return err;
         }
-        const int32_t depth = support.depth(seq);
+        const int32_t depth = support.facts(seq).depth;
         if (const int err = check_range("n", n, 0, depth)) {
             return err;
         }
@@ -370,7 +318,7 @@ static int check_verify(const sfi * s, const llama_support & support, llama_seq_
     if (!tokens) {
         return fail(SFI_ERR_ARGUMENT, "There are no tokens to verify.");
     }
-    const int32_t depth = support.depth(seq);
+    const int32_t depth = support.facts(seq).depth;
     for (const int err : { check_range("n", n, 1, (int32_t) llama_n_batch(s->lctx)), check_range("n_replaced", n_replaced, 0, std::min(n, depth)) }) {
         if (err) {
             return err;
@@ -405,15 +353,15 @@ int sfi_verify(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int
             return err;
         }
         for (int32_t i = 0; i < n; ++i) {
-            s->histories[seq].feed(tokens[i], class_of(s, tokens[i]), true); // dense: nothing to repair
+            s->histories[seq].feed(class_of(s, tokens[i]));
         }
         sfi_step_info done = {};
         done.kind    = refresh ? SFI_STEP_SLOW : SFI_STEP_DENSE;
         done.reason  = SFI_REASON_VERIFY;
         done.pos     = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
-        done.depth   = done.n_cells = support.depth(seq);
+        done.depth   = done.n_cells = support.facts(seq).depth;
         done.t_us    = ggml_time_us() - start;
-        count_verify(s, support, done, n, n - n_replaced, refresh);
+        count_verify(s, support, done, n, n - n_replaced, support.report(seq, LLAMA_SUPPORT_VERIFY, refresh).kv_read);
         if (info) {
             give(info, done);
         }

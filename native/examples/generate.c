@@ -94,6 +94,11 @@ static int run(struct llama_model * model, const char * text, size_t size, int n
         return 1;
     }
     const int32_t n_prompt = llama_tokenize(vocab, text, (int32_t) size, prompt, (int32_t) size + 8, true, false);
+    if (n_prompt < 1 || n < 0) {
+        fprintf(stderr, "%s\n", n < 0 ? "N is negative" : n_prompt < 0 ? "the text is too long to tokenize" : "the text is empty");
+        free(prompt);
+        return 1;
+    }
 
     struct llama_context_params cparams = llama_context_default_params();
     cparams.n_ctx           = n_prompt + n;

@@ -20,13 +20,13 @@ extern "C" {
 
 /* Two more values for struct sfi_params::policy. */
 enum sfi_research_policy {
-    SFI_POLICY_WINDOW = 1, /* n_sink + n_recent cells only: the baseline that every selector must beat */
+    SFI_POLICY_WINDOW = 1, /* n_sink + the latest n_recent cells only: the baseline that every selector must beat */
     SFI_POLICY_ORACLE = 3, /* chosen at every step by exact attention: no faster than dense, for measuring */
 };
 
 enum sfi_selector {
     SFI_SELECTOR_TOPK  = 0, /* top-K of the pooled evidence of the last queries */
-    SFI_SELECTOR_PAPER = 1, /* the selector of arXiv 2603.12038, evidence of the slow step's query alone */
+    SFI_SELECTOR_PAPER = 1, /* the selector of arXiv 2603.12038, evidence of the slow step's query alone: on the CPU */
 };
 
 struct sfi_research {
@@ -35,12 +35,9 @@ struct sfi_research {
     /* policy frozen, window */
     enum sfi_selector selector;
     int32_t min_span;    /* fast steps before a boundary may make a step slow */
-    int32_t n_queries;   /* evidence of the last n queries, 1 .. 64 ... */
-    int32_t n_slow_queries; /* ... of which a slow step takes the last n: its own costs nothing, more do, 1 .. 64 */
+    int32_t n_queries;   /* evidence of the last n queries, 1 .. 64; of a slow step, its own */
     int32_t pool_after;  /* an important cell also brings the cells after it ... */
     int32_t pool_before; /* ... and before it */
-    bool    pinned;      /* the window's start stays where the last refresh put it; false: it slides */
-    bool    repair;      /* a slow step computes K and V of the span before it again, with dense attention */
 
     /* Policy sketch: components of K with 4, 2 and 1 bits, of V with 4 and 2 bits, see struct ggml_sketch_format. No components of
      * K: by the head size. No components of V where those of K are given: the cells that are not selected are dropped.
@@ -48,7 +45,6 @@ struct sfi_research {
      * second_look times the mean share of the attention by that; 0: everything of every cell. */
     int32_t sketch_k4, sketch_k2, sketch_k1, sketch_v4, sketch_v2, sketch_first;
     float   second_look;
-    float   max_tail_mass; /* after a fast step whose tail_mass was larger the sketch is fitted anew; 0: never */
 
     /* SFI_SELECTOR_PAPER, see method in arXiv 2603.12038 */
     float   alpha, gamma, beta, p, eta, lambda_clip, a_soft, a_cross, temperature;

@@ -147,11 +147,10 @@ enum sfi_reason {
     SFI_REASON_FIRST       = 1, /* slow: the sequence has no support yet */
     SFI_REASON_BOUNDARY    = 2, /* slow: a sentence or clause ended */
     SFI_REASON_MAX_SPAN    = 3, /* slow: max_span fast steps since the last slow one */
-    SFI_REASON_UNSTABLE    = 4, /* slow: the sketch stood for too much */
-    SFI_REASON_INVALIDATED = 5, /* slow: the cache was edited behind the support */
-    SFI_REASON_FORCED      = 6, /* the caller asked for this kind */
-    SFI_REASON_SHORT       = 7, /* dense: fewer cells than auto_depth */
-    SFI_REASON_VERIFY      = 8, /* slow or dense: sfi_verify() */
+    SFI_REASON_INVALIDATED = 4, /* slow: the cache was edited behind the support */
+    SFI_REASON_FORCED      = 5, /* the caller asked for this kind */
+    SFI_REASON_SHORT       = 6, /* dense: fewer cells than auto_depth */
+    SFI_REASON_VERIFY      = 7, /* slow or dense: sfi_verify() */
 };
 
 struct sfi_step_info {
@@ -218,7 +217,6 @@ struct sfi_stats {
     int64_t us_slow, us_fast, us_dense, us_prefill, us_verify;
     int64_t kv_read, kv_dense;                   /* bytes of K and V that the steps read / dense steps would have read for the
                                                     tokens that were not taken back */
-    int64_t n_repaired;                          /* tokens whose K and V slow steps computed again */
     int64_t n_reason[16];                        /* slow and dense steps by enum sfi_reason */
 };
 

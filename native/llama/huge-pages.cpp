@@ -11,7 +11,7 @@
 #endif
 
 void llama_use_huge_pages(void * data, size_t size) {
-    const uintptr_t page  = 2u << 20;
+    const uintptr_t page  = llama_huge_page;
     const uintptr_t begin = ((uintptr_t) data + page - 1) & ~(page - 1);
     const uintptr_t end   = ((uintptr_t) data + size) & ~(page - 1);
     if (begin < end) {

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <set>
 
-static constexpr int64_t n_cells = 256, n_list = 16; // of the instances that devices are asked about
+static constexpr int64_t n_list = 16; // of the instances that devices are asked about
 
 ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
@@ -19,7 +19,7 @@ ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
 // The sketch operations of a layer, on tensors without data.
 static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml_sketch_format & format, ggml_tensor * q, ggml_tensor * k,
                                                     ggml_tensor * v, ggml_tensor * cells) {
-    const int64_t n_head_kv = k->ne[2];
+    const int64_t n_head_kv = k->ne[2], n_cells = k->ne[1];
     ggml_tensor * codes = ggml_new_tensor_3d(c, GGML_TYPE_I8, 16*ggml_sketch_cell_bytes(&format), n_cells/16, n_head_kv);
     ggml_tensor * basis = ggml_new_tensor_2d(c, GGML_TYPE_F32, ggml_sketch_basis_size(&format, k->ne[0], v->ne[0]), n_head_kv);
     ggml_tensor * plan  = ggml_new_tensor_1d(c, GGML_TYPE_I32, 1);
@@ -64,6 +64,7 @@ ggml_sketch_format llama_path_format(const llama_path_shape & s, const llama_sup
 }
 
 static std::vector<ggml_tensor *> native_operations(ggml_context * c, const llama_path_shape & s, const llama_support_params & p) {
+    const int64_t n_cells = GGML_PAD(s.n_cells, 256);
     ggml_tensor * q     = ggml_new_tensor_4d(c, GGML_TYPE_F32, s.n_embd_head_k, 1, s.n_head, 1);
     ggml_tensor * k     = ggml_new_tensor_4d(c, s.type_k, s.n_embd_head_k, n_cells, s.n_head_kv, 1);
     ggml_tensor * v     = ggml_new_tensor_4d(c, s.type_v, s.n_embd_head_v, n_cells, s.n_head_kv, 1);
@@ -85,6 +86,12 @@ static std::vector<ggml_tensor *> native_operations(ggml_context * c, const llam
     return ops;
 }
 
+// Bytes of the codes of one KV head: the kernels of some CPUs know where a cell's are by 32 bits.
+static int64_t codes_of_a_head(const llama_path_shape & s, const llama_support_params & p) {
+    const auto format = llama_path_format(s, p);
+    return s.n_cells*ggml_sketch_cell_bytes(&format);
+}
+
 static bool portable_forced() {
     const char * value = getenv("SFI_PORTABLE_PATH");
     return value && *value && strcmp(value, "0") != 0;
@@ -96,7 +103,10 @@ llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_sh
     if (!ctx || !dev) {
         return LLAMA_PATH_NONE;
     }
-    const std::string native = portable_forced() ? "" : lacking(dev, native_operations(ctx.get(), shape, params));
+    std::string native = portable_forced() ? "" : lacking(dev, native_operations(ctx.get(), shape, params));
+    if (native.empty() && params.policy == LLAMA_SUPPORT_SKETCH && codes_of_a_head(shape, params) > INT32_MAX) {
+        native = "SKETCH_SCAN over so many cells";
+    }
     if (native.empty() && !portable_forced()) {
         return LLAMA_PATH_NATIVE;
     }

@@ -10,6 +10,7 @@ struct llama_path_shape {
     ggml_type type_k, type_v;
     bool      sinks = false; // learned ones
     bool      softcap = false; // of the logits
+    int64_t   n_cells = 256;   // of a sequence
 };
 
 // The path of a layer on this device. NONE: *lacks, if it is not null, names the operations that the preferred path

@@ -177,12 +177,12 @@ std::vector<ggml_tensor *> llama_portable_operations(ggml_context * c, const lla
 // ---- the input -----------------------------------------------------------------------------------------------------------
 
 int64_t llama_support::scan_size(const stream_state & st) const {
-    return std::min<int64_t>(GGML_PAD((int64_t) st.n_used, scan_pad), kv->get_size());
+    return std::min<int64_t>(GGML_PAD((int64_t) st.mirror.n_used(), scan_pad), kv->get_size());
 }
 
-// The ring holds n_grow cells more than a sliding window shows.
+// Policy window: the ring holds n_grow cells more than the window shows.
 bool llama_support::overwritten(int32_t n) const {
-    return has_portable() && !params.pinned && params.n_sink + params.n_recent + n > always_size();
+    return has_portable() && !params.pinned() && params.n_sink + params.n_recent + n > always_size();
 }
 
 int64_t llama_support::portable_append() const {
@@ -193,11 +193,11 @@ int64_t llama_support::portable_append() const {
     return std::min<int64_t>(ubatch_tokens, n_ring > 0 ? n_ring : always_size()); // of more than the ring holds, the latest
 }
 
-llama_portable_input::llama_portable_input(std::shared_ptr<llama_support> support) :
-        support(std::move(support)), built(this->support->graph_key()), n_append(this->support->portable_append()) {}
+llama_portable_input::llama_portable_input(const std::shared_ptr<llama_support> & support) :
+        owner(support), support(support.get()), built(support->graph_key()), n_append(support->portable_append()) {}
 
 bool llama_portable_input::can_reuse(const llm_graph_params &) {
-    return built == support->graph_key() && n_append == support->portable_append();
+    return !owner.expired() && built == support->graph_key() && n_append == support->portable_append();
 }
 
 static bool is_used(const ggml_tensor * t) {
@@ -247,9 +247,9 @@ static void set_always(ggml_tensor * cells, ggml_tensor * slots, const std::vect
 void llama_portable_input::set_input(const llama_ubatch *) {
     const auto & st = support->streams[built.stream];
     const auto & p  = support->params;
-    const int64_t n = st.cells.size(), n_always = support->always_size();
+    const int64_t n = st.mirror.size(), n_always = support->always_size();
     if (is_used(cells)) {
-        set_always(cells, slots, st.cells, always_places({ 0, (int32_t) (n - n_append) }, n), p, n_always);
+        set_always(cells, slots, st.mirror.cells(), always_places({ 0, (int32_t) (n - n_append) }, n), p, n_always);
     }
     if (is_used(in_use)) {
         const int64_t n_selected = selected_rows(p);
@@ -367,22 +367,13 @@ private:
 
 llama_portable_refresh::llama_portable_refresh(const llama_support & support, uint32_t stream, bool slow, float softcap) :
         support(support), st(support.streams[stream]), params(support.params), stream(stream), softcap(softcap),
-        candidates(support.candidates((int32_t) st.cells.size())) {
+        candidates(support.candidates(st.mirror.size())) {
     if (!params.refreshes()) {
         return;
     }
-    const int32_t n = (int32_t) st.cells.size();
-    n_scan = support.scan_size(st);
-    if (slow && params.n_slow_evidence == 1) {
-        seen = { n };
-    } else for (const llama_pos pos : st.query_pos) {
-        const llama_pos age = st.last_pos - pos;
-        const bool used = pos >= 0 && age >= 0 && age < (slow ? params.n_slow_evidence : params.n_evidence);
-        seen.push_back(used ? std::max(0, n - age) : 0);
-    }
-    for (int32_t i = 0; i < n && ordered; ++i) {
-        ordered = st.cells[i] == i;
-    }
+    n_scan  = support.scan_size(st);
+    seen    = slow ? std::vector<int32_t>{ st.mirror.size() } : st.mirror.seen(params.n_evidence);
+    ordered = st.mirror.in_order();
 }
 
 void llama_portable_refresh::new_inputs(ggml_context * ctx) {
@@ -407,7 +398,7 @@ void llama_portable_refresh::new_inputs(ggml_context * ctx) {
 ggml_tensor * llama_portable_refresh::queries(ggml_context * ctx, const llama_support_layer & layer, ggml_tensor * k) const {
     const ggml_tensor * ring = layer.queries;
     const bool   one  = seen.size() == 1;
-    const size_t from = stream*ring->nb[2] + (one ? (st.last_pos % params.n_queries)*ring->nb[1] : 0);
+    const size_t from = stream*ring->nb[2] + (one ? (st.mirror.last_pos() % params.n_queries)*ring->nb[1] : 0);
     return ggml_view_3d(ctx, layer.queries, k->ne[0], ring->ne[0]/k->ne[0], one ? 1 : ring->ne[1], k->ne[0]*sizeof(float), ring->nb[1], from);
 }
 
@@ -452,7 +443,7 @@ void llama_portable_refresh::build(ggml_context * ctx, ggml_cgraph * graph) {
 }
 
 void llama_portable_refresh::set_inputs() const {
-    set_always(cells, slots, st.cells, always_places(candidates, st.cells.size()), params, support.always_size());
+    set_always(cells, slots, st.mirror.cells(), always_places(candidates, st.mirror.size()), params, support.always_size());
     if (visible) {
         set_evidence();
     }
@@ -475,6 +466,7 @@ void llama_portable_refresh::set_inputs() const {
 }
 
 void llama_portable_refresh::set_evidence() const {
+    const auto & text = st.mirror.cells();
     const int64_t n_q = seen.size(), n_used = n_q - std::count(seen.begin(), seen.end(), 0);
 
     // a query that gives no evidence may see anything, but not nothing: that has no softmax
@@ -483,7 +475,7 @@ void llama_portable_refresh::set_evidence() const {
     for (int64_t q = 0; q < n_q; ++q) {
         shares[q] = seen[q] ? (float) n_q/n_used : 0.0f;
         for (int32_t i = 0; i < std::max(seen[q], 1); ++i) {
-            mask[q*n_scan + st.cells[i]] = sees;
+            mask[q*n_scan + text[i]] = sees;
         }
     }
     set(visible, mask);
@@ -492,8 +484,8 @@ void llama_portable_refresh::set_evidence() const {
     }
     std::vector<float> ones(n_scan, 0.0f), penalty(n_scan, never);
     for (int32_t j = candidates.first; j < candidates.second; ++j) {
-        ones[st.cells[j]] = 1.0f;
-        penalty[st.cells[j]] = 0.0f;
+        ones[text[j]] = 1.0f;
+        penalty[text[j]] = 0.0f;
     }
     set(is_candidate, ones);
     if (handicap) {
@@ -502,10 +494,11 @@ void llama_portable_refresh::set_evidence() const {
 }
 
 void llama_portable_refresh::set_order() const {
-    std::vector<int32_t> list = st.cells, places(n_scan, (int32_t) n_scan - 1);
-    list.resize(n_scan, st.cells.back()); // recent, so without evidence
-    for (size_t i = 0; i < st.cells.size(); ++i) {
-        places[st.cells[i]] = (int32_t) i;
+    const auto & text = st.mirror.cells();
+    std::vector<int32_t> list = text, places(n_scan, (int32_t) n_scan - 1);
+    list.resize(n_scan, text.back()); // recent, so without evidence
+    for (size_t i = 0; i < text.size(); ++i) {
+        places[text[i]] = (int32_t) i;
     }
     set_cells(order, list);
     set_cells(place, places);

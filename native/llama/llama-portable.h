@@ -19,12 +19,13 @@
 // The inputs of the portable part of a step; those that a graph does not need are null or without a buffer. Lists of cells are
 // repeated for each of n_head_kv KV heads, the most that a layer has.
 struct llama_portable_input : public llm_graph_input_i {
-    explicit llama_portable_input(std::shared_ptr<llama_support> support);
+    explicit llama_portable_input(const std::shared_ptr<llama_support> & support);
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    std::shared_ptr<llama_support> support;
+    std::weak_ptr<llama_support> owner;   // as in llama_support_input
+    llama_support              * support;
     const llama_support::key built;
     const int64_t n_append; // rows of compact caches that are written
 

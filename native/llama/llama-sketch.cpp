@@ -13,38 +13,33 @@
 
 #include <algorithm>
 #include <cmath>
+#include <future>
 #include <numeric>
-#include <thread>
 
 static constexpr int32_t max_rows   = 2048; // of K and V that a fit looks at, evenly spread over the text
 static constexpr int32_t growth     = 2;    // a basis is outgrown when the cells have become so many times as many
 static constexpr float   least_error = 1e-6f; // of outputs: a head without any is not to take all tolerance from the others
 static constexpr int32_t few_queries = 32;  // a basis fitted to fewer queries is replaced when there are all
 
-static int32_t n_known_queries(const std::vector<llama_pos> & query_pos) {
-    return (int32_t) std::count_if(query_pos.begin(), query_pos.end(), [](llama_pos pos) { return pos >= 0; });
-}
-
 bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
     auto & st = streams[s];
     if (params.policy != LLAMA_SUPPORT_SKETCH || !st.valid) {
         return true;
     }
-    const int32_t n = (int32_t) st.cells.size();
-    if (!st.outgrown && st.j0 + (n + 1 - st.j1) <= always_size()) {
+    const int32_t n = st.mirror.size();
+    if (st.j0 + (n + 1 - st.j1) <= always_size()) {
         return true; // the next cell still has room in the window
     }
     const auto [j0, j1] = candidates(n);
-    const int32_t n_queries = n_known_queries(st.query_pos);
+    const int32_t n_queries = (int32_t) st.mirror.query_rows().size();
     int32_t from = st.j1; // what comes after has no codes yet
-    if (st.outgrown || st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {
+    if (st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {
         if (!fit(lctx, s)) {
             invalidate(s);
             return false;
         }
         st.n_fit         = j1 - j0;
         st.n_fit_queries = n_queries;
-        st.outgrown      = false;
         from = j0;
     }
     if (!encode(lctx, s, from, j1)) {
@@ -53,25 +48,8 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
     }
     st.j0 = j0;
     st.j1 = j1;
+    use_huge_pages(s);
     return true;
-}
-
-// what a step reads of a KV head's basis: means and decoding rows
-static int64_t decoding_bytes(const ggml_sketch_format & f, int64_t n_embd_k, int64_t n_embd_v) {
-    return n_embd_k*(4 + 2*(f.n_k4 + f.n_k2 + f.n_k1)) + n_embd_v*(4 + 2*(f.n_v4 + f.n_v2));
-}
-
-int64_t llama_support::sketch_bytes(uint32_t s) const {
-    const auto & st = streams[s];
-    int64_t size = 0;
-    for (size_t il = 0; il < layers.size() && scanned(s); ++il) {
-        const auto & layer = layers[il];
-        if (layer.codes) {
-            const int64_t cell = layer.format.n_first > 0 ? 4*layer.format.n_first : ggml_sketch_cell_bytes(&layer.format);
-            size += layer.n_head_kv*(st.n_used*cell + decoding_bytes(layer.format, layer.n_embd_k, layer.n_embd_v));
-        }
-    }
-    return size;
 }
 
 // ---- fitting -------------------------------------------------------------------------------------------------------------
@@ -146,40 +124,45 @@ bool llama_support::fit_rows(llama_context & lctx, uint32_t s, int32_t il, const
     return true;
 }
 
-// Returns how much each KV head needs exact cells, compared with others.
-std::vector<float> llama_support::fit_layer(uint32_t s, int32_t il, const layer_rows & rows) {
-    auto & layer = layers[il];
+// Of one layer, by KV head: its basis, the error of a logit, and how much it needs exact cells, compared with others.
+llama_support::layer_fit llama_support::fit_layer(const llama_support_layer & layer, const layer_rows & rows) {
     const int64_t d_k = layer.n_embd_k, d_v = layer.n_embd_v;
     const int64_t n_head_kv = layer.n_head_kv, n_embd_q = layer.queries->ne[0];
-    const int64_t group = n_embd_q/d_k/n_head_kv;
+    const int64_t group = n_embd_q/d_k/n_head_kv, n_basis = layer.basis->ne[0];
 
-    std::vector<float> basis(layer.basis->ne[0]), need;
+    layer_fit fit;
+    fit.basis.resize(n_head_kv*n_basis);
     for (int64_t h = 0; h < n_head_kv; ++h) {
-        const auto k = head_of(rows.k, d_k*n_head_kv, d_k, h, 1), v = head_of(rows.v, d_v*n_head_kv, d_v, h, 1);
-        const auto q = head_of(rows.q, n_embd_q, d_k, h*group, group);
-        layer.logit_error[s*n_head_kv + h] = llama_sketch_fit(k, v, q, d_k, d_v, layer.format, basis.data())*layer.kq_scale;
-        const float error = llama_sketch_output_error(k, v, q, d_k, d_v, layer.format, basis.data(), group, layer.kq_scale);
-        need.push_back(std::sqrt(std::sqrt(std::max(error, least_error))));
-        ggml_backend_tensor_set(layer.basis, basis.data(), (s*n_head_kv + h)*layer.basis->nb[1], layer.basis->nb[1]);
+        auto k = head_of(rows.k, d_k*n_head_kv, d_k, h, 1), v = head_of(rows.v, d_v*n_head_kv, d_v, h, 1);
+        auto q = head_of(rows.q, n_embd_q, d_k, h*group, group);
+        llama_sketch_keep_finite({ &k, &v }, 1);
+        llama_sketch_keep_finite({ &q }, group);
+        float * basis = &fit.basis[h*n_basis];
+        fit.logit_error.push_back(llama_sketch_fit(k, v, q, d_k, d_v, layer.format, basis)*layer.kq_scale);
+        const float error = llama_sketch_output_error(k, v, q, d_k, d_v, layer.format, basis, group, layer.kq_scale);
+        fit.need.push_back(std::sqrt(std::sqrt(std::max(error, least_error))));
     }
-    return need;
+    return fit;
 }
 
-// need: of each layer's heads, none where it has no sketch. The tolerance is that of a head with the mean need. If the error of a head
-// falls as the square of its tolerance and its exact cells grow as the inverse, the cube root of the error is best; as the estimate is
-// a rough one, a smaller power is.
+// The tolerance is that of a head with the mean need. If the error of a head falls as the square of its tolerance and its exact cells
+// grow as the inverse, the cube root of the error is best; as the estimate is a rough one, a smaller power is. A head whose numbers are
+// not finite takes the tolerance as it is, and no part in the mean: `least` is always finite, as ggml_sketch_scan() wants it.
 void llama_support::spread_tolerance(uint32_t s, const std::vector<std::vector<float>> & need) {
     double sum = 0.0, n = 0.0;
     for (const auto & of_layer : need) {
-        sum = std::accumulate(of_layer.begin(), of_layer.end(), sum);
-        n += of_layer.size();
+        for (const float x : of_layer) {
+            sum += std::isfinite(x) ? x : 0.0f;
+            n   += std::isfinite(x);
+        }
     }
     for (size_t il = 0; il < need.size(); ++il) {
         const auto & layer = layers[il];
         std::vector<float> least;
         for (size_t h = 0; h < need[il].size(); ++h) {
-            const float tolerance = params.tolerance*(float) (sum/n)/need[il][h];
-            least.push_back(tolerance/std::max(layer.logit_error[s*layer.n_head_kv + h], 1e-6f));
+            const float error = layer.logit_error[s*layer.n_head_kv + h];
+            const float tolerance = std::isfinite(need[il][h]) ? params.tolerance*(float) (sum/n)/need[il][h] : params.tolerance;
+            least.push_back(tolerance/(std::isfinite(error) ? std::max(error, 1e-6f) : 1.0f));
         }
         if (!least.empty()) {
             ggml_backend_tensor_set(layer.least, least.data(), s*layer.least->nb[1], least.size()*sizeof(float));
@@ -187,18 +170,15 @@ void llama_support::spread_tolerance(uint32_t s, const std::vector<std::vector<f
     }
 }
 
-// A layer for each thread at a time: their rows are gathered one after the other, then all are fitted at once.
+// A layer for each thread at a time: their rows are gathered one after the other, then all are fitted at once. No backend promises
+// that several threads may write to it, so that this thread alone does; an error of a helper comes out here.
 bool llama_support::fit(llama_context & lctx, uint32_t s) {
     const auto & st = streams[s];
-    const int32_t first = std::min<int32_t>(params.n_sink, st.cells.size()), n = (int32_t) st.cells.size() - first;
-    std::vector<int32_t> cells, queries;
+    const int32_t first = std::min(params.n_sink, st.mirror.size()), n = st.mirror.size() - first;
+    const auto queries = st.mirror.query_rows();
+    std::vector<int32_t> cells;
     for (int64_t i = 0, m = std::min(n, max_rows); i < m; ++i) {
-        cells.push_back(st.cells[first + i*n/m]);
-    }
-    for (int32_t i = 0; i < params.n_queries; ++i) {
-        if (st.query_pos[i] >= 0) {
-            queries.push_back(i);
-        }
+        cells.push_back(st.mirror.cells()[first + i*n/m]);
     }
     std::vector<int32_t> todo;
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
@@ -214,18 +194,23 @@ bool llama_support::fit(llama_context & lctx, uint32_t s) {
             return false;
         }
         const size_t n_now = std::min(n_threads, todo.size() - begin);
-        std::vector<std::thread> helpers;
+        std::vector<std::future<layer_fit>> fits;
         for (size_t i = 0; i < n_now; ++i) {
             if (!fit_rows(lctx, s, todo[begin + i], cells, queries, rows[i])) {
                 return false;
             }
         }
-        for (size_t i = 1; i < n_now; ++i) {
-            helpers.emplace_back([&, i] { need[todo[begin + i]] = fit_layer(s, todo[begin + i], rows[i]); });
+        for (size_t i = 0; i < n_now; ++i) { // the last one by this thread
+            fits.push_back(std::async(i + 1 < n_now ? std::launch::async : std::launch::deferred,
+                    [&, i] { return fit_layer(layers[todo[begin + i]], rows[i]); }));
         }
-        need[todo[begin]] = fit_layer(s, todo[begin], rows[0]);
-        for (auto & helper : helpers) {
-            helper.join();
+        fits.back().wait();
+        for (size_t i = 0; i < n_now; ++i) {
+            auto & layer = layers[todo[begin + i]];
+            layer_fit done = fits[i].get();
+            ggml_backend_tensor_set(layer.basis, done.basis.data(), s*layer.n_head_kv*layer.basis->nb[1], done.basis.size()*sizeof(float));
+            std::copy(done.logit_error.begin(), done.logit_error.end(), layer.logit_error.begin() + s*layer.n_head_kv);
+            need[todo[begin + i]] = std::move(done.need);
         }
     }
     spread_tolerance(s, need);
@@ -234,7 +219,7 @@ bool llama_support::fit(llama_context & lctx, uint32_t s) {
 
 // ---- codes ---------------------------------------------------------------------------------------------------------------
 
-// Compute the codes of st.cells[from .. to), in all layers, on the devices that hold them.
+// Compute the codes of the cells at places [from, to) of the text, in all layers, on the devices that hold them.
 bool llama_support::encode(llama_context & lctx, uint32_t s, int32_t from, int32_t to) {
     if (from >= to) {
         return true;
@@ -249,7 +234,7 @@ bool llama_support::encode(llama_context & lctx, uint32_t s, int32_t from, int32
             }
         }
     };
-    return side.compute(lctx.get_sched(), 9*layers.size() + 8, build, [&] { ggml_backend_tensor_set(cells, &streams[s].cells[from], 0, ggml_nbytes(cells)); });
+    return side.compute(lctx.get_sched(), 9*layers.size() + 8, build, [&] { ggml_backend_tensor_set(cells, &streams[s].mirror.cells()[from], 0, ggml_nbytes(cells)); });
 }
 
 ggml_tensor * llama_support::encode_layer(ggml_context * ctx, uint32_t s, int32_t il, ggml_tensor * cells) {

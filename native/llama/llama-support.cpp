@@ -50,8 +50,9 @@ static std::string why_dense(const llama_model & model, const llama_kv_cache & k
     return "";
 }
 
-llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, const llama_support_params & params) :
-        kv(kv), params(params), layers(model.hparams.n_layer()), streams(kv->get_n_stream()) {
+llama_support::llama_support(llama_kv_cache * kv, const llama_kv_cache * kv_swa, const llama_model & model, const llama_support_params & params) :
+        kv(kv), kv_swa(kv_swa), model(model), params(params), layers(model.hparams.n_layer()),
+        streams(kv->get_n_stream(), stream_state(params.n_queries)) {
     // more than the cache holds would only cost memory
     for (int32_t * n : { &this->params.n_sink, &this->params.n_recent, &this->params.n_selected, &this->params.n_grow }) {
         *n = std::min<int32_t>(*n, kv->get_size());
@@ -59,16 +60,6 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
     const auto kv_layers = kv->get_layer_ids();
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
         layers[il].why = why_dense(model, *kv, kv_layers, il);
-    }
-    for (auto & st : streams) {
-        st.query_pos.assign(params.n_queries, -1);
-    }
-    for (const uint32_t il : kv_layers) {
-        const ggml_tensor * k = kv->get_k_storage(il);
-        if (ggml_backend_buffer_is_host(k->buffer)) {
-            llama_use_huge_pages(ggml_backend_buffer_get_base(k->buffer), ggml_backend_buffer_get_size(k->buffer));
-            break; // all layers of a host share one buffer
-        }
     }
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
         if (is_sparse(il)) {
@@ -83,11 +74,20 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_model & model, con
 static llama_path_shape shape_of(const llama_model & model, const llama_kv_cache & kv, int32_t il) {
     const auto & hparams = model.hparams;
     return { hparams.n_head(il), hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), kv.type_k(), kv.type_v(),
-        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap };
+        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap, kv.get_size() };
 }
 
 llama_support_path llama_support::path_of(const llama_model & model, int32_t il, const llama_support_params & p, std::string * lacks) const {
     return llama_path_choose(llama_path_device(kv->get_k_storage(il)->buffer), shape_of(model, *kv, il), p, lacks);
+}
+
+int64_t llama_support::most_cells(const llama_model & model, int32_t il) const {
+    auto shape = shape_of(model, *kv, il);
+    const auto dev = llama_path_device(kv->get_k_storage(il)->buffer);
+    while (shape.n_cells > 0 && llama_path_choose(dev, shape, params) == LLAMA_PATH_NONE) {
+        shape.n_cells /= 2;
+    }
+    return shape.n_cells;
 }
 
 bool llama_support::has_path_with_f16(const llama_model & model, int32_t il) const {
@@ -132,7 +132,7 @@ void llama_support::allocate(const llama_model & model) {
         layer.queries   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_q, params.n_queries, n_stream);
         layer.selected  = params.policy == LLAMA_SUPPORT_SKETCH ? nullptr
                         : ggml_new_tensor_3d(ctx, GGML_TYPE_I32, params.n_selected, n_head_kv, n_stream);
-        layer.stability = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 4, n_head_kv, n_stream);
+        layer.stability = params.refreshes() ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 4, n_head_kv, n_stream) : nullptr;
         if (params.policy == LLAMA_SUPPORT_SKETCH) {
             allocate_sketch(ctx, model, il);
             sketched[ctx].push_back(il);
@@ -160,6 +160,17 @@ void llama_support::allocate(const llama_model & model) {
     }
 }
 
+// the cache's V of all streams, [n_embd_v_gqa, n_cells, n_stream]
+static ggml_tensor * v_storage(const llama_kv_cache & kv, int32_t il) {
+    ggml_context_ptr scratch(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    if (!scratch) {
+        throw std::bad_alloc();
+    }
+    llama_kv_cache::slot_info first;
+    first.s0 = first.s1 = 0;
+    return kv.get_v(scratch.get(), il, kv.get_size(), first)->view_src;
+}
+
 void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il) {
     const auto & hparams = model.hparams;
     const int64_t d_k = hparams.n_embd_head_k(il), d_v = hparams.n_embd_head_v(il), n_head_kv = hparams.n_head_kv(il);
@@ -169,15 +180,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     layer.n_embd_k = d_k;
     layer.n_embd_v = d_v;
     layer.n_head_kv = n_head_kv;
-    layer.kq_scale = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) d_k);
-    ggml_context_ptr scratch(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-    if (!scratch) {
-        throw std::bad_alloc();
-    }
-    llama_kv_cache::slot_info first;
-    first.s0 = first.s1 = 0;
-    layer.v = kv->get_v(scratch.get(), il, kv->get_size(), first)->view_src;
-
+    layer.v = v_storage(*kv, il);
     layer.format = llama_path_format(shape_of(model, *kv, il), params);
     layer.codes  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  16*ggml_sketch_cell_bytes(&layer.format), n_blocks, n_head_kv*n_stream);
     layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
@@ -210,6 +213,22 @@ void llama_support::allocate_results(ggml_context * ctx, const llama_model & mod
     }
 }
 
+// Lists of cells make reads jump, and a jump to another page costs a walk through tables of pages: what the host holds of the cells
+// in use goes to huge pages, as they fill up. It is memory that the cache has already, and takes up to a millisecond for 2 MB.
+void llama_support::use_huge_pages(uint32_t s) {
+    auto & st = streams[s];
+    for (size_t il = 0; il < layers.size() && st.mirror.n_used() > st.n_huge; ++il) {
+        if (!is_sparse(il) || !ggml_backend_buffer_is_host(kv->get_k_storage(il)->buffer)) {
+            continue;
+        }
+        for (const ggml_tensor * t : { kv->get_k_storage(il), v_storage(*kv, il) }) {
+            const int64_t first = std::max<int64_t>(0, st.n_huge - (int64_t) (llama_huge_page/t->nb[1]) - 1); // the page that was not full
+            llama_use_huge_pages((char *) t->data + s*t->nb[2] + first*t->nb[1], (st.mirror.n_used() - first)*t->nb[1]);
+        }
+    }
+    st.n_huge = std::max(st.n_huge, st.mirror.n_used());
+}
+
 size_t llama_support::memory() const {
     size_t size = planned;
     for (const auto & b : buffers) {
@@ -224,15 +243,14 @@ void llama_support::invalidate(uint32_t s) {
     auto & st = streams[s];
     st.edited   = st.edited || st.valid;
     st.valid    = false;
-    st.mirrored = false;
+    st.mirror.forget();
     st.j0 = st.j1 = st.n_fit = 0;
-    st.outgrown = false;
-    std::fill(st.query_pos.begin(), st.query_pos.end(), -1);
 }
 
 void llama_support::notice_edits() {
     for (uint32_t s = 0; s < streams.size(); ++s) {
-        if (streams[s].mirrored && kv->get_cells(s).get_used() != streams[s].cells.size()) {
+        const auto & mirror = streams[s].mirror;
+        if (mirror.known() && (int32_t) kv->get_cells(s).get_used() != mirror.size()) {
             invalidate(s);
         }
     }
@@ -272,51 +290,51 @@ void llama_support::on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache:
 
 // Follow the cache: the new cells go to the end of the list, their queries into the ring.
 void llama_support::place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs) {
-    const llama_seq_id seq = ubatch.seq_id[0][0];
-    if (st.mirrored && ubatch.pos[0] > st.last_pos) {
-        for (const int32_t cell : idxs) {
-            for (; st.n_used <= cell; ++st.n_used) {
-                st.holes.push_back(st.n_used);
-            }
-            st.holes.erase(std::remove(st.holes.begin(), st.holes.end(), cell), st.holes.end());
-            st.cells.push_back(cell);
-        }
+    if (st.mirror.continues(ubatch.pos[0])) {
+        st.mirror.append(idxs);
     } else {
-        st.cells.clear();
+        const llama_seq_id seq = ubatch.seq_id[0][0];
+        std::vector<int32_t> cells;
         for (const auto & [pos, cell] : kv->get_cells(seq).seq_pos_get(seq)) {
-            st.cells.push_back((int32_t) cell);
+            cells.push_back((int32_t) cell);
         }
-        find_holes(st);
-        st.mirrored = true;
+        st.mirror.read(std::move(cells));
     }
-    st.last_pos = ubatch.pos[ubatch.n_tokens - 1];
-    for (uint32_t i = ubatch.n_tokens - ubatch_stored; i < ubatch.n_tokens; ++i) {
-        st.query_pos[ubatch.pos[i] % params.n_queries] = ubatch.pos[i];
-    }
-}
-
-void llama_support::find_holes(stream_state & st) {
-    st.n_used = st.cells.empty() ? 0 : *std::max_element(st.cells.begin(), st.cells.end()) + 1;
-    std::vector<bool> used(st.n_used, false);
-    for (const int32_t cell : st.cells) {
-        used[cell] = true;
-    }
-    st.holes.clear();
-    for (int32_t cell = 0; cell < st.n_used; ++cell) {
-        if (!used[cell]) {
-            st.holes.push_back(cell);
-        }
-    }
+    st.mirror.store(ubatch.pos, ubatch.n_tokens, ubatch_stored);
 }
 
 // ---- steps -------------------------------------------------------------------------------------------------------------
 
-void llama_support::announce(uint32_t s, llama_support_kind new_kind, int32_t n_tokens, bool new_refresh) {
-    notice_edits();
-    stream  = s;
-    kind    = new_kind;
-    n_left  = n_tokens;
-    refresh = new_refresh;
+llama_support_facts llama_support::facts(uint32_t s) const {
+    const auto & st = streams[s];
+    const llama_seq_id seq = (llama_seq_id) s; // one sequence per stream
+    const int32_t depth = st.mirror.known() ? st.mirror.size() : (int32_t) kv->get_cells(seq).seq_pos_get(seq).size();
+    return { depth, st.span, st.valid, st.edited, window_full(st) };
+}
+
+int llama_support::run(llama_context & lctx, uint32_t s, llama_support_kind new_kind, int32_t n_tokens, bool new_refresh,
+                       const std::function<int()> & decode) {
+    if (new_kind == LLAMA_SUPPORT_FAST && !update_sketch(lctx, s)) {
+        return LLAMA_SUPPORT_FAILED;
+    }
+    int ret;
+    {
+        struct scope {
+            llama_support & support;
+            bool            ok = false;
+            ~scope() { support.finish(ok); }
+        } running{*this};
+        stream  = s;
+        kind    = new_kind;
+        n_left  = n_tokens;
+        refresh = new_refresh;
+        ret = decode();
+        running.ok = ret == 0;
+    }
+    if (ret == 0 && new_refresh && !(refresh_portable(lctx, s, new_kind == LLAMA_SUPPORT_SLOW) && update_sketch(lctx, s))) {
+        return LLAMA_SUPPORT_FAILED;
+    }
+    return ret;
 }
 
 void llama_support::finish(bool ok) {
@@ -324,7 +342,7 @@ void llama_support::finish(bool ok) {
     if (!ok || n_left > 0) {
         invalidate(stream);
     } else if (refresh) {
-        const auto [j0, j1] = candidates((int32_t) st.cells.size());
+        const auto [j0, j1] = candidates(st.mirror.size());
         if (params.policy != LLAMA_SUPPORT_SKETCH) { // there the window moves with what has codes
             st.j0 = j0;
             st.j1 = j1;
@@ -336,6 +354,7 @@ void llama_support::finish(bool ok) {
         st.edited = false;
         st.span   = 0;
         ++st.n_refresh;
+        use_huge_pages(stream);
     } else if (kind == LLAMA_SUPPORT_FAST) {
         ++st.span;
     }
@@ -344,65 +363,23 @@ void llama_support::finish(bool ok) {
 
 void llama_support::roll_back(uint32_t s, int32_t n) {
     auto & st = streams[s];
-    const int64_t left = (int64_t) st.cells.size() - n;
-    if (!st.mirrored || left < (st.valid ? st.j1 : 1) || overwritten(n)) {
+    const int32_t left = st.mirror.size() - n;
+    if (!st.mirror.known() || left < (st.valid ? st.j1 : 1) || overwritten(n)) {
         invalidate(s); // an edit like any other
         return;
     }
-    const llama_pos last_pos = kv->get_cells(s).pos_get(st.cells[left - 1]);
-    for (; (int64_t) st.cells.size() > left; st.cells.pop_back()) {
-        st.holes.push_back(st.cells.back());
-    }
-    for (auto it = st.holes.end(); (it = std::find(st.holes.begin(), st.holes.end(), st.n_used - 1)) != st.holes.end(); --st.n_used) {
-        st.holes.erase(it);
-    }
-    st.last_pos = last_pos;
-    st.span     = std::max(0, st.span - n);
-    for (auto & pos : st.query_pos) {
-        pos = pos > last_pos ? -1 : pos;
-    }
+    st.mirror.take_back(n, kv->get_cells(s).pos_get(st.mirror.cells()[left - 1]));
+    st.span = std::max(0, st.span - n);
 }
 
-bool llama_support::valid(uint32_t s) const {
-    return streams[s].valid;
+bool llama_support::window_full(const stream_state & st) const {
+    return st.valid && params.pinned() && st.j0 + ((int64_t) st.mirror.size() + 1 - st.j1) > always_size();
 }
 
-bool llama_support::was_edited(uint32_t s) const {
-    return streams[s].edited;
-}
-
-bool llama_support::window_full(uint32_t s) const {
-    const auto & st = streams[s];
-    return st.valid && params.pinned && !params.follows() && st.j0 + ((int64_t) st.cells.size() + 1 - st.j1) > always_size();
-}
-
-// Pinned: the candidates of the refresh, and all that came after them. Sliding, the blind band between is in neither.
+// Frozen: all but the candidates of the refresh. Sketch: all but what has codes. Window and oracle: it slides.
 std::pair<int32_t, int32_t> llama_support::window(const stream_state & st) const {
-    const int32_t n = (int32_t) st.cells.size();
-    if (params.policy == LLAMA_SUPPORT_ORACLE) {
-        return candidates(n);
-    }
-    return { st.j0, params.pinned ? st.j1 : std::max(st.j1, n - params.n_recent) };
-}
-
-int32_t llama_support::n_fast_cells(uint32_t s) const {
-    const auto & st = streams[s];
-    const auto [first, second] = window(st);
-    const bool listed = params.policy == LLAMA_SUPPORT_FROZEN || params.policy == LLAMA_SUPPORT_ORACLE;
-    return first + ((int32_t) st.cells.size() - second) + (listed ? std::min(params.n_selected, second - first) : 0);
-}
-
-int32_t llama_support::span(uint32_t s) const {
-    return streams[s].span;
-}
-
-int32_t llama_support::depth(uint32_t s) const {
-    const auto & st = streams[s];
-    if (st.mirrored) {
-        return (int32_t) st.cells.size();
-    }
-    const llama_seq_id seq = (llama_seq_id) s; // one sequence per stream
-    return (int32_t) kv->get_cells(seq).seq_pos_get(seq).size();
+    const bool slides = params.policy == LLAMA_SUPPORT_ORACLE || params.policy == LLAMA_SUPPORT_WINDOW;
+    return slides ? candidates(st.mirror.size()) : std::pair<int32_t, int32_t>(st.j0, st.j1);
 }
 
 std::vector<int32_t> llama_support::read_selected(uint32_t s, int32_t il, int32_t head_kv) const {
@@ -429,7 +406,7 @@ std::array<float, 4> llama_support::read_stability(uint32_t s, int32_t il, int32
 // ---- the graph input ---------------------------------------------------------------------------------------------------
 
 int64_t llama_support::list_size() const {
-    const int64_t n = streams[stream].cells.size();
+    const int64_t n = streams[stream].mirror.size();
     return std::min<int64_t>(GGML_PAD(n, list_pad), kv->get_size());
 }
 
@@ -445,20 +422,19 @@ llama_support::key llama_support::graph_key() const {
         k.n_list   = lists_all ? list_size() : 0;
         k.n_stored = params.selects() ? ubatch_stored : 0;
         if (fast && scanned(stream)) {
-            k.n_skip = GGML_PAD(always_size() + (int64_t) st.holes.size(), skip_pad);
-            k.n_scan = std::min<int64_t>(GGML_PAD((int64_t) st.n_used, list_pad), GGML_PAD(kv->get_size(), 16));
+            k.n_skip = GGML_PAD(always_size() + (int64_t) st.mirror.holes().size(), skip_pad);
+            k.n_scan = std::min<int64_t>(GGML_PAD((int64_t) st.mirror.n_used(), list_pad), GGML_PAD(kv->get_size(), 16));
         }
     }
     return k;
 }
 
-llama_support_input::llama_support_input(std::shared_ptr<llama_support> support) :
-        support(std::move(support)), built(this->support->graph_key()) {}
+llama_support_input::llama_support_input(const std::shared_ptr<llama_support> & support) :
+        owner(support), support(support.get()), built(support->graph_key()) {}
 
-static void set_list(ggml_tensor * dst, const int32_t * from, size_t n) {
-    std::vector<int32_t> list(dst->ne[0], -1);
-    GGML_ASSERT(n <= list.size());
-    std::copy(from, from + n, list.begin());
+static void set_list(ggml_tensor * dst, std::vector<int32_t> list) {
+    GGML_ASSERT((int64_t) list.size() <= dst->ne[0]);
+    list.resize(dst->ne[0], -1);
     ggml_backend_tensor_set(dst, list.data(), 0, ggml_nbytes(dst));
 }
 
@@ -469,25 +445,25 @@ static bool is_used(const ggml_tensor * t) {
 void llama_support_input::set_input(const llama_ubatch * ubatch) {
     const auto & st     = support->streams[built.stream];
     const auto & params = support->params;
-    const int32_t n     = (int32_t) st.cells.size();
+    const int32_t n     = st.mirror.size();
 
     if (is_used(always) || is_used(skip)) {
         const auto [first, second] = support->window(st);
-        std::vector<int32_t> list(st.cells.begin(), st.cells.begin() + first);
-        list.insert(list.end(), st.cells.begin() + second, st.cells.end());
+        auto list = st.mirror.without(first, second);
         if (is_used(always)) {
-            set_list(always, list.data(), list.size());
+            set_list(always, list);
         }
         if (is_used(skip)) {
-            list.insert(list.end(), st.holes.begin(), st.holes.end());
-            set_list(skip, list.data(), list.size());
+            list.insert(list.end(), st.mirror.holes().begin(), st.mirror.holes().end());
+            set_list(skip, list);
         }
     }
     if (is_used(scan)) {
-        ggml_backend_tensor_set(scan, &st.n_used, 0, sizeof(st.n_used));
+        const int32_t n_used = st.mirror.n_used();
+        ggml_backend_tensor_set(scan, &n_used, 0, sizeof(n_used));
     }
     if (is_used(cells)) {
-        set_list(cells, st.cells.data(), st.cells.size());
+        set_list(cells, st.mirror.cells());
     }
     if (is_used(visible)) {
         std::vector<int32_t> values;
@@ -496,20 +472,16 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
         }
         ggml_backend_tensor_set(visible, values.data(), 0, ggml_nbytes(visible));
     }
-    const auto set_plan = [&](ggml_tensor * dst, llama_pos oldest) {
+    if (is_used(plan)) {
         const auto [j0, j1] = support->candidates(n);
         std::vector<int32_t> values = { j0, j1 };
         if (built.kind == LLAMA_SUPPORT_FAST) { // oracle: this query, which sees all
             values.push_back(n);
-        } else for (const llama_pos pos : st.query_pos) {
-            const llama_pos age = st.last_pos - pos;
-            const bool used = pos >= 0 && age < oldest;
-            values.push_back(used ? std::max(0, n - age) : 0);
+        } else {
+            const auto seen = st.mirror.seen(built.kind == LLAMA_SUPPORT_SLOW ? 1 : params.n_evidence);
+            values.insert(values.end(), seen.begin(), seen.end());
         }
-        ggml_backend_tensor_set(dst, values.data(), 0, ggml_nbytes(dst));
-    };
-    if (is_used(plan)) {
-        set_plan(plan, built.kind == LLAMA_SUPPORT_SLOW ? params.n_slow_evidence : params.n_evidence);
+        ggml_backend_tensor_set(plan, values.data(), 0, ggml_nbytes(plan));
     }
     if (is_used(rows)) {
         std::vector<int64_t> values;
@@ -528,7 +500,8 @@ static std::shared_ptr<llama_support> support_of(const llama_memory_context_i * 
 }
 
 bool llama_support_input::can_reuse(const llm_graph_params & next) {
-    return support_of(next.mctx) == support && built == support->graph_key();
+    const auto mine = owner.lock();
+    return mine && support_of(next.mctx) == mine && built == mine->graph_key();
 }
 
 static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t n, const char * name) {
@@ -643,8 +616,7 @@ static ggml_tensor * build_evidence(const llm_graph_context & g, const llama_sup
 static ggml_tensor * build_slow_attn(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
                                      ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale,
                                      float softcap, int il) {
-    const auto & params = inp->support->get_params();
-    if (params.selector.kind == GGML_SUPPORT_SELECTOR_PAPER || params.n_slow_evidence > 1) {
+    if (inp->support->get_params().selector.kind == GGML_SUPPORT_SELECTOR_PAPER) {
         return nullptr;
     }
     const int64_t n_head = q->ne[2], n_embd_v = v->ne[0];

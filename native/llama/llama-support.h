@@ -9,10 +9,12 @@
 #include "llama-kv-cache.h"
 #include "ggml-sfi.h"
 #include "ggml-cpp.h"
+#include "kv-mirror.h"
 #include "side-graph.h"
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -56,10 +58,8 @@ struct llama_support_params {
     int32_t n_recent   = 256;
     int32_t n_selected = 2048;
     int32_t n_grow     = 64;   // cells by which the window may grow: frozen, max_span; sketch, cells coded at once
-    bool    pinned     = true; // the window's start stays where the refresh put it; else it slides
     int32_t n_queries  = 16;   // how many are kept
-    int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) at the end of a prefill
-    int32_t n_slow_evidence = 1; // the same on a slow step, whose own query is the first of them
+    int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) at the end of a batch; a slow step's is the own
     ggml_support_selector selector = {};
     float                 tolerance = 0.0f; // sketch: attend exactly to cells whose share of the attention times the
                                             // error of their logit is larger; 0: to n_selected cells
@@ -67,7 +67,7 @@ struct llama_support_params {
     ggml_sketch_format    format   = {}; // all 0: by the head size of each layer
 
     bool selects()   const { return policy != LLAMA_SUPPORT_WINDOW && n_selected > 0; }
-    bool follows()   const { return policy == LLAMA_SUPPORT_SKETCH || policy == LLAMA_SUPPORT_ORACLE; } // anew at each step
+    bool pinned()    const { return policy == LLAMA_SUPPORT_FROZEN; } // the window's start stays where the refresh put it
     bool refreshes() const { return policy == LLAMA_SUPPORT_FROZEN && n_selected > 0; } // a refresh takes evidence
 };
 
@@ -82,7 +82,7 @@ struct llama_support_layer {
     // policy sketch; selected, mass and counts are parts of tensors that all layers of a device share
     ggml_sketch_format format = {};
     int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
-    float         kq_scale = 0.0f;     // as the model's last graph had it
+    float         kq_scale = 0.0f;     // of the logits, as the graph has it: some models scale Q before
     ggml_tensor * v         = nullptr; // the cache's V
     ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
     ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
@@ -97,10 +97,29 @@ struct llama_support_layer {
     ggml_tensor * evidence  = nullptr; // F32 [n_ctx, n_head_kv, n_stream], of the last refresh
 };
 
+// What is known of a sequence before a step.
+struct llama_support_facts {
+    int32_t depth;       // its cells
+    int32_t span;        // fast steps since the refresh
+    bool    valid;       // a fast step is possible
+    bool    edited;      // there was a support, and an edit made it invalid
+    bool    window_full; // frozen: the window cannot grow by another cell, and a slow step must move it
+};
+
+// What a step attended to and read.
+struct llama_support_report {
+    int32_t n_cells   = 0;    // cells per KV head of a sparse layer, in the mean
+    float   tail_mass = 0.0f; // sketch: attention mass that it stood in for, mean over all heads
+    int64_t kv_read   = 0;    // bytes of K and V, and of what the policy reads in their place
+};
+
+// What run() returns if llama_decode() did well and something of ours failed afterwards, or before.
+constexpr int LLAMA_SUPPORT_FAILED = INT32_MIN;
+
 class llama_support {
 public:
-    // throws std::bad_alloc if the buffers cannot be had
-    llama_support(llama_kv_cache * kv, const llama_model & model, const llama_support_params & params);
+    // kv_swa: the cache of the layers with a sliding window, null if there is none; throws std::bad_alloc if the buffers cannot be had
+    llama_support(llama_kv_cache * kv, const llama_kv_cache * kv_swa, const llama_model & model, const llama_support_params & params);
 
     // ---- validity --------------------------------------------------------------------------------------------
 
@@ -115,36 +134,24 @@ public:
 
     // ---- steps, called by sfi.cpp ------------------------------------------------------------------------------
 
-    // the next n_tokens tokens of this stream are ours; with refresh the last ubatch of a prefill chooses the support
-    void announce(uint32_t stream, llama_support_kind kind, int32_t n_tokens, bool refresh);
-    void finish(bool ok);
+    llama_support_facts facts(uint32_t stream) const;
+
+    // Calls decode, whose n_tokens tokens of this stream are ours, and returns what it does: 0 if it went well. With refresh the last
+    // ubatch chooses the support. Whatever is computed afterwards is not ours, also if decode throws: then the support is invalid.
+    int run(llama_context & lctx, uint32_t stream, llama_support_kind kind, int32_t n_tokens, bool refresh, const std::function<int()> & decode);
+
+    // Of what run() computed last for this stream.
+    llama_support_report report(uint32_t stream, llama_support_kind kind, bool refresh) const;
+
+    // Bytes of K and V that dense steps read for the last n of `depth` tokens.
+    int64_t dense_bytes(int64_t depth, int64_t n) const;
 
     // The last n cells of a stream were taken out of the cache. What does not list them stays valid; the queries of the
     // removed tokens are gone, and the older ones that they had replaced.
     void roll_back(uint32_t stream, int32_t n);
 
-    bool    valid       (uint32_t stream) const; // a fast step is possible
-    bool    was_edited  (uint32_t stream) const; // there was a support, and an edit made it invalid
-    bool    window_full (uint32_t stream) const; // the pinned window cannot grow by another cell, and a slow step must
-                                                 // move it (policy sketch moves it by itself)
-    int32_t n_fast_cells(uint32_t stream) const; // always + selected, the latter not for sketch, whose selections differ in size
-    int32_t span        (uint32_t stream) const; // fast steps since the refresh
-    int32_t depth       (uint32_t stream) const; // cells of the sequence
-
-    // The portable path, after a refresh: chooses the support, by the evidence of a slow step or of a prefill. False: computing
-    // failed, and there is none.
-    bool refresh_portable(llama_context & lctx, uint32_t stream, bool slow);
-
-    // Policy sketch, between steps: fits the basis if it is missing or outgrown, writes the codes of cells that have left
-    // the window or will with the next cell. False: computing failed, and the support is invalid.
-    bool update_sketch(llama_context & lctx, uint32_t stream);
-
     // Called between the layers of a fit, if it is set, with those done and all; false stops the fit, as if computing had failed.
     std::function<bool(int32_t done, int32_t total)> on_fit;
-
-    bool    scanned     (uint32_t stream) const { return streams[stream].j1 > streams[stream].j0 && params.policy == LLAMA_SUPPORT_SKETCH; }
-    void    outgrow     (uint32_t stream) { streams[stream].outgrown = true; } // fit anew after this step
-    int64_t sketch_bytes(uint32_t stream) const; // what a fast step reads of the codes and bases
 
     // ---- the graph ---------------------------------------------------------------------------------------------
 
@@ -181,8 +188,11 @@ public:
     }
     // the path that a layer would take with other parameters
     llama_support_path   path_of(const llama_model & model, int32_t il, const llama_support_params & params, std::string * lacks = nullptr) const;
+    int64_t              most_cells(const llama_model & model, int32_t il) const; // ... or with fewer cells, 0: with none
     bool                 has_path_with_f16(const llama_model & model, int32_t il) const; // ... or with another type of K and V
     size_t               memory()                  const; // bytes of the buffers
+    bool                 scanned(uint32_t stream)  const { return streams[stream].j1 > streams[stream].j0 && params.policy == LLAMA_SUPPORT_SKETCH; }
+    float                tail_mass(uint32_t stream, int32_t il, int32_t head) const; // sketch, where it has scanned
     int64_t              n_refresh(uint32_t stream) const { return streams[stream].n_refresh; }
     llama_kv_cache     * get_kv()                  const { return kv; }
     const std::vector<llama_support_layer> & get_layers() const { return layers; }
@@ -197,27 +207,25 @@ private:
     friend struct llama_portable_refresh;
 
     struct stream_state {
-        bool     mirrored = false;      // `cells` is what the cache holds
-        std::vector<int32_t>   cells;   // in position order
-        std::vector<int32_t>   holes;   // unused cells below n_used
-        int32_t                n_used = 0; // the largest used cell + 1
-        std::vector<llama_pos> query_pos; // position of each row of the ring, -1 if unused
-        llama_pos last_pos = -1;
+        explicit stream_state(int32_t n_queries) : mirror(n_queries) {}
 
+        llama_kv_mirror mirror;
+        int32_t  n_huge    = 0;         // cells that huge pages hold
         bool     valid     = false;
         bool     edited    = false;
-        int32_t  j0 = 0, j1 = 0;        // the candidates of the refresh were cells[j0 .. j1); sketch: those with codes
+        int32_t  j0 = 0, j1 = 0;        // the candidates of the refresh were those at places [j0, j1); sketch: those with codes
         int32_t  span      = 0;
         int64_t  n_refresh = 0;
         int32_t  n_fit     = 0;         // sketch: the basis was fitted to so many candidates; 0: there is none
         int32_t  n_fit_queries = 0;     // and to so many queries
-        bool     outgrown  = false;     // somebody asked for another
         int32_t  n_chosen = 0, n_previous = 0; // portable: cells selected by the last refresh and the one before ...
         int64_t  n_scanned = 0;                // ... and cells of its evidence
     };
 
-    llama_kv_cache     * kv;
-    llama_support_params params;
+    llama_kv_cache       * kv;
+    const llama_kv_cache * kv_swa;
+    const llama_model    & model;
+    llama_support_params   params;
     std::vector<llama_support_layer> layers;
     std::vector<stream_state>        streams;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
@@ -234,17 +242,29 @@ private:
     int32_t            ubatch_stored  = 0; // of their queries
     llama_side_graph   side;
 
+    void    finish(bool ok);
     void    allocate(const llama_model & model);
     void    allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il);
     void    allocate_results(ggml_context * ctx, const llama_model & model, const std::vector<int32_t> & ils);
     void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
-    void    find_holes(stream_state & st);
-    std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is cells[0 .. first) and cells[second ..)
+    void    use_huge_pages(uint32_t stream);
+    // the portable path, after a refresh: chooses the support, by the evidence of a slow step or of a batch; false: computing failed
+    bool    refresh_portable(llama_context & lctx, uint32_t stream, bool slow);
+    // Policy sketch, between steps: fits the basis if it is missing or of too little, writes the codes of cells that have left
+    // the window or will with the next cell. False: computing failed, and the support is invalid.
+    bool    update_sketch(llama_context & lctx, uint32_t stream);
+    bool    window_full(const stream_state & st) const;
+    std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is what is not at places [first, second)
+    int64_t cell_bytes (bool keys_only) const;          // report.cpp, see there
+    int64_t other_bytes(int64_t depth, int64_t n) const;
+    int64_t sketch_bytes(uint32_t stream) const;
+    void    report_sketch(uint32_t stream, llama_support_report & out) const;
     struct layer_rows { std::vector<float> k, v, q; }; // that a basis is fitted to, [n, n_embd] of all heads
     std::vector<std::vector<float>> device_rows(llama_context & lctx, uint32_t stream, const std::vector<std::pair<ggml_tensor *, const std::vector<int32_t> *>> & wanted);
     bool    fit(llama_context & lctx, uint32_t stream);
     bool    fit_rows(llama_context & lctx, uint32_t stream, int32_t il, const std::vector<int32_t> & cells, const std::vector<int32_t> & queries, layer_rows & out);
-    std::vector<float> fit_layer(uint32_t stream, int32_t il, const layer_rows & rows);
+    struct layer_fit { std::vector<float> basis, logit_error, need; };
+    static layer_fit fit_layer(const llama_support_layer & layer, const layer_rows & rows);
     void    spread_tolerance(uint32_t stream, const std::vector<std::vector<float>> & need);
     bool    encode(llama_context & lctx, uint32_t stream, int32_t from, int32_t to);
     ggml_tensor * encode_layer(ggml_context * ctx, uint32_t stream, int32_t il, ggml_tensor * cells);
@@ -270,13 +290,14 @@ void llama_support_placed(llama_support * support, const llama_ubatch & ubatch, 
 // The graph input that carries lists and plan; each graph over a cache with a support has one, and if the ubatch is not ours it
 // is empty.
 struct llama_support_input : public llm_graph_input_i {
-    explicit llama_support_input(std::shared_ptr<llama_support> support);
+    explicit llama_support_input(const std::shared_ptr<llama_support> & support);
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    std::shared_ptr<llama_support> support;
-    const llama_support::key       built;
+    std::weak_ptr<llama_support> owner; // a graph lives longer than it is used, and must not keep the memory of a support
+    llama_support              * support; // while the owner lives
+    const llama_support::key     built;
     llama_portable_input         * portable = nullptr; // of the same graph
 
     ggml_tensor * always = nullptr; // I32 [always_size]    fast

@@ -232,6 +232,32 @@ ggml_fp16_t half(double x) {
 
 } // namespace
 
+void llama_sketch_keep_finite(const std::vector<llama_sketch_rows *> & all, int64_t n) {
+    const int64_t n_groups = all[0]->n/n;
+    std::vector<bool> finite(n_groups, true);
+    for (const auto * rows : all) {
+        const int64_t size = n_groups ? (int64_t) rows->data.size()/n_groups : 0;
+        for (int64_t g = 0; g < n_groups; ++g) {
+            finite[g] = finite[g] && std::all_of(&rows->data[g*size], &rows->data[g*size] + size, [](float x) { return std::fabs(x) < 1e15f; });
+        }
+    }
+    const int64_t n_kept = std::count(finite.begin(), finite.end(), true);
+    for (auto * rows : all) {
+        if (n_kept == n_groups) {
+            return;
+        }
+        const int64_t size = (int64_t) rows->data.size()/n_groups;
+        std::vector<float> kept;
+        for (int64_t g = 0; g < n_groups; ++g) {
+            if (finite[g]) {
+                kept.insert(kept.end(), &rows->data[g*size], &rows->data[g*size] + size);
+            }
+        }
+        rows->data = std::move(kept);
+        rows->n    = n_kept*n;
+    }
+}
+
 float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v, const llama_sketch_rows & q,
                        int64_t n_embd_k, int64_t n_embd_v, const ggml_sketch_format & format, float * basis) {
     const int64_t n = n_embd_k, n_k = format.n_k4 + format.n_k2 + format.n_k1, n_v = format.n_v4 + format.n_v2;

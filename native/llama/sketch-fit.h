@@ -17,7 +17,11 @@ struct llama_sketch_rows {
     int64_t n = 0;
 };
 
-// basis: as ggml_sketch_basis_size() says. Returns the expected error of a sketched logit for one of the queries, in
+// Leave out the rows that are not finite (or so large that their squares are not) in one of these, which have equally many, and
+// with a row all of its group of n.
+void llama_sketch_keep_finite(const std::vector<llama_sketch_rows *> & rows, int64_t n);
+
+// basis: as ggml_sketch_basis_size() says; finite if the rows are. Returns the expected error of a sketched logit for one of the queries, in
 // units of q.k (root of the mean square).
 float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v, const llama_sketch_rows & q,
                        int64_t n_embd_k, int64_t n_embd_v, const ggml_sketch_format & format, float * basis);

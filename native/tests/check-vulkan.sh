@@ -37,7 +37,7 @@ grep -q 'Vulkan.*frozen portable' "$build/devices.log" || { echo "no Vulkan devi
 echo "== tests"
 "$python" -m pytest -q tests/context/test_portable.py -k "$(tr '\n' ' ' <<'TESTS'
     budget_of_everything or shorter_than or begin_with or prefill_after or selected_cells or selection_of_every or an_edit
-    or interleaved or taken_back or repairing or is_refused or a_batch or falls_to
+    or interleaved or taken_back or is_refused or a_batch or falls_to
 TESTS
 )"
 

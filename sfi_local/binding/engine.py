@@ -96,7 +96,6 @@ class Stats:
     n_verify: int = 0
     n_verified: int = 0
     ms_verify: float = 0.0
-    n_repaired: int = 0
 
     @property
     def kv_read_share(self) -> float:
@@ -227,7 +226,7 @@ class Engine:
         reasons = {self._reason_name(i): n for i, n in enumerate(s.n_reason) if i and n}
         return Stats(s.n_slow, s.n_fast, s.n_dense, s.n_prefill, reasons, s.us_slow / 1000, s.us_fast / 1000,
                      s.us_dense / 1000, s.us_prefill / 1000, s.kv_read, s.kv_dense, s.n_verify, s.n_verified,
-                     s.us_verify / 1000, s.n_repaired)
+                     s.us_verify / 1000)
 
     def reset_stats(self) -> None:
         self._check(self._lib.sfi_reset_stats(self._handle()))

@@ -103,19 +103,12 @@ def sfi_options(command: Callable) -> Callable:
         _count("--min-span", 0, "Fast steps before a boundary may make a step slow."),
         click.option("--boundary/--no-boundary", default=None,
                      help="Slow step after the end of a sentence [default: on for frozen and window]."),
-        click.option("--repair/--no-repair", default=None,
-                     help=f"A slow step computes K and V of the fast steps before it again, with dense attention [default: "
-                          f"{'on' if _DEFAULT.repair else 'off'}]."),
-        _count("--n-queries", 1, "Evidence of the last N queries, 64 at most ..."),
-        _count("--n-slow-queries", 1, "... of which a slow step takes the last N: its own costs nothing, more do."),
+        _count("--n-queries", 1, "Evidence of the last N queries at the end of the prompt, 64 at most."),
         _count("--pool-after", 0, "An important cell brings N cells after it ..."),
         _count("--pool-before", 0, "... and N cells before it."),
         click.option("--tolerance", type=click.FloatRange(0), metavar="X",
                      help=f"Policy sketch: cells are attended to exactly if their share of the attention times the error of their "
                           f"logit is larger, --n-selected at most; 0: always so many [default: {_DEFAULT.tolerance:g}]."),
-        click.option("--max-tail-mass", type=click.FloatRange(0, 1), metavar="X",
-                     help="Policy sketch: slow step and a new fit after a step that left more of the attention to the sketch; 0: never "
-                          "[default: 0]."),
         sketch_options,
     )):
         command = option(command)
@@ -186,8 +179,8 @@ def take_params(options: dict[str, Any]) -> tuple[SfiParams, Fit]:
     What was typed is kept or refused. Of fidelity_option,
     where the command has it, stays ``fidelity``: what tolerance.params_for takes. Raises ArgumentError, UsageError.
     """
-    names = ("policy", "selector", *BUDGET, "max_span", "min_span", "boundary", "repair", "n_queries", "n_slow_queries", "pool_after",
-             "pool_before", "tolerance", "max_tail_mass", "second_look")
+    names = ("policy", "selector", *BUDGET, "max_span", "min_span", "boundary", "n_queries", "pool_after",
+             "pool_before", "tolerance", "second_look")
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given.update(options.pop("sketch_bits") or {})
     portable = None if "policy" in given else SfiParams.of(PORTABLE_POLICY, **given)

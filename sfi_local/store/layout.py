@@ -126,11 +126,11 @@ def compute_bytes(file: GgufFile, all_layers: list[Layer], n_ctx: int, n_batch: 
 
 def sfi_bytes(all_layers: list[Layer], params: SfiParams, n_ctx: int) -> int:
     """Bytes that sfi adds per sequence of n_ctx cells: the ring of queries (F32), selected cells (I32), stability (4 F32 per
-    KV head), and of policy sketch the codes of all cells and their bases."""
+    KV head, policy frozen), and of policy sketch the codes of all cells and their bases."""
     is_sketch = params.policy == "sketch"
     n_queries, n_selected = MAX_QUERIES if is_sketch else params.n_queries, min(params.n_selected, n_ctx)
     return sum(
-        4 * (n_queries * layer.n_head * layer.k_size + (n_selected + 4) * layer.n_head_kv)
+        4 * (n_queries * layer.n_head * layer.k_size + (n_selected + (4 if params.policy == "frozen" else 0)) * layer.n_head_kv)
         + (_sketch_bytes(layer, params, n_ctx) if is_sketch else 0)
         for layer in all_layers if layer.sparse)
 

@@ -1,5 +1,6 @@
 """The KV cache owns the support: what makes it invalid, what it holds, and what is refused."""
 
+import ctypes
 import math
 import os
 import subprocess
@@ -170,7 +171,7 @@ def test_each_sequence_has_its_own_selection(opened, prompts):
     assert context.engine.selected(1, 1, seq=0) == before
 
 
-# ---- the pinned window ------------------------------------------------------------------------------------------------
+# ---- the window of policy frozen ---------------------------------------------------------------------------------------
 
 
 def test_the_window_keeps_what_was_recent_and_grows_until_the_span_ends(opened, prompts, small):
@@ -248,15 +249,41 @@ def test_a_refresh_selects_what_the_reference_selects(opened, prompts, small, se
             assert (s.evidence, s.mass) == (pytest.approx(evidence[h], rel=1e-4), pytest.approx(mass[h], rel=1e-4))
 
 
-def test_a_slow_step_may_take_more_queries_than_its_own(opened, prompts, small):
-    """Evidence of further queries is rounded, so it only comes close: all of it, and what the selected cells hold."""
-    params = small.replace(n_queries=16, n_slow_queries=5)
-    context, queries, keys = after_sixteen_steps(opened, prompts, params, "f32")
-    for il in LAYERS:
-        _, evidence, mass = reference_refresh(params, np.array(queries[il]), keys[il])
-        for h in HEADS:
-            s = context.engine.stability(il, h)
-            assert (s.evidence, s.mass) == (pytest.approx(evidence[h], rel=0.02), pytest.approx(mass[h], rel=0.02))
+@pytest.mark.parametrize("policy", ["sketch", "oracle"])
+def test_a_policy_that_selects_at_every_step_has_no_stability(opened, prompts, policy):
+    from sfi_local import SfiParams
+    from sfi_local.errors import NoSupportError
+
+    context = opened(SfiParams.of(policy))
+    context.prefill(prompts[0])
+    context.step(1)
+    with pytest.raises(NoSupportError, match="select anew"):
+        context.engine.stability(0, 0)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+def resident():
+    """Bytes of this process in memory, without what the allocator keeps for later."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("leave", ["detach", "other parameters"])
+def test_what_a_support_took_is_given_back_at_once(opened, prompts, small, leave):
+    from sfi_local import SfiParams
+
+    context = opened(SfiParams.of("sketch", sketch_k4=32, sketch_v4=32), n_ctx=1 << 18)
+    context.prefill(prompts[0])
+    context.step(1)
+    size, before = context.engine.memory(), resident()
+    if leave == "detach":
+        context.engine.close()
+    else:
+        context.engine.params = small
+    assert size > 60e6 and before - resident() > 0.8 * size
 
 
 def after_sixteen_steps(opened, prompts, params, kv):
@@ -285,8 +312,7 @@ def reference_refresh(params, q, k):
         e = ref.evidence(q[-1:], k, cells, j0, j1, [N + 16], scale, alpha=params.alpha, over=ref.CANDIDATES)
         selected = ref.select_paper(e, cells, j0, j1, k, params.n_selected, **{n: getattr(params, n) for n in names})
     else:
-        n = params.n_slow_queries
-        e = ref.evidence(q[-n:], k, cells, j0, j1, range(N + 17 - n, N + 17), scale)
+        e = ref.evidence(q[-1:], k, cells, j0, j1, [N + 16], scale)
         selected = ref.select_topk(e, cells, j0, j1, params.n_selected, params.pool_after, params.pool_before)
     stability = ref.stability(e, cells, j0, j1, selected, selected)
     return selected, stability[:, 0], stability[:, 1] / stability[:, 0]
@@ -386,7 +412,7 @@ def test_the_window_policy_selects_nothing(opened, prompts, small):
 
     context = opened(small.replace(policy="window"))
     context.prefill(prompts[0])
-    assert took(context.step(1)) == ("fast", "") and context.step(2).n_cells == 4 + 32 + 2
+    assert took(context.step(1)) == ("fast", "") and context.step(2).n_cells == 4 + 32  # it slides
     with pytest.raises(NoSupportError, match="window"):
         context.engine.selected(0, 0)
 

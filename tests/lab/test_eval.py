@@ -164,7 +164,7 @@ def test_the_first_difference_is_where_free_outputs_part(model, tokens, measure)
 
 def test_the_oracle_is_counted_by_what_it_chose_and_is_nearer_than_a_window_of_as_many(measure):
     found = measure(DENSE, Row("oracle", "sfi", {"policy": "oracle", "n_recent": 32, "n_selected": 40}),
-                    Row("window", "sfi", {"policy": "window", "pinned": False, "boundary": False, "n_recent": 72}))
+                    Row("window", "sfi", {"policy": "window", "boundary": False, "n_recent": 72}))
     oracle, window = found["oracle", 300], found["window", 300]
     assert oracle.kv_read_share == pytest.approx(76 / 310.5) and window.kv_read_share == pytest.approx(76 / 310.5)
     assert oracle.kinds == window.kinds == ["fast"] * 20 and np.mean(oracle.kl) < np.mean(window.kl)

@@ -30,7 +30,7 @@ def test_each_schedule_of_a_plan_begins_anew():
 @pytest.mark.parametrize("spent", [Spent(200, 9, 6500.0, 0.40), Spent(200, 0, 6500.0, 0.09), Spent(512, 3, 3000.0, 0.6)])
 def test_a_window_of_the_same_bytes_reads_as_many(spent):
     params = plan(Row("x", "sfi", {"policy": "window"}, same="bytes", like="y"), BASE, spent.n, 8192, {"y": spent}).params
-    assert (params.policy, params.pinned, params.boundary) == ("window", False, False) and params.max_span > spent.n
+    assert (params.policy, params.boundary) == ("window", False) and params.max_span > spent.n
     assert params.n_sink + params.n_recent == pytest.approx(spent.kv_read_share * spent.depth, rel=0.01)
 
 
@@ -40,7 +40,7 @@ def test_references_stand_for_the_same_whatever_was_asked():
     assert {"stock", "sketch", "frozen", "paper", "paper, fixed period", "sink + recent", "q8_0", "q4_0"} <= set(rows)
     params = plan(rows["paper"], other, 10, 8192, {}).params
     assert (params.selector, params.n_selected, params.n_recent, params.n_queries) == ("paper", 2048, 256, 1)
-    assert (params.boundary, params.min_span, params.max_span, params.pinned) == (True, 16, 64, False)
+    assert (params.boundary, params.min_span, params.max_span) == (True, 16, 64)
     assert plan(rows["frozen"], other, 10, 8192, {}).params == SfiParams.of("frozen")
     assert {plan(row, other, 10, 8192, {}).params.policy for name, row in rows.items() if name.startswith("oracle ")} == {"oracle"}
 

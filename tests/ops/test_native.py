@@ -23,6 +23,11 @@ def test_the_basis_of_a_sketch():
     assert done.returncode == 0, done.stdout
 
 
+def test_an_embedder_s_mistakes(tiny):
+    done = run(program("sfi-test-embed"), str(tiny))
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("op", ["SPARSE_ATTN", "SUPPORT_EVIDENCE", "SUPPORT_SELECT", "SUPPORT_STABILITY",
                                 "SKETCH_ENCODE", "SKETCH_SCAN"])
 def test_backend_ops(op):

@@ -173,6 +173,19 @@ def write_sliding(path):
         return write_tiny(path, architecture="cohere2", **keys)
 
 
+def write_scaling(path):
+    """The tiny model as an architecture that scales Q itself and passes 1 for the scale of the logits."""
+    import gguf
+
+    class Writer(gguf.GGUFWriter):
+        def add_tensor(self, name, *args, **kwargs):
+            if name != "output.weight":  # this architecture has none
+                super().add_tensor(name, *args, **kwargs)
+
+    with patch.object(gguf, "GGUFWriter", Writer):
+        return write_tiny(path, architecture="gemma", **{"attention.layer_norm_rms_epsilon": 1e-5})
+
+
 @contextmanager
 def load_weights(native, path):
     """A llama_model, freed at the end."""

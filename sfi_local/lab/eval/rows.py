@@ -16,7 +16,7 @@ ORACLE_BUDGETS = (32, 128, 512)  # cells selected, of the oracle's rows
 
 # everything that the paper gives, whatever the defaults are
 PAPER = {"policy": "frozen", "selector": "paper", "n_sink": 4, "n_recent": 256, "n_selected": 2048, "n_queries": 1, "pool_after": 0,
-         "pool_before": 0, "pinned": False, "boundary": True, "min_span": 16, "max_span": 64}
+         "pool_before": 0, "boundary": True, "min_span": 16, "max_span": 64}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def settings(row: Row, base: SfiParams) -> SfiParams:
 def window_of(params: SfiParams, n: int, spent: Spent) -> SfiParams:
     """A sliding window that reads in n steps as many bytes as another row did, none of them in slow steps."""
     n_recent = max(1, round(spent.kv_read_share * spent.depth) - params.n_sink)
-    return params.replace(pinned=False, boundary=False, max_span=n + 1, n_recent=n_recent)
+    return params.replace(boundary=False, max_span=n + 1, n_recent=n_recent)
 
 
 # ---- rows that are typed ---------------------------------------------------------------------------------------------
