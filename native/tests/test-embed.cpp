@@ -53,7 +53,8 @@ static void test_an_exception_ends_the_announcement(llama_context * lctx) {
     throwing = false;
     check(err == SFI_ERR_DECODE && std::string(sfi_last_error()).find("thrown by a test") != std::string::npos, sfi_last_error());
     check(sfi_peek(s, 0, 5, &kind, &reason) == SFI_OK && kind == SFI_STEP_SLOW && reason == SFI_REASON_INVALIDATED, "the support is invalid");
-    sfi_step_info info;
+    sfi_step_info info = {};
+    info.struct_size = sizeof(info);
     check(sfi_step(s, 0, 5, SFI_STEP_AUTO, &info) == SFI_OK && info.kind == SFI_STEP_SLOW, sfi_last_error());
     check(sfi_step(s, 0, 6, SFI_STEP_AUTO, &info) == SFI_OK && info.kind == SFI_STEP_FAST, sfi_last_error());
     sfi_free(s);
