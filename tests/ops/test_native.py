@@ -23,6 +23,11 @@ def test_the_basis_of_a_sketch():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_mirror_of_the_cells():
+    done = run(program("sfi-test-kv-mirror"))
+    assert done.returncode == 0, done.stdout
+
+
 def test_an_embedder_s_mistakes(tiny):
     done = run(program("sfi-test-embed"), str(tiny))
     assert done.returncode == 0, done.stdout
