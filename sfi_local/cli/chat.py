@@ -16,13 +16,13 @@ from sfi_local.cli.progress import Progress, erase_drawn
 from sfi_local.cli.report import short_statistics, statistics
 from sfi_local.cli.stream import Screen, stream
 from sfi_local.cli.terminal import tell, tell_notes
-from sfi_local.cli.text_input import from_file
+from sfi_local.cli.text_input import Source, open_text
 from sfi_local.cli.thinking import no_answer
 from sfi_local.cli.turns import fit
 from sfi_local.cli.window import height_of, width_of
 from sfi_local.errors import InputError, SfiError
 from sfi_local.runtime.step import Tally
-from sfi_local.runtime.template import Message
+from sfi_local.runtime.template import Message, beginning
 
 HELLO = "A pasted text is one message; end a line with \\ to write another. /help lists the commands."
 # name: (field of the request, its type, how None is shown)
@@ -35,12 +35,12 @@ ROOM = 1024  # tokens that an answer finds room for, or a quarter of the context
 
 def chat(request: Any) -> None:
     """Read, answer, repeat. Ctrl-C twice where nothing is typed leaves with KeyboardInterrupt."""
-    text = None if request.file is None else from_file(request.file)
+    document = None if request.file is None else open_text(request.file)
     with request.load() as model:
         tell(HELLO)
         talk = Chat(model, request, lines(not request.no_history))
-        if text is not None:
-            talk.take(request.file, text)
+        if document is not None:
+            talk.take(request.file, document)
         talk.run()
 
 
@@ -142,27 +142,27 @@ class Chat:
 
     # ---- documents ---------------------------------------------------------------------------------------------------
 
-    def take(self, name: str, text: str) -> None:
+    def take(self, name: str, source: Source) -> None:
         """Keep a text for the next message, its head if the request allows that. Raises InputError."""
-        if not text.strip():
+        if source.is_blank():
             raise InputError(f"{name} is empty: give a file with text.")
-        head, n = self._fitted(name, text)
+        head, n = self._fitted(name, source)
         self.documents.append(Document(name, head))
-        cut = ", its head" if len(head) < len(text) else ""
+        cut = "" if source.whole and len(head) == len(source.head()) else ", its head"
         tell(f"{os.path.basename(name)}: {n} tokens{cut}, read with your next message.")
 
-    def _fitted(self, name: str, text: str) -> tuple[str, int]:
-        """(what of a document is taken, its tokens)"""
-        tokens = self.model.tokenize(text)
+    def _fitted(self, name: str, source: Source) -> tuple[str, int]:
+        """(what of a document is taken, its tokens); no more of it is read than that, and a little"""
         system = [m for m in self.messages[:1] if m.role == "system"]
         others = [part for d in self.documents for part in (d.text, "\n\n")]
         n_rest = self._count([*system, Message("user", [*others, "\n\n"])])
         limit = min(self.model.n_ctx_limit - self._room(), self.request.max_prompt_tokens or self.model.n_ctx_limit)
-        if n_rest + len(tokens) <= limit:
+        text, tokens = beginning(source, self.model.tokenize, max(0, limit - n_rest))
+        if source.whole and n_rest + len(tokens) <= limit:
             return text, len(tokens)
         may_cut = self.request.truncate or self.request.max_prompt_tokens is not None
         if not may_cut:
-            raise InputError(f"{name} has {len(tokens)} tokens, and there is room for {max(0, limit - n_rest)} in the context of "
+            raise InputError(f"{name} has {len(tokens)} tokens{'' if source.whole else ' or more'}, and there is room for {max(0, limit - n_rest)} in the context of "
                              f"{self.model.n_ctx_limit}: start with --truncate to talk about its head, or take a model with a "
                              f"longer context.")
         head = tokens[:max(0, limit - n_rest)]
@@ -178,7 +178,7 @@ class Chat:
         tell("A new conversation.")
 
     def do_read(self, path: str) -> None:
-        self.take(path, from_file(os.path.expanduser(path)))
+        self.take(path, open_text(os.path.expanduser(path)))
 
     def do_regen(self, _: str) -> None:
         if not self.messages or self.messages[-1].role != "assistant":

@@ -17,7 +17,7 @@ from sfi_local.cli.report import report, short_statistics, statistics
 from sfi_local.cli.request import PromptRequest
 from sfi_local.cli.stream import Screen, stream
 from sfi_local.cli.terminal import marks_wanted, say, tell_marks
-from sfi_local.cli.thinking import no_answer, take_thinking, thinking_options
+from sfi_local.cli.thinking import no_answer, take_thinking, template_options, thought_options
 from sfi_local.errors import UsageError
 from sfi_local.runtime.step import Tally
 
@@ -40,7 +40,8 @@ class RunCommand(click.Command):
 @sfi_options
 @fidelity_option
 @model_options
-@thinking_options
+@template_options
+@thought_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
 @click.option("--quiet", is_flag=True, help="No line of statistics after an answer.")
 @click.option("--no-history", is_flag=True, help=f"Chat: keep nothing of what is typed for another day; {NO_HISTORY}=1 too.")

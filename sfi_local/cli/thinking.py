@@ -33,14 +33,11 @@ class Thinking:
         model.set_template(arguments=self.arguments, think=self.think, keep_thoughts=self.keep)
 
 
-def thinking_options(command: Callable) -> Callable:
-    """The options; take_thinking takes them."""
+def template_options(command: Callable) -> Callable:
+    """What a prompt is made with; take_thinking takes them."""
     for option in reversed((
         click.option("--think/--no-think", "think", default=None, help="Switch the model's thoughts on or off, if its template can."),
         click.option("--think-budget", type=click.IntRange(0), metavar="N", help="End a thought after N tokens, so that the answer begins."),
-        click.option("--thoughts", type=click.Choice(["show", HIDE]), default="show", metavar="HOW",
-                     help="show them on stderr, or hide them [default: show]"),
-        click.option("--drop-thoughts", is_flag=True, help="Chat: earlier thoughts leave the prompt, as the template does it."),
         click.option("--template-arg", "template_args", multiple=True, metavar="NAME=VALUE", callback=_arguments,
                      help="A variable of the chat template, JSON or text; may be repeated."),
     )):
@@ -48,10 +45,21 @@ def thinking_options(command: Callable) -> Callable:
     return command
 
 
+def thought_options(command: Callable) -> Callable:
+    """What becomes of thoughts; take_thinking takes them."""
+    for option in reversed((
+        click.option("--thoughts", type=click.Choice(["show", HIDE]), default="show", metavar="HOW",
+                     help="show them on stderr, or hide them [default: show]"),
+        click.option("--drop-thoughts", is_flag=True, help="Chat: earlier thoughts leave the prompt, as the template does it."),
+    )):
+        command = option(command)
+    return command
+
+
 def take_thinking(options: dict[str, Any]) -> Thinking:
-    """Remove the options from a dict; returns what they say."""
-    return Thinking(options.pop("template_args"), options.pop("think"), options.pop("think_budget"), options.pop("thoughts") == HIDE,
-                    not options.pop("drop_thoughts"))
+    """Remove the options from a dict, those of thought_options if they are there; returns what they say."""
+    return Thinking(options.pop("template_args"), options.pop("think"), options.pop("think_budget"),
+                    options.pop("thoughts", "") == HIDE, not options.pop("drop_thoughts", False))
 
 
 def _arguments(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:

@@ -363,11 +363,9 @@ def fit_document(document: Head, build: Callable[[str], list[int]], tokenize: Ca
     """
     n_rest = len(build(""))
     if n_rest >= limit:
-        raise refuse(f"{n_rest} without the file")
-    n, text, tokens = limit - n_rest, "", []
-    while len(tokens) <= n and not (text and document.whole):
-        text = document.head(max(16 * n, 4 * len(text)))
-        tokens = tokenize(text)
+        raise refuse(str(n_rest))
+    n = limit - n_rest
+    text, tokens = beginning(document, tokenize, n)
     whole = build(text) if document.whole and len(tokens) <= n + _BORDER else None
     if whole and len(whole) <= limit:
         return whole
@@ -378,6 +376,14 @@ def fit_document(document: Head, build: Callable[[str], list[int]], tokenize: Ca
         if len(built) <= limit or n == 0:
             return built
         n = max(0, n - (len(built) - limit))
+
+
+def beginning(document: Head, tokenize: Callable[[str], list[int]], n: int) -> tuple[str, list[int]]:
+    """(text, its tokens) of as much of a document as gives more than n tokens, and of no more than a little above; or all of it."""
+    text = document.head(16 * max(1, n))
+    while len(tokens := tokenize(text)) <= n and not document.whole:
+        text = document.head(4 * len(text))
+    return text, tokens
 
 
 _BORDER = 8  # tokens that a text may have less in its place than by itself

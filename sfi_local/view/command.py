@@ -14,7 +14,7 @@ from sfi_local.cli.progress import Progress
 from sfi_local.cli.report import kv_read_share, statistics
 from sfi_local.cli.request import PromptRequest
 from sfi_local.cli.terminal import say, tell_notes
-from sfi_local.cli.thinking import take_thinking, thinking_options
+from sfi_local.cli.thinking import take_thinking, template_options
 from sfi_local.errors import InputError, UsageError
 from sfi_local.runtime.step import Tally, TextStream
 from sfi_local.view.data import Collector, page_data
@@ -29,7 +29,7 @@ from sfi_local.whole_file import check_matplotlib, check_writable, written_whole
 @sfi_options
 @fidelity_option
 @model_options
-@thinking_options
+@template_options
 @click.option("--html", metavar="FILE", default="view.html", show_default=True, help="Where the page is written.")
 @click.option("--png", metavar="FILE", help="Also write a picture of it: the mean over all layers and heads.")
 def command(**options: Any) -> None:

@@ -237,7 +237,7 @@ def test_a_document_is_cut_at_its_end_and_only_if_allowed():
         fitted("abcdef", 8, may_cut=False)
     with pytest.raises(InputError, match="or more"):
         fitted("abcdef" * 1000, 8, may_cut=False)
-    with pytest.raises(InputError, match="3 without the file"):
+    with pytest.raises(InputError, match="3 tokens"):
         fitted("abcdef", 3)
 
 

@@ -37,7 +37,9 @@ class Prompt:
 
 def ask(model: Any, content: str, opening: str, answer: str) -> Prompt:
     """A question in the model's chat template; the answer's opening is given, so that only the fact is asked for."""
-    tokens = model.template.tokens([Message("user", [content])]) + (model.tokenize(opening) if opening else [])
+    tokens = model.template.tokens([Message("user", [content])])
+    if opening:
+        tokens = tokens + model.vocabulary.continued(opening, tokens[-1])
     return Prompt(tokens, len(model.tokenize(answer)) + N_SLACK, answer)
 
 
