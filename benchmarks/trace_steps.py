@@ -55,13 +55,14 @@ def main(library, path, depth="8192"):
     import sfi_local
     from sfi_local.binding import state_fill
     from sfi_local.params import SfiParams
-    from sfi_local.runtime.slot import Session
+    from sfi_local.binding.context import maker
+    from sfi_local.runtime.slot import Slot
 
     model, depth, early = sfi_local.load(path), int(depth), []
     trace = Trace(ctypes.CDLL(os.path.abspath(library)))
     for policy, kinds in (("sketch", ("fast",)), ("frozen", ("slow", "fast", "dense")), ("stock", ("stock",))):
         params = SfiParams.of("frozen" if policy == "stock" else policy)
-        session = Session(model.weights, depth + 256, "stock" if policy == "stock" else "sfi", params, model.n_threads)
+        session = Slot(maker(model.weights, model.n_threads), depth + 256, "stock" if policy == "stock" else "sfi", params)
         session.prefill([1] * 16)
         state_fill.fill(session.context.ctx, depth)
         session.tokens[:] = [1] * depth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Callable
+from typing import Callable, Sequence
 
 from sfi_local.binding import gpu
 from sfi_local.binding.context import load_weights
@@ -13,7 +13,7 @@ from sfi_local.machine import physical_cores
 from sfi_local.params import PORTABLE_POLICY, SfiParams
 from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
 from sfi_local.runtime.model import Model
-from sfi_local.runtime.slot import MODES
+from sfi_local.runtime.modes import Mode, mode_of
 from sfi_local.store import layout, stretch
 from sfi_local.store.gguf_file import GgufFile, read_gguf
 from sfi_local.store.pull import resolve
@@ -27,11 +27,12 @@ MAX_LAYERS = 9999    # more than any model has: all of them
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
          type_k: str = "f16", type_v: str = "f16", params: SfiParams | None = None, fit_budget: bool = False,
          portable_params: SfiParams | None = None, fidelity: float | str | None = None, gpu_layers: int | None = None,
-         yarn: float | tuple[float, int] | None = None, force: bool = False, verbose: bool = False,
+         yarn: float | tuple[float, int] | None = None,
+         lora: str | os.PathLike | Sequence[tuple[str | os.PathLike, float]] = (), force: bool = False, verbose: bool = False,
          progress: Callable[[float, float], None] | None = None) -> "Model":
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
-    mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see runtime/slot.py
+    mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see runtime/modes.py
     n_ctx:     cells of the context; None: grows as needed, up to what the model was trained on and memory allows
     n_threads: None: one per physical core
     type_k, type_v: f16, bf16, q8_0, q4_0 or f32
@@ -42,11 +43,13 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
                tuning/tolerance.py; None without params: ``floor``, if the model is calibrated
     gpu_layers: layers that a GPU holds and computes, the output being one more; None: all, where the build has a GPU backend
     yarn:      stretch the trained context by YaRN: so many times, or (times, tokens that the model was trained on)
+    lora:      a LoRA adapter as GGUF, or several with their scales
     force:     go on, with a note, where the memory is too small
-    progress:  called with (done, total) while the weights are read
+    progress:  called with (done, total) while the weights are read; what it raises ends the loading
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
-    _check_options(mode, n_ctx, n_threads, type_k, type_v, params, gpu_layers)
+    mode = mode_of(mode)
+    _check_options(n_ctx, n_threads, type_k, type_v, params, gpu_layers)
     file, stretched = read_gguf(resolve(os.fspath(model))), None
     if yarn is not None:
         file, stretched = stretch.yarn(file, *(yarn if isinstance(yarn, tuple) else (yarn,)))
@@ -56,7 +59,7 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     portable = portable_params if params else SfiParams.of(PORTABLE_POLICY)
     _check_generates(file)
     share = gpu.share_of(len(layers), gpu_layers, gpus)
-    cost = cost_of(by_metadata(file, layers, type_k, type_v), layers, mode, type_k, type_v, settled, portable or settled, bool(gpus))
+    cost = cost_of(by_metadata(file, layers, type_k, type_v), layers, mode.name, type_k, type_v, settled, portable or settled, bool(gpus))
     cost = exact_cost(file, cost, n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, gpu_layers)
     room = check_memory(file, cost, n_ctx or MIN_CTX, share, gpus, force)
     native = open_library()
@@ -64,26 +67,24 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     weights = load_weights(native.llama_cpp, file.path, gpu_layers, progress, room.mapped_only, stretched)
     model = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
                   type_v=type_v, params=settled, fit_budget=fit_budget or params is None, gpu_layers=gpu_layers,
-                  portable_params=portable, find_auto_depth=auto_depth_of)
+                  portable_params=portable, adapters=_adapters(lora), find_auto_depth=auto_depth_of)
     for sentence in filter(None, (note, no_gpu, *room.notes)):
         model._note(sentence)
     return model
 
 
-def params_for_mode(file: GgufFile, mode: str, type_k: str, type_v: str, params: SfiParams | None,
+def params_for_mode(file: GgufFile, mode: Mode, type_k: str, type_v: str, params: SfiParams | None,
            fidelity: float | str | None) -> tuple[SfiParams, str]:
     """(parameters, note), see tolerance.params_for; without fast steps there is nothing to settle."""
-    if mode not in ("auto", "sfi"):
+    if not mode.fast or mode.verifies:
         return params or SfiParams(), ""
     if fidelity is None and params is None:
         fidelity = DEFAULT
     return params_for(params or SfiParams(), file.path, type_k, type_v, fidelity)
 
 
-def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: str, type_v: str,
+def _check_options(n_ctx: int | None, n_threads: int | None, type_k: str, type_v: str,
                    params: SfiParams | None, gpu_layers: int | None) -> None:
-    if mode not in MODES:
-        raise ArgumentError(f"mode is {mode!r}: choose one of {', '.join(MODES)}.")
     for name, value, least, most in (("n_ctx", n_ctx, 1, 1 << 30), ("n_threads", n_threads, 1, MAX_THREADS),
                                      ("gpu_layers", gpu_layers, 0, MAX_LAYERS)):
         if value is not None and not least <= value <= most:
@@ -93,6 +94,15 @@ def _check_options(mode: str, n_ctx: int | None, n_threads: int | None, type_k: 
             raise ArgumentError(f"The KV type is {kv_type!r}: choose one of {', '.join(layout.KV_TYPES)}.")
     if params:
         params.validate()
+
+
+def _adapters(lora: str | os.PathLike | Sequence[tuple[str | os.PathLike, float]]) -> list[tuple[str, float]]:
+    """(path, scale) of each. Raises ModelFileError where there is no file."""
+    several = [(lora, 1.0)] if isinstance(lora, (str, os.PathLike)) else lora
+    for path, _ in several:
+        if not os.path.isfile(path):
+            raise ModelFileError(f"There is no LoRA adapter {os.fspath(path)}: check the path.")
+    return [(os.fspath(path), float(scale)) for path, scale in several]
 
 
 def _check_generates(file: GgufFile) -> None:

@@ -103,9 +103,7 @@ class SfiParams:
         _one_of("policy", self.policy, POLICIES)
         _one_of("selector", self.selector, SELECTORS)
         for name, least in _LEAST.items():
-            _at_least(name, getattr(self, name), least)
-        if self.n_queries > MAX_QUERIES:
-            raise ArgumentError(f"n_queries is {self.n_queries}, but at most {MAX_QUERIES} queries are kept: lower it.")
+            _between(name, getattr(self, name), least, _MOST.get(name, MANY))
         if self.max_span == 0 and self.refreshes:
             raise ArgumentError(f"max_span is 0, which means no slow steps, but policy {self.policy} needs them: give at least 1.")
         if self.policy == "frozen" and self.n_recent < self.n_queries:
@@ -126,6 +124,10 @@ class SfiParams:
         for name in ("alpha", "temperature"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: give a value above 0.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
+                raise ArgumentError(f"{field.name} is {value}: give a finite number.")
         return self
 
     def check_context(self, n_ctx: int) -> None:
@@ -150,8 +152,15 @@ _REFRESHED = {"n_recent": 256, "n_selected": 2048, "max_span": 32, "boundary": T
 
 _LEAST = {
     "n_sink": 0, "n_recent": 1, "n_selected": 1, "max_span": 0, "min_span": 0, "auto_depth": 0,
-    "sketch_first": 0, "second_look": 0, "n_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
+    "sketch_k4": 0, "sketch_k2": 0, "sketch_k1": 0, "sketch_v4": 0, "sketch_v2": 0, "sketch_first": 0, "second_look": 0,
+    "n_queries": 1, "pool_after": 0, "pool_before": 0, "nms_radius": 0,
 }
+
+
+MANY = 1 << 24  # the library takes no larger number
+MOST_FLOAT = 3e38  # of 32 bits
+_MOST = {"auto_depth": 2**31 - 1, "sketch_k4": 512, "sketch_k2": 512, "sketch_k1": 512, "sketch_v4": 512, "sketch_v2": 512,
+         "sketch_first": 64, "pool_after": 4096, "pool_before": 4096, "nms_radius": 4096, "n_queries": MAX_QUERIES}
 
 
 def _one_of(name: str, value: str, choices: dict) -> None:
@@ -159,9 +168,9 @@ def _one_of(name: str, value: str, choices: dict) -> None:
         raise ArgumentError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ArgumentError(f"{name} is {value}: give at least {least}.")
+def _between(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ArgumentError(f"{name} is {value}: give a number from {least} to {most}.")
 
 
 def auto_depth(params: SfiParams) -> int:

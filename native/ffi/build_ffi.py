@@ -29,10 +29,20 @@ CALLBACKS = """
 extern "Python" bool sfi_progress_py(void * user, enum sfi_phase phase, int32_t done, int32_t total);
 """
 
+# a ggml_abort_callback that reads a flag without Python: it is called between any two operations of a graph, and a step of
+# few milliseconds has a thousand of them
+FLAG = """
+bool sfi_flag_is_set(void * flag);
+"""
+
 SOURCE = """
 #include "sfi.h"
 #include "sfi-research.h"
 #include "ggml-backend.h"
+
+static bool sfi_flag_is_set(void * flag) {
+    return *(volatile bool *) flag;
+}
 """
 
 
@@ -55,7 +65,7 @@ def cdef(header: str) -> str:
 
 def whole(headers: list[str]) -> str:
     """What cffi is given of these files."""
-    return PRELUDE + "".join(cdef(Path(header).read_text(encoding="utf-8")) for header in headers) + CALLBACKS
+    return PRELUDE + "".join(cdef(Path(header).read_text(encoding="utf-8")) for header in headers) + CALLBACKS + FLAG
 
 
 def main(*headers_and_out: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
-from sfi_local.binding.interrupt import InterruptFlag
-from sfi_local.binding.library import last_log_lines, log
+from sfi_local.binding.interrupt import CancelFlag, InterruptFlag
+from sfi_local.binding.library import last_log_lines, log, open_library
 from sfi_local.errors import ModelFileError, OutOfMemoryError
 
 GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
@@ -16,18 +19,22 @@ MAX_OUTPUTS = 64  # tokens of a batch whose logits are wanted, a verified span b
 
 def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None,
                  mapped_only: bool = False, metadata: Mapping[str, int | float | str] | None = None) -> Any:
-    """llama_cpp._internals.LlamaModel; Ctrl-C stops between two tensors.
+    """llama_cpp._internals.LlamaModel; Ctrl-C, or an exception of progress, stops between two tensors.
 
     metadata: in the place of the file's
     mapped_only: every weight stays in the mapped file, none is copied into an order that the CPU reads faster
     """
     from llama_cpp._internals import LlamaModel
 
+    errors: list[BaseException] = []
     with InterruptFlag() as flag:
         def on_progress(done: float, user: Any) -> bool:
-            if progress:
-                progress(done, 1.0)
-            return not flag.requested
+            try:
+                if progress:
+                    progress(done, 1.0)
+            except BaseException as error:  # would be lost in the library
+                errors.append(error)
+            return not flag.requested and not errors
 
         params = llama.llama_model_default_params()
         params.progress_callback = llama.llama_progress_callback(on_progress)
@@ -39,22 +46,105 @@ def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Calla
         params.kv_overrides = overrides
         log.errors.clear()
         try:
-            return LlamaModel(path_model=str(path), params=params, verbose=True)
+            weights = LlamaModel(path_model=str(path), params=params, verbose=True)
         except ValueError:
+            if errors:
+                raise errors[0] from None
             raise ModelFileError(f"llama.cpp cannot load {path} ({last_log_lines() or 'no message'}): check that this "
                                  f"version supports the model, or fetch the file again.") from None
+        if errors:  # raised at the last report, when everything was there
+            weights.close()
+            raise errors[0]
+        return weights
 
 
-def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str) -> Any:
-    """llama_cpp._internals.LlamaContext of one sequence and n_ctx cells. Raises OutOfMemoryError."""
+def load_adapter(weights: Any, path: str) -> Any:
+    """A LoRA adapter for loaded weights, which free it. Raises ModelFileError."""
+    llama = open_library().llama_cpp
+    log.errors.clear()
+    adapter = llama.llama_adapter_lora_init(weights.model, path.encode("utf-8"))
+    if not adapter:
+        raise ModelFileError(f"llama.cpp cannot take {path} as a LoRA adapter of this model ({last_log_lines() or 'no message'}): check "
+                             f"that it was made for this model, as GGUF.")
+    return adapter
+
+
+def _set_adapters(llama: Any, context: Any, adapters: Sequence[tuple[Any, float]]) -> None:
+    handles = (llama.llama_adapter_lora_p_ctypes * len(adapters))(*(adapter for adapter, _ in adapters))
+    scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+    if llama.llama_set_adapters_lora(context.ctx, handles, len(adapters), scales):
+        raise ModelFileError("llama.cpp cannot apply this LoRA adapter to the model: check that it was made for it.")
+
+
+def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str,
+                adapters: Sequence[tuple[Any, float]] = ()) -> Any:
+    """llama_cpp._internals.LlamaContext of one sequence and n_ctx cells. Raises OutOfMemoryError.
+
+    adapters: (of load_adapter(), scale) of each
+    """
     from llama_cpp import _internals
 
     params = context_params(llama, n_ctx, n_threads, type_k, type_v)
     try:
-        return _internals.LlamaContext(model=weights, params=params, verbose=True)
+        context = _internals.LlamaContext(model=weights, params=params, verbose=True)
     except ValueError:
         raise OutOfMemoryError(f"A context of {n_ctx} tokens cannot be created ({last_log_lines() or 'no message'}): "
-                               f"lower --ctx, or change --kv-type.") from None
+                               f"make it smaller, or take another type of K and V.") from None
+    if adapters:
+        _set_adapters(llama, context, adapters)
+    return context
+
+
+def maker(weights: Any, n_threads: int, type_k: str = "f16", type_v: str = "f16",
+          adapters: Sequence[tuple[Any, float]] = ()) -> Callable[[int], Any]:
+    """new_context() of loaded weights (LlamaModel, which it keeps alive) as a function of n_ctx."""
+    return lambda n_ctx: new_context(open_library().llama_cpp, weights, n_ctx, n_threads, type_k, type_v, adapters)
+
+
+def decode(context: Any, tokens: Sequence[int]) -> int:
+    """The status of a plain llama_decode of tokens after what the first sequence holds, waited for."""
+    llama = open_library().llama_cpp
+    array = (llama.llama_token * len(tokens))(*tokens)
+    status = llama.llama_decode(context.ctx, llama.llama_batch_get_one(array, len(tokens)))
+    llama.llama_synchronize(context.ctx)
+    return status
+
+
+@contextmanager
+def interruptible(context: Any, stop: Callable[[], bool], flag: CancelFlag) -> Iterator[None]:
+    """Ask stop() between any two operations, where Python's signal handlers run; afterwards the flag is watched again.
+
+    For prefill: in a step of few milliseconds that costs too much.
+    """
+    llama = open_library().llama_cpp
+    callback = llama.ggml_abort_callback(lambda user: bool(stop()))
+    llama.llama_set_abort_callback(context.ctx, callback, None)
+    try:
+        yield
+    finally:
+        flag.watch(context)
+
+
+def sequence_size(context: Any) -> int:
+    """Bytes of sequence_state()."""
+    return open_library().llama_cpp.llama_state_seq_get_size(context.ctx, 0)
+
+
+def sequence_state(context: Any) -> Any:
+    """The cells of the first sequence, in a buffer of their own."""
+    llama, size = open_library().llama_cpp, sequence_size(context)
+    buffer = mmap.mmap(-1, max(1, size))  # takes memory as it is written, and gives it back at once
+    array = (ctypes.c_uint8 * size).from_buffer(buffer)
+    if llama.llama_state_seq_get_data(context.ctx, array, size, 0) != size:
+        raise OutOfMemoryError("The state of the sequence cannot be read.")
+    return array
+
+
+def set_sequence_state(context: Any, state: Any) -> bool:
+    """Put into the first sequence what sequence_state() gave, or its bytes; False if they do not fit the context."""
+    llama, size = open_library().llama_cpp, len(state)
+    array = (ctypes.c_uint8 * size).from_buffer_copy(state) if isinstance(state, bytes) else state
+    return size > 0 and llama.llama_state_seq_set_data(context.ctx, array, size, 0) == size
 
 
 def kv_overrides(llama: Any, metadata: Mapping[str, int | float | str]) -> Any:

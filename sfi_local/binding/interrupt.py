@@ -1,9 +1,13 @@
-"""Ctrl-C while native code runs: a flag instead of an exception that would be lost in a callback."""
+"""Stopping native code: flags instead of exceptions, which would be lost in a callback."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
+from typing import Any
+
+from sfi_local.binding.library import open_library
 
 
 class InterruptFlag:
@@ -32,3 +36,28 @@ class InterruptFlag:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+class CancelFlag:
+    """A flag that any thread may set, and that llama.cpp reads between two operations of a graph, without Python."""
+
+    def __init__(self) -> None:
+        native = open_library()
+        self._value, self._llama = native.ffi.new("bool *"), native.llama_cpp
+        address = lambda pointer: int(native.ffi.cast("uintptr_t", pointer))  # noqa: E731
+        self._read = self._llama.ggml_abort_callback(address(native.ffi.addressof(native.lib, "sfi_flag_is_set")))
+        self._data = ctypes.c_void_p(address(self._value))
+
+    def __bool__(self) -> bool:
+        return self._value[0]
+
+    def set(self) -> None:
+        self._value[0] = True
+
+    def clear(self) -> None:
+        self._value[0] = False
+
+    def watch(self, context: Any) -> None:
+        """Let it end the graphs of a context (llama_cpp._internals.LlamaContext), which keeps it alive."""
+        context.cancel_flag = self
+        self._llama.llama_set_abort_callback(context.ctx, self._read, self._data)

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -64,6 +64,29 @@ def build_info() -> ModuleType:
 def source_id() -> str:
     """What the library was built from: llama.cpp commit + hash of our patches and native code."""
     return build_info().source_id
+
+
+_process: int | None = None  # that made the first context
+
+
+def claim_process() -> None:
+    """A context is made: from now on forks of this process are refused."""
+    global _process
+    check_process()
+    _process = os.getpid()
+
+
+def check_process(quiet: bool = False) -> bool:
+    """Whether this is the process whose contexts there are; raises LibraryError if not, unless quiet.
+
+    A fork has their memory but not their threads, and would wait for those for ever.
+    """
+    if _process in (None, os.getpid()):
+        return True
+    if quiet:
+        return False
+    raise LibraryError("This process is a fork of one that has used a model, whose threads it lacks: load models after the fork, "
+                       "or start processes with multiprocessing's method \"spawn\".")
 
 
 def last_log_lines() -> str:
@@ -125,6 +148,10 @@ def _import_llama_cpp() -> ModuleType:
     except (ImportError, OSError, RuntimeError) as error:
         raise LibraryError(f"llama-cpp-python cannot be loaded on the library in {LIB_DIR} ({error}): "
                            f"{REBUILD}.") from None
+    for module in (llama_cpp._internals, llama_cpp.llama):
+        # it would point stdout and stderr of the whole process elsewhere, for all threads, and fails where there are none; that
+        # llama.cpp is quiet is the work of our log
+        module.suppress_stdout_stderr = lambda disable=True: nullcontext()
     llama_cpp.llama_backend_init()
     return llama_cpp
 
@@ -168,7 +195,7 @@ class _Log:
             return
         if self._level == _LEVEL_ERROR and line.strip(". \n"):
             self.errors.append(line.strip())
-        if self.verbose:
+        if self.verbose and sys.stderr:
             sys.stderr.write(line)
 
     @contextmanager

@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from sfi_local.cli import streams
 from sfi_local.binding.library import source_id
 from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
 
@@ -86,9 +87,7 @@ def cli() -> None:
 
 def main() -> int:
     """Entry point; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    streams.prepare()
     try:
         code = cli.main(prog_name="sfi-local", standalone_mode=False)
         return code if isinstance(code, int) else EXIT_OK

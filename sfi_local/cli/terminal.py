@@ -11,13 +11,13 @@ import click
 
 from sfi_local.cli.progress import erase_drawn
 from sfi_local.cli.window import can_redraw, width_of
+from sfi_local.runtime.modes import mode_of
 from sfi_local.store.pull import resolve
 
 RESET, DIM = "\x1b[0m", "\x1b[2m"
 # kind of step: (escape sequence, how the legend names it where it cannot show it)
 MARKS = {"prefill": ("\x1b[36m", "cyan"), "slow": ("\x1b[1;33m", "bold yellow"), "fast": ("", "plain"),
          "dense": ("\x1b[35m", "magenta"), "stock": ("\x1b[34m", "blue")}
-KINDS_OF_MODE = {"sfi": ("prefill", "slow", "fast"), "dense": ("prefill", "dense"), "stock": ("prefill", "stock")}
 
 
 def say(sentence: str) -> None:
@@ -66,7 +66,7 @@ def marks_wanted(when: str) -> bool:
 
 def tell_marks(mode: str) -> None:
     """The legend, on stderr: the kinds of step that a mode can have, each in its own style."""
-    kinds = KINDS_OF_MODE.get(mode, tuple(MARKS))
+    kinds = ("prefill", *mode_of(mode).kinds)
     say(f"each token shows the step it came from: {', '.join(_legend(kinds, sys.stderr.isatty()))}")
 
 

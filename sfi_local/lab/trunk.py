@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Sequence
 
+from sfi_local.binding.context import logits, maker
 from sfi_local.errors import ModelError
 from sfi_local.params import MAX_QUERIES, SfiParams
-from sfi_local.runtime.slot import Progress, Session
+from sfi_local.runtime.slot import Progress, Slot
 
 
-class SwitchSession(Session):
+class SwitchSession(Slot):
     """A session whose mode can be changed; what is in the cache stays.
 
     The trunk is the text that every mode begins with. It is prefilled once, in mode ``stock``; its last tokens are
@@ -17,7 +18,7 @@ class SwitchSession(Session):
     """
 
     def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str):
-        super().__init__(model.weights, n_ctx, "stock", params, model.n_threads, kv_type, kv_type)
+        super().__init__(maker(model.weights, model.n_threads, kv_type, kv_type), n_ctx, "stock", params)
         self.kv_type, self.trunk = kv_type, []
 
     def __enter__(self) -> "SwitchSession":
@@ -33,12 +34,8 @@ class SwitchSession(Session):
 
     def use(self, mode: str, params: SfiParams | None = None) -> None:
         """Attach or detach sfi. Raises ModelError where the model cannot be sparse, in every mode but stock."""
-        if self.engine:
-            self.engine.close()
-        self.mode, self.engine = mode, None
-        self.params = params or self.params
-        self.engine = self._attach()
-        if self.engine is None and mode != "stock":
+        self.set_mode(mode, params)
+        if self.why_stock:
             raise ModelError(self.why_stock)
 
     def set_trunk(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
@@ -47,7 +44,7 @@ class SwitchSession(Session):
         n = 0
         while n < min(len(self.trunk) - self.n_tail, len(tokens)) and self.trunk[n] == tokens[n]:
             n += 1
-        self.rewind(n)
+        self.cut(n)
         self.trunk = self.trunk[:n]
         if len(tokens) > n:
             self.prefill(tokens[n:], progress)
@@ -56,7 +53,7 @@ class SwitchSession(Session):
     def cut_back(self, mode: str, params: SfiParams | None = None) -> list[int]:
         """Begin a mode: the cache holds the trunk but for its tail, which is returned."""
         self.use(mode, params)
-        self.rewind(len(self.trunk) - self.n_tail)
+        self.cut(len(self.trunk) - self.n_tail)
         return self.trunk[len(self.tokens):]
 
     def begin(self, mode: str, params: SfiParams | None = None) -> None:
@@ -65,16 +62,9 @@ class SwitchSession(Session):
         if tail:
             self.prefill(tail)
 
-    def rewind(self, depth: int) -> None:
-        """Drop the cells from a depth on."""
-        del self.tokens[depth:]
-        self._reconcile()
-
     def last_logits(self) -> Any:
         """The logits of the last prefill or step, float32 [n_vocab]: a view, valid until the next."""
-        import numpy as np
-
-        return np.ctypeslib.as_array(self.context.get_logits_ith(-1), shape=(self.context.model.n_vocab(),))
+        return logits(self.context, -1)
 
 
 class Sessions:

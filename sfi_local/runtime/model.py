@@ -1,22 +1,27 @@
-"""A loaded model and its conversation: what ``sfi_local.load`` returns."""
+"""A loaded model: weights, the slot it generates in, and conversations. What ``sfi_local.load`` returns."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 from sfi_local.binding import gpu
-from sfi_local.binding.devices import all_native
-from sfi_local.binding.library import log
-from sfi_local.errors import ArgumentError, BackendError, SfiError
+from sfi_local.binding.context import load_adapter, maker
+from sfi_local.errors import ArgumentError, InputError
 from sfi_local.params import SfiParams
+from sfi_local.runtime.access import Access
+from sfi_local.runtime.auto import FindDepth, find_depth
+from sfi_local.runtime.conversation import Conversation
 from sfi_local.runtime.draft_length import MAX_DRAFTS
 from sfi_local.runtime.exact import generate_exact
 from sfi_local.runtime.generate import generate
 from sfi_local.runtime.memory import MIN_CTX
-from sfi_local.runtime.sampling import Sampling
-from sfi_local.runtime.slot import Progress, Schedule, Session
+from sfi_local.runtime.modes import Mode, mode_of
+from sfi_local.runtime.sampling import Processor, Sampling
+from sfi_local.runtime.slot import Progress, Schedule, Slot
 from sfi_local.runtime.step import Step
 from sfi_local.runtime.template import ChatTemplate, Message, too_long
 from sfi_local.runtime.thoughts import ThoughtBudget
@@ -24,32 +29,68 @@ from sfi_local.runtime.vocabulary import Vocabulary
 from sfi_local.store.gguf_file import GgufFile
 
 FIRST_CTX = 4096     # a context starts at this size and grows with the conversation
+MAX_LOGPROBS = 1000
 
 
-# (model, parameters, types of K and V) -> (depth in cells, how it was found)
-FindAutoDepth = Callable[["Model", SfiParams, str, str], tuple[int, str]]
+@dataclass(frozen=True)
+class ModelStats:
+    """What a model is doing, since its last generation began.
+
+    kernels:       ``native``, ``portable`` or ``mixed``, see Engine.path; ``stock`` where sfi is not attached
+    n_ctx, n_used: cells of the context, and those in use
+    n_prefilled:   tokens of the last prompt that were computed; the others were in the cache
+    kv_read_share: bytes of K and V that the steps read, over those of dense decoding
+    auto_depth:    mode ``auto``: cells from which it is slow-fast, 0: not found yet; auto_found: how it was found
+    why_stock:     why decoding is llama.cpp's own though the mode would not be; ""
+    """
+
+    mode: str
+    kernels: str
+    params: SfiParams
+    n_ctx: int
+    n_used: int
+    n_prefilled: int
+    kv_read_share: float
+    auto_depth: int
+    auto_found: str
+    why_stock: str
 
 
 class Model:
-    """A loaded model and its one conversation. Not for several threads at a time (BusyError).
+    """A loaded model. Its one slot serves one answer at a time: a second gets BusyError before anything changes.
 
+    All methods may be called from any thread. close() ends what is running and waits for it; afterwards they raise DetachedError.
     n_fit: cells of the largest context that the memory holds; None: not known
+    adapters: LoRA files and their scales
     find_auto_depth: how the depth from which ``auto`` is slow-fast is found, see auto_depth.auto_depth_of
     """
 
-    def __init__(self, file: GgufFile, weights: Any, n_fit: int | None, *, mode: str, n_ctx: int | None, n_threads: int,
+    def __init__(self, file: GgufFile, weights: Any, n_fit: int | None, *, mode: str | Mode, n_ctx: int | None, n_threads: int,
                  type_k: str, type_v: str, params: SfiParams, fit_budget: bool, gpu_layers: int | None = None,
-                 portable_params: SfiParams | None = None,
-                 find_auto_depth: FindAutoDepth | None = None):
-        self.file, self.mode, self.n_threads, self.gpu_layers = file, mode, n_threads, gpu_layers
+                 portable_params: SfiParams | None = None, adapters: Sequence[tuple[str, float]] = (),
+                 find_auto_depth: FindDepth | None = None):
+        self.file, self.n_threads, self.gpu_layers = file, n_threads, gpu_layers
+        self._mode = mode_of(mode)
         self.notes: list[str] = []  # what was decided on the caller's behalf, in sentences
         self._n_notes_read = 0
         self.weights, self._n_fit, self._n_ctx = weights, n_fit, n_ctx
         self._types, self._params, self._fit_budget, self._portable = (type_k, type_v), params, fit_budget, portable_params
         self._find_auto_depth = find_auto_depth
-        self.vocabulary = Vocabulary(weights)
-        self.session: Session | None = None
+        self._access = Access("model", weights.close)
+        self.vocabulary = Vocabulary(weights, self._access)
+        self._adapters = [(load_adapter(weights, path), scale) for path, scale in adapters]
+        self.slot = self._new_slot()
         self.auto_found = ""  # how the depth from which auto is slow-fast was found
+
+    @property
+    def mode(self) -> str:
+        """The name of its mode."""
+        return self._mode.name
+
+    @property
+    def session(self) -> Slot | None:
+        """The slot; None as long as it has no context."""
+        return self.slot if self.slot.n_ctx else None
 
     @property
     def path(self) -> Path:
@@ -81,9 +122,21 @@ class Model:
 
     def set_template(self, arguments: dict[str, Any] | None = None, think: bool | None = None, keep_thoughts: bool = True) -> None:
         """Give the chat template variables, switch thoughts, let it drop earlier ones: see ChatTemplate. Raises InputError."""
+        self._template_options = {"arguments": dict(arguments or {}), "think": think, "keep_thoughts": keep_thoughts}
+        self.template = self._new_template(**self._template_options)
+
+    def _new_template(self, **options: Any) -> ChatTemplate:
         v = self.vocabulary
-        self.template = ChatTemplate(self.file.metadata.get("tokenizer.chat_template"), v.bos_text, v.eos_text, v.add_bos, v.tokenize,
-                                     vocabulary=v, note=self._note, arguments=arguments, think=think, keep_thoughts=keep_thoughts)
+        return ChatTemplate(self.file.metadata.get("tokenizer.chat_template"), v.bos_text, v.eos_text, v.add_bos, v.tokenize,
+                            vocabulary=v, note=self._note, **options)
+
+    def _template_with(self, tools: Sequence[dict] | None) -> ChatTemplate:
+        """The chat template, given descriptions of tools."""
+        template = self.template
+        if not tools:
+            return template
+        options = self._template_options
+        return self._new_template(**{**options, "arguments": {**options["arguments"], "tools": list(tools)}})
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
         """Token ids; with ``special`` the text of a special token becomes that token."""
@@ -93,87 +146,112 @@ class Model:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.vocabulary.piece(t) for t in tokens).decode("utf-8", errors="replace")
 
-    def prompt_tokens(self, prompt: str | Sequence) -> list[int]:
+    def prompt_tokens(self, prompt: str | Sequence, tools: Sequence[dict] | None = None) -> list[int]:
         """Token ids of a text (as it is), of messages (in the chat template), or of token ids (unchanged).
 
-        Messages are Message objects or dicts with ``role`` and ``content``.
+        Messages are Message objects or dicts with ``role`` and ``content``; tools are for their template.
         """
         if isinstance(prompt, str):
-            return self.tokenize(prompt, self.vocabulary.add_bos, True)
-        if prompt and isinstance(prompt[0], int):
-            return list(prompt)
+            return self.tokenize(prompt, self.vocabulary.add_bos, True) if prompt else []
+        prompt = list(prompt)
+        if not prompt or isinstance(prompt[0], Integral):
+            return [int(token) for token in prompt]
         messages = [m if isinstance(m, Message) else Message(m["role"], [m["content"]]) for m in prompt]
-        return self.template.tokens(messages)
+        return self._template_with(tools).tokens(messages)
 
     def generate(self, prompt: str | Sequence, *, n: int | None = 512, sampling: Sampling | None = None,
-                 stop: Sequence[str] = (), schedule: Schedule | None = None,
-                 draft: int | None = None, progress: Progress | None = None, think_budget: int | None = None) -> Iterator[Step]:
+                 stop: Sequence[str] = (), schedule: Schedule | None = None, draft: int | None = None,
+                 progress: Progress | None = None, think_budget: int | None = None, logprobs: int | None = None,
+                 tools: Sequence[dict] | None = None, processors: Sequence[Processor] = ()) -> Iterator[Step]:
         """Yield a Step per generated token; see generate.generate, and in mode ``exact`` exact.generate_exact.
 
-        prompt: text, messages or token ids, see prompt_tokens
-        n:      tokens at most; None: until the answer ends or the context is full
-        draft:  mode ``exact``: tokens drafted per span; None: as many as pay
+        The arguments are checked now. Computing begins with the first item, and with it the turn that ends with the last one or when
+        the iterator is closed or dropped.
+
+        prompt:   text, messages or token ids, see prompt_tokens
+        n:        tokens at most; None: until the answer ends or the context is full
+        sampling: a Sampling, or what has its validate() and chain()
+        stop:     texts that end the answer, control tokens such as ``<|im_end|>`` among them
+        draft:    mode ``exact``: tokens drafted per span; None: as many as pay
+        progress: called with (done, total) between batches of the prompt; what it raises ends the answer
         think_budget: tokens of thought, after which the answer begins; None: no limit
-        Raises InputError if the prompt is empty or does not fit, ArgumentError for options that the mode does not have.
+        logprobs: give each Step its logprob, and so many of the most likely tokens
+        tools:    for the chat template
+        processors: (tokens, logits) -> logits, before all samplers
+        Raises InputError if the prompt is empty or does not fit, ArgumentError for options that the mode does not have, BusyError
+        while another answer is generated; the iterator raises AbortedError after cancel().
         """
-        self._check_generate(schedule, draft)
-        tokens = self.prompt_tokens(prompt) if prompt else []
-        sampler = (sampling or Sampling()).validate().chain()
+        self._check_generate(n, schedule, draft, logprobs)
+        self.slot.access.check_free()
+        tokens = self._checked(self.prompt_tokens(prompt, tools))
+        sampler = self._sampler(sampling or Sampling(), tokens, processors)
         if think_budget is not None:
             sampler = ThoughtBudget(sampler, self.template.thoughts(tokens), self.vocabulary, think_budget)
-        session = self.open_session(len(tokens), n)
-        if self.mode == "exact":
-            yield from generate_exact(session, self.vocabulary, tokens, sampler, n, stop, draft, progress)
+        slot = self.slot
+        if self._mode.verifies:
+            steps = generate_exact(slot, self.vocabulary, tokens, sampler, n, stop, draft, progress, logprobs)
         else:
-            yield from generate(session, self.vocabulary, tokens, sampler, n, stop, schedule, progress)
+            steps = generate(slot, self.vocabulary, tokens, sampler, n, stop, schedule, progress, logprobs)
+        return slot.turn(self._with_room(slot, steps, len(tokens), n))
 
-    def _check_generate(self, schedule: Schedule | None, draft: int | None) -> None:
-        if self.mode == "exact" and schedule:
-            raise ArgumentError("In mode exact every step is a draft or a verification: leave the schedule out.")
-        if draft is not None and (self.mode != "exact" or not 0 <= draft <= MAX_DRAFTS):
-            raise ArgumentError(f"draft is {draft}: give a number from 0 to {MAX_DRAFTS}, in mode exact.")
+    def complete(self, text: str, **options: Any) -> Iterator[Step]:
+        """Go on with a text, as it is and without a chat template. options: of generate"""
+        if not isinstance(text, str):
+            raise ArgumentError(f"complete() goes on with a text, not with a {type(text).__name__}: give messages to generate().")
+        return self.generate(text, **options)
 
-    def open_session(self, n_prompt: int, n: int | None) -> Session:
-        """The session, with room for a prompt and n more tokens if the limit allows; a larger one is made if needed."""
-        if n_prompt > self.n_ctx_limit:
-            raise too_long(n_prompt, self.n_ctx_limit)
-        need = min(self.n_ctx_limit, n_prompt + n if n else self.n_ctx_limit)
-        self._fall_back()
-        self.tune_auto(n_prompt + (n or 0))
-        if self.session is None or self.session.n_ctx < need:
-            grown = 2 * self.session.n_ctx if self.session else FIRST_CTX
-            self.close_session()
-            self.session = self._new_session(self._n_ctx or min(self.n_ctx_limit, max(grown, _round_up(need))))
-        return self.session
+    def chat(self, system: str | None = None, tools: Sequence[dict] | None = None, **options: Any) -> Conversation:
+        """A conversation, whose ask() answers one question after the other.
+
+        system: a first message for the model; tools: descriptions of functions, for its chat template
+        options: of generate, for every answer
+        """
+        self._access.check_open()
+        return Conversation(self, system, tools, **options)
+
+    def cancel(self) -> None:
+        """End the answer that is being generated: a prefill within one operation, a step at once.
+
+        From any thread, a progress callback or a signal handler. Who iterates over it gets AbortedError; nothing happens where
+        nothing is generated.
+        """
+        self.slot.cancel()
+
+    def stats(self) -> ModelStats:
+        """What it is doing."""
+        slot, engine = self.slot, self.slot.engine
+        return ModelStats(self.mode, engine.path if engine else "stock", slot.params if slot.n_ctx else self._params, slot.n_ctx,
+                          len(slot.tokens), slot.n_prefilled, engine.stats().kv_read_share if engine else 1.0,
+                          self._params.auto_depth, self.auto_found, slot.why_stock)
+
+    def open_session(self, n_prompt: int, n: int | None) -> Slot:
+        """The slot, with room for a prompt and n more tokens if the limit allows; its context grows if needed."""
+        self._make_room(self.slot, n_prompt, n)
+        return self.slot
 
     def tune_auto(self, n_tokens: int) -> SfiParams:
         """Find the depth from which ``auto`` is slow-fast, once, and only where the text may get longer than the budget.
 
         Returns the parameters; their auto_depth is 0 as long as there was no reason to look.
         """
-        if self._find_auto_depth is None or self.mode != "auto" or self._params.auto_depth or n_tokens <= self._params.budget:
-            return self._params
-        params = self._fit_params(self.n_ctx_limit)
-        depth, self.auto_found = self._find_auto_depth(self, params, *self._types)
-        self._params = self._params.replace(auto_depth=depth)
-        if self.auto_found == "measured":
-            self._note(f"Measured once for this model on this machine: slow-fast decoding pays from a depth of {depth} tokens.")
-        elif log.verbose:
-            self._note(f"Mode auto is slow-fast from a depth of {depth} tokens ({self.auto_found}).")
-        if self.session and self.session.engine:
-            self.session.engine.params = self.session.engine.params.replace(auto_depth=depth)
+        with self._access:  # it has a context of its own on the weights
+            found = find_depth(self._find_auto_depth, self, self._mode, self._fit_params(self.n_ctx_limit), self._types, n_tokens)
+        if found:
+            self.auto_found = found.how
+            self._params = self._params.replace(auto_depth=found.depth)
+            self._note(found.note)
+            if self.slot.engine:
+                self.slot.set_auto_depth(found.depth)
         return self._params
 
     def close_session(self) -> None:
-        """Free the context; the weights stay."""
-        if self.session:
-            self.session.close()
-            self.session = None
+        """Free the context; the weights stay, and the next answer makes a new one."""
+        self.slot.close()
+        self.slot = self._new_slot()
 
     def close(self) -> None:
-        """Free everything. May be called twice."""
-        self.close_session()
-        self.weights.close()
+        """End what is running, wait for it, and free everything. May be called twice, and from any thread."""
+        self._access.close()
 
     def __enter__(self) -> "Model":
         return self
@@ -181,48 +259,76 @@ class Model:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _new_session(self, n_ctx: int) -> Session:
-        session = Session(self.weights, n_ctx, self.mode, self._fit_params(n_ctx), self.n_threads, *self._types)
-        if session.why_stock:
-            self._note(f"Decoding is dense, by llama.cpp's own path: {session.why_stock}")
-        if n_ctx > self.file.n_ctx_train > 0:
-            self._note(f"The context of {n_ctx} tokens is longer than the {self.file.n_ctx_train} the model was "
+    def _new_slot(self) -> Slot:
+        """Without a context as yet."""
+        return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters), 0, self._mode, self._fit_params,
+                    portable=self._portable, weights=self._access)
+
+    def _with_room(self, slot: Slot, steps: Iterator[Step], n_prompt: int, n: int | None) -> Iterator[Step]:
+        """The steps, once the context has room for them."""
+        self._make_room(slot, n_prompt, n)
+        yield from steps
+
+    def _make_room(self, slot: Slot, n_prompt: int, n: int | None) -> None:
+        if n_prompt > self.n_ctx_limit:
+            raise too_long(n_prompt, self.n_ctx_limit)
+        need = min(self.n_ctx_limit, n_prompt + (n or MIN_CTX))
+        slot.n_limit = self.n_ctx_limit
+        if slot.n_ctx < need:
+            slot.grow(self._n_ctx or min(self.n_ctx_limit, max(2 * slot.n_ctx, FIRST_CTX, _round_up(need))))
+            self._note_slot(slot)
+        self.tune_auto(n_prompt + (n or self.n_ctx_limit))
+
+    def _note_slot(self, slot: Slot) -> None:
+        if slot.why_stock:
+            self._note(f"Decoding is dense, by llama.cpp's own path: {slot.why_stock}")
+        if slot.fell_back and self._mode.fast:
+            self._note(f"A device of this model lacks the operations of policy {self._params.policy}: the policy is "
+                       f"{slot.params.policy} here.")
+        if slot.fell_back:
+            self._params = slot.params
+        if slot.n_ctx > self.file.n_ctx_train > 0:
+            self._note(f"The context of {slot.n_ctx} tokens is longer than the {self.file.n_ctx_train} the model was "
                        f"trained on: expect worse answers beyond that.")
-        return session
-
-    def _fall_back(self) -> None:
-        """Take another policy, with a note, where this one was nobody's choice and a device of the model lacks its operations.
-
-        Once, and before anything is measured; where every device has them no context is made to find out.
-        """
-        portable, self._portable = self._portable, None
-        if portable is None or self.mode == "stock" or self._params.policy == portable.policy:
-            return
-        if all_native(self._params, bool(self.gpus)):
-            return
-        mode = "sfi" if self.mode == "auto" else self.mode  # auto would not say why
-        try:
-            Session(self.weights, MIN_CTX, mode, self._params.fit_context(MIN_CTX), self.n_threads, *self._types).close()
-        except BackendError:
-            if self.mode != "dense":
-                self._note(f"A device of this model lacks the operations of policy {self._params.policy}: the policy is "
-                           f"{portable.policy} here.")
-            self._params = portable.validate()
-        except SfiError:
-            pass  # the session that is wanted says it
 
     def _fit_params(self, n_ctx: int) -> SfiParams:
         """The parameters for a context of n_ctx cells."""
-        if self.mode == "stock":
+        if not self._mode.attaches:
             return self._params
-        if not self._fit_budget and self.mode != "dense":
+        if not self._fit_budget and self._mode.fast:
             self._params.check_context(n_ctx)
             return self._params
         params = self._params.fit_context(n_ctx)
-        if self.mode in ("sfi", "exact") and params.budget < self._params.budget:
+        if self._mode.keeps_budget and params.budget < self._params.budget:
             self._note(f"The budget of {self._params.budget} cells does not fit a context of {n_ctx} tokens; it is "
                        f"{params.budget} cells here.")
         return params
+
+    def _check_generate(self, n: int | None, schedule: Schedule | None, draft: int | None, logprobs: int | None) -> None:
+        if n is not None and (not isinstance(n, Integral) or not 0 < n < 2**31):
+            raise ArgumentError(f"n is {n!r}: give a number of tokens from 1 on, or None for no limit.")
+        if self._mode.verifies and schedule:
+            raise ArgumentError("In mode exact every step is a draft or a verification: leave the schedule out.")
+        if draft is not None and (not self._mode.verifies or not 0 <= draft <= MAX_DRAFTS):
+            raise ArgumentError(f"draft is {draft}: give a number from 0 to {MAX_DRAFTS}, in mode exact.")
+        if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+            raise ArgumentError(f"logprobs is {logprobs}: give a number from 0 to {MAX_LOGPROBS}.")
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        """The tokens of a prompt, if they can be one."""
+        if not tokens:
+            raise InputError("The prompt is empty: give some text.")
+        wrong = next((t for t in tokens if not 0 <= t < self.vocabulary.n_vocab), None)
+        if wrong is not None:
+            raise InputError(f"The prompt has the token {wrong}, and this model 0 to {self.vocabulary.n_vocab - 1}: tokenize it for this "
+                             f"model.")
+        if len(tokens) > self.n_ctx_limit:
+            raise too_long(len(tokens), self.n_ctx_limit)
+        return tokens
+
+    def _sampler(self, sampling: Any, tokens: Sequence[int], processors: Sequence[Processor]) -> Any:
+        sampling = sampling.validate()
+        return sampling.chain(self.vocabulary, tokens, processors) if isinstance(sampling, Sampling) else sampling.chain()
 
     def unread_notes(self) -> list[str]:
         """The notes since the last call."""
@@ -230,7 +336,7 @@ class Model:
         return unread
 
     def _note(self, sentence: str) -> None:
-        if sentence not in self.notes:
+        if sentence and sentence not in self.notes:
             self.notes.append(sentence)
 
 

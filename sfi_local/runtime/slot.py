@@ -1,113 +1,196 @@
-"""One sequence in one context: the KV cache, the tokens in it, and how a step is done in each mode.
+"""One sequence of one llama_context: its lock, the tokens in its KV cache, its mode, and how a step is done.
 
-modes: ``stock`` plain llama_decode, sfi never attached; ``dense`` every step dense with our kernel; ``sfi`` slow-fast
-at every depth; ``auto`` slow-fast from the depth where it pays, below it dense with what is faster (on a GPU llama.cpp's
-own attention), stock (with the reason in ``why_stock``) where the model cannot be sparse; ``exact`` fast steps whose
-tokens a dense pass verifies (exact.py), below the depth where that can pay the steps of ``dense``.
+The context can be replaced by a larger one: the cells move, nothing is computed again.
 """
 
 from __future__ import annotations
 
-import ctypes
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence, TypeVar
 
-from sfi_local.binding.context import N_BATCH, new_context
+from sfi_local.binding import context as native
+from sfi_local.binding.context import N_BATCH
 from sfi_local.binding.engine import Engine, StepInfo
 from sfi_local.binding.interrupt import InterruptFlag
-from sfi_local.binding.library import last_log_lines, open_library
-from sfi_local.errors import (AbortedError, BackendError, BusyError, ContextError, ContextFullError, DecodeError, DetachedError,
-                              KvTypeError, ModelError, SfiError)
-from sfi_local.params import SfiParams, auto_depth
+from sfi_local.binding.library import claim_process, last_log_lines, open_library
+from sfi_local.errors import AbortedError, ContextFullError, DecodeError, DetachedError, SfiError
+from sfi_local.machine import available_memory
+from sfi_local.params import SfiParams
+from sfi_local.runtime.access import CANCELLED, Access, Turns
+from sfi_local.runtime.modes import Attached, Mode, attach, mode_of
 from sfi_local.runtime.ties import Noise
-
-MODES = ("auto", "sfi", "dense", "exact", "stock")
 
 # (position, token, proposed kind, its reason) -> kind of the step: "slow", "fast", "dense" or "auto"
 Schedule = Callable[[int, int, str, str], str]
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
-class Session:
-    """A context of n_ctx cells on loaded weights.
+class Slot:
+    """One sequence.
 
-    weights: llama_cpp._internals.LlamaModel, kept alive as long as the session
-    tokens:  what the KV cache holds, in order
+    make:     makes a llama_cpp._internals.LlamaContext of so many cells, see binding.context.maker()
+    n_ctx:    cells of the context; 0: none yet, see grow()
+    params:   of sfi, or a function of n_ctx that gives them
+    portable: params of another policy, in their place where a device lacks the operations; None: refuse that
+    n_limit:  cells to which a full context grows by itself; None: n_ctx
+    weights:  the way into the weights, which are freed after it; None: whoever frees them closes the slot before
+
+    tokens:   what the KV cache holds, in order
+    engine:   None where sfi is not attached; why_stock: why not, where the mode asks for it
+    fell_back: the portable params are in use
     n_prefilled: tokens of the last prefill
-    turn:    number of the current generation; a generator that sees another number has lost the cache
     n_drafted: of the last tokens, those that came by fast steps and are not verified (mode ``exact``)
     n_since_refresh: tokens since a support was chosen, where mode ``exact`` counts them
-    noise:   how far verified batches lie from dense steps
+    noise:    how far verified batches lie from dense steps
+    access:   one thread at a time, one generation at a time; a second gets BusyError, and after close() DetachedError
     Raises ModelError, KvTypeError, BackendError in modes ``sfi``, ``dense`` and ``exact``; OutOfMemoryError.
     """
 
-    def __init__(self, weights: Any, n_ctx: int, mode: str, params: SfiParams, n_threads: int,
-                 type_k: str = "f16", type_v: str = "f16"):
-        self.n_ctx, self.mode, self.params = n_ctx, mode, params
+    def __init__(self, make: Callable[[int], Any], n_ctx: int, mode: Mode | str, params: SfiParams | Callable[[int], SfiParams], *,
+                 portable: SfiParams | None = None, n_limit: int | None = None, weights: Access | None = None):
+        self.mode, self.n_ctx, self.n_limit = mode_of(mode), 0, n_limit or n_ctx
         self.tokens: list[int] = []
-        self.why_stock, self.n_prefilled, self.turn, self.n_drafted, self.n_since_refresh, self.noise = "", 0, 0, 0, 0, Noise()
-        self._llama = open_library().llama_cpp
-        self._context = new_context(self._llama, weights, n_ctx, n_threads, type_k, type_v)
-        self._memory = self._llama.llama_get_memory(self._context.ctx)
-        self._lock = threading.Lock()
-        try:
-            self.engine = self._attach()
-        except SfiError:
-            self._context.close()
-            raise
+        self.n_prefilled = self.n_drafted = self.n_since_refresh = 0
+        self.noise = Noise()
+        self.access = Turns("model", self._drop_context, weights)
+        self._llama, self._make = open_library().llama_cpp, make
+        self._params_for = params if callable(params) else lambda n_ctx: params
+        self._portable, self._context = portable, None
+        self._attached = Attached(None, SfiParams())
+        if n_ctx:
+            self.grow(n_ctx)
 
     @property
     def context(self) -> Any:
         """llama_cpp._internals.LlamaContext; its logits are those of the last prefill or step."""
         return self._context
 
+    @property
+    def engine(self) -> Engine | None:
+        return self._attached.engine
+
+    @property
+    def params(self) -> SfiParams:
+        return self._attached.params
+
+    @property
+    def why_stock(self) -> str:
+        return self._attached.why_stock
+
+    @property
+    def fell_back(self) -> bool:
+        return self._attached.fell_back
+
+    def turn(self, items: Iterator[T]) -> Iterator[T]:
+        """Pass on what items yields, all of it as one generation, see Turns.turn()."""
+        return self.access.turn(items)
+
+    def cancel(self) -> None:
+        """End what is running, from any thread; it raises AbortedError, and the slot stays usable."""
+        self.access.cancel()
+
     def close(self) -> None:
-        """Free the context; what is still generating from it gets DetachedError. May be called twice."""
-        if self.engine:
-            self.engine.close()
-        self._context.close()
+        """End what is running, wait for it, free the context. May be called twice."""
+        self.access.close()
+
+    def grow(self, n_ctx: int) -> None:
+        """Take a context of n_ctx cells; those of the old one move.
+
+        Raises as Slot does; what there was is there still, then.
+        """
+        with self.access:
+            self._grow(n_ctx)
+
+    def set_mode(self, mode: Mode | str, params: SfiParams | None = None) -> None:
+        """Attach anew, for another mode or params; what is in the cache stays."""
+        with self.access:
+            self.mode = mode_of(mode)
+            if params:
+                self._params_for = lambda n_ctx: params
+            self._attach()
+
+    def set_auto_depth(self, depth: int) -> None:
+        """Be slow-fast from another depth, in cells."""
+        with self.access:
+            self._attached = replace(self._attached, params=self.params.replace(auto_depth=depth))
+            if self.engine:
+                self.engine.params = self.engine.params.replace(auto_depth=depth)
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Keep the longest common prefix of the cache and tokens, drop the rest; returns its length.
 
         At least one token is left to be computed, because the logits of the last are needed.
         """
-        with self._exclusive():
-            return self._reuse(tokens)
+        with self.access:
+            self._drop_drafts()
+            n = 0
+            while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
+                n += 1
+            self._cut(n)
+            return len(self.tokens)
+
+    def cut(self, n: int) -> None:
+        """Keep the first n tokens; none where the state of the model cannot be cut."""
+        with self.access:
+            self._cut(n)
+
+    def adopt(self, tokens: Sequence[int]) -> None:
+        """The cache was filled from outside with these tokens."""
+        with self.access:
+            self.tokens = list(tokens)
+            self._reconcile()
+
+    def fill(self, compute: Callable[[], None], tokens: Sequence[int]) -> None:
+        """Let others compute tokens after what the cache holds."""
+        with self.access:
+            try:
+                compute()
+            except BaseException as error:
+                self._reconcile()
+                if self.access.flag:
+                    raise self._why_aborted(AbortedError(str(error))) from None
+                raise
+            self.tokens += tokens
+            self._reconcile()
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> StepInfo:
         """Dense prefill of tokens after what the cache holds.
 
-        Ctrl-C stops between two operations of the graph; the cache then holds what was done.
-        Raises ContextFullError, DecodeError, BusyError.
+        Ctrl-C and cancel() stop between two operations of the graph; the cache then holds what was done.
+        Raises ContextFullError, DecodeError, BusyError, AbortedError.
         """
         if len(self.tokens) + len(tokens) > self.n_ctx:
-            raise ContextFullError(f"The context has {self.n_ctx} tokens and {len(self.tokens) + len(tokens)} are "
-                                   f"needed: shorten the prompt or raise --ctx.")
+            raise ContextFullError(f"The context has {self.n_ctx} tokens and {len(self.tokens) + len(tokens)} are needed: shorten the "
+                                   f"prompt, or make the context larger.")
         start = time.perf_counter()
         self.noise.forget()
-        with self._exclusive(), self._interruptible() as flag:
+        with self.access, InterruptFlag() as interrupt:
             self._reconcile()
             self.tokens += tokens
             try:
-                self._prefill(list(tokens), lambda n, total: _report(flag, progress, n, total))
+                with native.interruptible(self._context, lambda: interrupt.requested or self.access.flag, self.access.flag):
+                    self._prefill(list(tokens), lambda n, total: self._report(interrupt, progress, n, total))
+            except AbortedError as error:
+                raise self._why_aborted(error) from None
             finally:
                 self._reconcile()
         depth, self.n_prefilled, self.n_since_refresh = len(self.tokens), len(tokens), 0
         return StepInfo("prefill", "", depth - 1, depth, depth, 1000 * (time.perf_counter() - start))
 
     def step(self, token: int, schedule: Schedule | None = None) -> StepInfo:
-        """One token through the model. Raises ContextFullError, DecodeError, BusyError."""
-        with self._exclusive():
+        """One token through the model. Raises ContextFullError, DecodeError, BusyError, AbortedError."""
+        with self.access:
             if len(self.tokens) >= self.n_ctx:
-                raise ContextFullError(f"The context of {self.n_ctx} tokens is full: raise --ctx or start anew.")
+                self._make_room()
             self.tokens.append(token)
             try:
                 return self._stock_step(token) if self.engine is None else self._engine_step(token, schedule)
-            except SfiError:
+            except AbortedError as error:
+                self._reconcile()
+                raise self._why_aborted(error) from None
+            except BaseException:
                 self._reconcile()
                 raise
 
@@ -126,10 +209,13 @@ class Session:
 
         refresh: the pass ends with a new support
         """
-        with self._exclusive():
+        with self.access:
             known = len(tokens) - 1
             try:
                 info = self.engine.verify(tokens, known, refresh)
+            except AbortedError as error:
+                self._drop_drafts()
+                raise self._why_aborted(error) from None
             except SfiError:
                 self._drop_drafts()
                 raise
@@ -139,9 +225,96 @@ class Session:
 
     def rollback(self, n: int) -> None:
         """Take back the last n tokens; the support stays."""
-        with self._exclusive():
+        with self.access:
             self.engine.rollback(n)
             del self.tokens[len(self.tokens) - n:]
+
+    def save(self) -> bytes:
+        """The cells of all tokens, for load(); needs no more memory than they have."""
+        with self.access:
+            return bytes(native.sequence_state(self._context))
+
+    def load(self, tokens: Sequence[int], state: bytes) -> bool:
+        """Put back what save() gave when the slot held these tokens; False, and an empty slot, if it does not fit this context.
+
+        The bytes are trusted: those of a stranger must be checked before.
+        """
+        with self.access:
+            return self._put(tokens, state)
+
+    def _grow(self, n_ctx: int) -> None:
+        tokens, state, old = self.tokens, self._take(), self.n_ctx
+        self._drop_context()
+        try:
+            self._open(n_ctx)
+        except SfiError:
+            if old:
+                self._open(old)
+            raise
+        finally:
+            self.tokens = []
+            if state is not None and self._context is not None:
+                self._put(tokens, state)
+
+    def _take(self) -> Any:
+        """The cells of the tokens, to be put into another context; None if there are none, or no memory to hold them meanwhile."""
+        self._drop_drafts_if_any()
+        if not self.tokens:
+            return None
+        free = available_memory()
+        if free is not None and native.sequence_size(self._context) > free:
+            return None
+        return native.sequence_state(self._context)
+
+    def _put(self, tokens: Sequence[int], state: Any) -> bool:
+        if native.set_sequence_state(self._context, state):
+            self.tokens = list(tokens)
+            self._reconcile()
+            return True
+        self._llama.llama_memory_clear(self._memory, True)
+        self.tokens = []
+        return False
+
+    def _open(self, n_ctx: int) -> None:
+        claim_process()
+        self._context = self._make(n_ctx)
+        self._memory = self._llama.llama_get_memory(self._context.ctx)
+        self.access.flag.watch(self._context)
+        try:
+            self._attach(n_ctx)
+        except SfiError:
+            self._drop_context()
+            raise
+        self.n_ctx = n_ctx
+
+    def _attach(self, n_ctx: int = 0) -> None:
+        if self.engine:
+            self.engine.close()
+        self._attached = Attached(None, self.params)
+        self._attached = attach(self.mode, self._context, self._params_for(n_ctx or self.n_ctx), self._portable)
+
+    def _drop_context(self) -> None:
+        if self.engine:
+            self.engine.close()
+        self._attached = replace(self._attached, engine=None)
+        if self._context is not None:
+            self._context.close()
+        self._context, self.n_ctx = None, 0
+
+    def _make_room(self) -> None:
+        if self.n_ctx >= self.n_limit:
+            raise ContextFullError(f"The context of {self.n_ctx} tokens is full: begin anew, or make it larger.")
+        self._grow(min(self.n_limit, 2 * self.n_ctx))
+
+    def _cut(self, n: int) -> None:
+        if n < len(self.tokens) and not self._llama.llama_memory_seq_rm(self._memory, 0, n, -1):
+            n = 0  # recurrent state cannot be cut
+            self._llama.llama_memory_clear(self._memory, True)
+        del self.tokens[n:]
+
+    def _drop_drafts_if_any(self) -> None:
+        if self.n_drafted:
+            self._drop_drafts()
 
     def _drop_drafts(self) -> None:
         if self.n_drafted:
@@ -149,42 +322,8 @@ class Session:
             self.n_drafted = 0
         self._reconcile()
 
-    def _reuse(self, tokens: Sequence[int]) -> int:
-        self._drop_drafts()
-        self.turn += 1
-        n = 0
-        while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
-            n += 1
-        if n < len(self.tokens) and not self._llama.llama_memory_seq_rm(self._memory, 0, n, -1):
-            n = 0  # recurrent state cannot be cut
-            self._llama.llama_memory_clear(self._memory, True)
-        del self.tokens[n:]
-        return n
-
-    def _attach(self) -> Engine | None:
-        if self.mode == "stock":
-            return None
-        depth = (self.params.auto_depth or auto_depth(self.params)) if self.mode in ("auto", "exact") else 0
-        try:
-            engine = Engine(self._context.ctx, self.params.replace(auto_depth=depth), owner=self._context)
-            self._check_exact(engine)
-            return engine
-        except (ModelError, ContextError, KvTypeError, BackendError) as error:
-            if self.mode != "auto":
-                raise type(error)(f"{error} `--mode stock` decodes it with llama.cpp's own path.") from None
-            self.why_stock = str(error)
-            return None
-
-    def _check_exact(self, engine: Engine) -> None:
-        if self.mode == "exact" and engine.path != "native":
-            engine.close()
-            raise BackendError("Mode exact verifies drafts in batches, which a device of this model computes with other rounding "
-                               "than single tokens: use mode dense, or mode sfi with --policy frozen.")
-
     def _engine_step(self, token: int, schedule: Schedule | None) -> StepInfo:
-        # mode exact lets the schedule choose slow steps alone: what it calls dense may be rounded otherwise
-        exact = self.mode == "exact" and (self.can_draft(token) or self.engine.peek(token)[0] == "dense")
-        kind = "dense" if self.mode == "dense" or exact else "auto"
+        kind = self.mode.kind(self.engine, token)
         if schedule:
             proposed = (kind, "forced") if kind == "dense" else self.engine.peek(token)
             kind = schedule(len(self.tokens) - 1, token, *proposed)
@@ -204,17 +343,25 @@ class Session:
                 raise AbortedError("The prefill was stopped.")
             self._decode(tokens[i:i + N_BATCH])
 
+    def _report(self, interrupt: InterruptFlag, progress: Progress | None, n_done: int, n_total: int) -> bool:
+        if progress:
+            progress(n_done, n_total)
+        return not interrupt.requested and not self.access.flag
+
     def _decode(self, tokens: list[int]) -> None:
         """Plain llama_decode, waited for."""
-        array = (self._llama.llama_token * len(tokens))(*tokens)
-        status = self._llama.llama_decode(self._context.ctx, self._llama.llama_batch_get_one(array, len(tokens)))
+        status = native.decode(self._context, tokens)
         if status == 1:
-            raise ContextFullError("The KV cache has no free cell: raise --ctx.")
+            raise ContextFullError("The KV cache has no free cell: begin anew, or make the context larger.")
         if status == 2:
             raise AbortedError("The step was stopped.")
         if status:
             raise DecodeError(f"llama_decode failed with {status} ({last_log_lines() or 'no message'}).")
-        self._llama.llama_synchronize(self._context.ctx)
+
+    def _why_aborted(self, error: AbortedError) -> SfiError:
+        if self.access.closed:
+            return DetachedError("This model was closed while it computed: load it again.")
+        return AbortedError(CANCELLED) if self.access.flag else error
 
     def _reconcile(self) -> None:
         """Make cache and token list agree, also after an interrupt at any point."""
@@ -223,33 +370,3 @@ class Session:
             del self.tokens[n_cells:]
         elif n_cells > len(self.tokens):
             self._llama.llama_memory_seq_rm(self._memory, 0, len(self.tokens), -1)
-
-    @contextmanager
-    def _exclusive(self):
-        """One thread at a time; the second is refused rather than queued behind minutes of work."""
-        if not self._lock.acquire(blocking=False):
-            raise BusyError("Another thread is using this model: give each thread a model of its own, or take turns.")
-        try:
-            if self._context.ctx is None:
-                raise DetachedError("This context was closed: generate anew.")
-            yield
-        finally:
-            self._lock.release()
-
-    @contextmanager
-    def _interruptible(self):
-        """Ctrl-C ends the running graph. Only in prefill: the callback costs too much in a step of few milliseconds."""
-        with InterruptFlag() as flag:
-            callback = self._llama.ggml_abort_callback(lambda user: flag.requested)
-            self._llama.llama_set_abort_callback(self._context.ctx, callback, None)
-            try:
-                yield flag
-            finally:
-                none = ctypes.cast(None, self._llama.ggml_abort_callback)
-                self._llama.llama_set_abort_callback(self._context.ctx, none, None)
-
-
-def _report(flag: InterruptFlag, progress: Progress | None, n_done: int, n_total: int) -> bool:
-    if progress:
-        progress(n_done, n_total)
-    return not flag.requested

@@ -26,6 +26,8 @@ class Step:
     tie:     mode exact: but for noise another token would have been drawn, so that dense steps might have taken it
     n_drafted, n_accepted: mode exact: tokens that were drafted for the span which ends here, and those of them that
              verification kept
+    logprob: natural logarithm of the token's probability by the model alone, before any sampler; None: not asked for
+    top:     as many (token, logprob) as were asked for, the most likely first
     """
 
     token: int
@@ -40,6 +42,8 @@ class Step:
     tie: bool = False
     n_drafted: int = 0
     n_accepted: int = 0
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class TextStream:

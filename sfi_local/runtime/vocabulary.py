@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import re
+from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, Sequence
+from typing import Any, ContextManager, Sequence
 
 from sfi_local.binding.library import open_library
 from sfi_local.errors import InputError
@@ -19,17 +20,17 @@ _NO_LETTER = "\x01"            # merges with nothing
 
 
 class Vocabulary:
-    """Tokens and text of a model. Pure reading, safe from any thread."""
+    """Tokens and text of a model. Pure reading, safe from any thread.
 
-    def __init__(self, weights: Any):
-        self._weights, self._llama = weights, open_library().llama_cpp
+    weights: llama_cpp._internals.LlamaModel; access: the way in, see Access; None: they are not freed before this
+    """
+
+    def __init__(self, weights: Any, access: ContextManager | None = None):
+        self.weights, self._llama, self.access = weights, open_library().llama_cpp, access or nullcontext()
+        self.n_vocab = weights.n_vocab()  # how many tokens there are; ids are smaller
+        self._bos = weights.token_bos()
         self.add_bos = bool(weights.add_bos_token())
         self.bos_text, self.eos_text = self._text(weights.token_bos()), self._text(weights.token_eos())
-
-    @property
-    def n_vocab(self) -> int:
-        """How many tokens there are; ids are smaller."""
-        return self._weights.n_vocab()
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
         """Token ids; with ``special`` the text of a special token becomes that token.
@@ -37,7 +38,7 @@ class Vocabulary:
         Any text on any thread's stack, see long_text.py. Raises InputError for what is no text, OutOfMemoryError.
         """
         data = self._encoded(text)
-        out = [self._weights.token_bos()] if add_bos and self.bos_text else []
+        out = [self._bos] if add_bos and self.bos_text else []
         if len(long_text.cut(text, self._slow_digits)) == 1:
             return out + self._tokenize(data, len(text), special)
         for part in self._apart(text) if special else [text]:
@@ -77,10 +78,16 @@ class Vocabulary:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = self._llama.llama_token_to_piece(self._weights.vocab, token, buffer, size, 0, False)
+            with self.access:
+                n = self._llama.llama_token_to_piece(self.weights.vocab, token, buffer, size, 0, False)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    def control_tokens(self, texts: Sequence[str]) -> set[int]:
+        """The tokens that texts name which no text is ever made of, such as ``<|im_start|>``."""
+        found = [self.tokenize(text, special=True) for text in texts if text]
+        return {tokens[0] for tokens in found if len(tokens) == 1 and not self.piece(tokens[0])}
 
     def name(self, token: int) -> str:
         """How the vocabulary spells a token, e.g. ``<|im_end|>`` for a special one."""
@@ -88,7 +95,8 @@ class Vocabulary:
 
     def is_end(self, token: int) -> bool:
         """Whether a token ends the answer."""
-        return bool(self._llama.llama_vocab_is_eog(self._weights.vocab, token))
+        with self.access:
+            return bool(self._llama.llama_vocab_is_eog(self.weights.vocab, token))
 
     def _tokenize(self, data: bytes, n: int, special: bool) -> list[int]:
         """Of n characters, on a stack for so many. No token has less than a byte, but a space may come before."""
@@ -96,7 +104,8 @@ class Vocabulary:
 
         def call() -> list[int]:
             array = (self._llama.llama_token * room)()
-            n_tokens = self._llama.llama_tokenize(self._weights.vocab, data, len(data), array, room, False, special)
+            with self.access:
+                n_tokens = self._llama.llama_tokenize(self.weights.vocab, data, len(data), array, room, False, special)
             if n_tokens < 0:
                 raise InputError(f"The text of {len(data)} bytes cannot be tokenised: give a shorter one.")
             return array[:n_tokens]
@@ -116,8 +125,9 @@ class Vocabulary:
         return [piece for piece in re.split(f"({_any_of(self._names(_SPECIAL)).pattern})", text) if piece]
 
     def _names(self, attributes: int) -> set[str]:
-        n, get, vocab = self._weights.n_vocab(), self._llama.llama_vocab_get_attr, self._weights.vocab
-        return {name for t in range(n) if get(vocab, t) & attributes and (name := self._text(t))}
+        with self.access:
+            n, get, vocab = self.weights.n_vocab(), self._llama.llama_vocab_get_attr, self.weights.vocab
+            return {name for t in range(n) if get(vocab, t) & attributes and (name := self._text(t))}
 
     @cached_property
     def _control_names(self) -> set[str]:
@@ -126,7 +136,8 @@ class Vocabulary:
     @cached_property
     def _slow_digits(self) -> bool:
         name = ctypes.create_string_buffer(32)
-        self._llama.llama_model_meta_val_str(self._weights.model, b"tokenizer.ggml.pre", name, len(name))
+        with self.access:
+            self._llama.llama_model_meta_val_str(self.weights.model, b"tokenizer.ggml.pre", name, len(name))
         return name.value == b"superbpe"
 
     @cached_property
@@ -134,10 +145,12 @@ class Vocabulary:
         return b"".join(map(self.piece, self.tokenize("x"))).startswith(b" ")
 
     def _attributes(self, token: int) -> int:
-        return self._llama.llama_vocab_get_attr(self._weights.vocab, token)
+        with self.access:
+            return self._llama.llama_vocab_get_attr(self.weights.vocab, token)
 
     def _text(self, token: int) -> str:
-        return self._weights.token_get_text(token) if token >= 0 else ""
+        with self.access:
+            return self.weights.token_get_text(token) if token >= 0 else ""
 
 
 def _any_of(names: set[str]) -> re.Pattern:

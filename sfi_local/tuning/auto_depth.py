@@ -15,13 +15,14 @@ from statistics import median
 from typing import Any
 
 from sfi_local.binding import gpu, state_fill
+from sfi_local.binding.context import maker
 from sfi_local.errors import SfiError
 from sfi_local.machine import available_memory, cache_dir, cpu_name, usable_cpus
 from sfi_local.params import SfiParams
 from sfi_local.params import auto_depth as depth_by_rule
 from sfi_local.runtime.memory import ContextCost
 from sfi_local.runtime.model import Model
-from sfi_local.runtime.slot import Session
+from sfi_local.runtime.slot import Slot
 from sfi_local.store import layout
 from sfi_local.tuning import remembered
 
@@ -136,15 +137,15 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
     depths = _depths(model, params, type_k, type_v)
     longest = max(params.max_span, ROUND.count("fast")) if params.refreshes else 0
     params = params.replace(auto_depth=MAX_DEPTH, max_span=longest)
-    session = Session(model.weights, depths[-1] + len(ROUND) * ROUNDS, "sfi", params, model.n_threads, type_k, type_v)
+    slot = Slot(maker(model.weights, model.n_threads, type_k, type_v), depths[-1] + len(ROUND) * ROUNDS, "sfi", params)
     try:
-        session.engine.params = params  # mode sfi leaves auto_depth out
+        slot.set_auto_depth(params.auto_depth)  # mode sfi leaves it out
         token = (model.tokenize("the") or [0])[-1]
-        session.prefill([token] * PIECE)
+        slot.prefill([token] * PIECE)
         n_cpus = 0 if model.gpus else min(model.n_threads, len(usable_cpus()))
-        return [_time_at(session, depth, token, (deadline, limit), n_cpus) for depth in depths]
+        return [_time_at(slot, depth, token, (deadline, limit), n_cpus) for depth in depths]
     finally:
-        session.close()
+        slot.close()
 
 
 def _depths(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[int]:
@@ -166,20 +167,20 @@ def _gpu_depths(unit: int, cost: ContextCost) -> list[int]:
     return [deep // 4, deep]
 
 
-def _time_at(session: "Session", depth: int, token: int, until: tuple[float, float], n_cpus: int) -> Timing:
+def _time_at(slot: Slot, depth: int, token: int, until: tuple[float, float], n_cpus: int) -> Timing:
     """Rounds at one depth: several if there is time, the first three steps at least.
 
     until:  when the measurement must end, and the seconds that it has in all
     n_cpus: that the threads can keep busy; 0 where they mostly wait for a GPU
     """
-    state_fill.fill(session.context.ctx, depth)
-    session.tokens[:] = [token] * depth
+    state_fill.fill(slot.context.ctx, depth)
+    slot.tokens[:] = [token] * depth
     start, cpu = time.perf_counter(), time.process_time()
     deadline, limit = until
     end = min(deadline, start + limit / 3)
     best = {"slow": float("inf"), "dense": float("inf"), "fast": float("inf")}
     for kind in ROUND * ROUNDS:
-        info = session.step(token, lambda *_: kind)
+        info = slot.step(token, lambda *_: kind)
         best[info.kind] = min(best[info.kind], info.t_ms)
         whole = max(best.values()) < float("inf")
         if whole and time.perf_counter() > end:

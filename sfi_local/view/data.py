@@ -58,7 +58,7 @@ class Collector:
 
     @classmethod
     def of(cls, session: Any, n_prompt: int) -> "Collector":
-        """The collector of a generation that has begun in a Session, with a prompt of n_prompt tokens."""
+        """The collector of a generation that has begun in a Slot, with a prompt of n_prompt tokens."""
         params = session.params
         return cls(session.engine, n_prompt, params.n_sink, params.n_recent, params.policy)
 

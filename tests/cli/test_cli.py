@@ -281,7 +281,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tiny, tmp_path, phase):
     hook = {
         "load": "import sfi_local.loading as m; old = m.load_weights; m.load_weights = lambda *a: (hit(), old(*a))[1]",
         "prefill": "import sfi_local.runtime.slot as s; old = s._report; s._report = lambda *a: (hit(), old(*a))[1]",
-        "decode": "import sfi_local.runtime.slot as s; old = s.Session.step; s.Session.step = lambda *a: (hit(), old(*a))[1]",
+        "decode": "import sfi_local.runtime.slot as s; old = s.Slot.step; s.Slot.step = lambda *a: (hit(), old(*a))[1]",
     }[phase]
     code = (f"import signal, sys, threading\nhit = lambda: signal.raise_signal(signal.SIGINT)\n{hook}\n"
             f"from sfi_local.cli.main import main\nsys.exit(main())")

@@ -25,13 +25,14 @@ def weights(tiny):
 
 @pytest.fixture
 def session(weights):
-    """Make sessions of 2048 cells, one thread; they are closed at the end of the test."""
-    from sfi_local.runtime.slot import Session
+    """Make slots of 2048 cells, one thread; they are closed at the end of the test."""
+    from sfi_local.binding.context import maker
+    from sfi_local.runtime.slot import Slot
 
     made = []
 
     def make(mode="sfi", params=SMALL, n_ctx=2048, kv="f16"):
-        made.append(Session(weights, n_ctx, mode, params, 1, kv, kv))
+        made.append(Slot(maker(weights, 1, kv, kv), n_ctx, mode, params))
         return made[-1]
 
     yield make
@@ -40,21 +41,19 @@ def session(weights):
 
 
 @pytest.fixture
-def plain_attention(weights, monkeypatch):
-    """A stock session of F32 K and V that multiplies matrices instead of using flash attention."""
-    from llama_cpp import _internals
+def plain_attention(weights):
+    """A stock slot of F32 K and V that multiplies matrices instead of using flash attention."""
+    from llama_cpp import _internals, llama_cpp as llama
 
-    from sfi_local.runtime import slot as module
+    from sfi_local.runtime.slot import Slot
 
-    def without_flash(llama, weights, n_ctx, n_threads, *_):
+    def without_flash(n_ctx):
         params = llama.llama_context_default_params()
-        params.n_ctx, params.n_threads, params.n_threads_batch = n_ctx, n_threads, n_threads
+        params.n_ctx, params.n_threads, params.n_threads_batch = n_ctx, 1, 1
         params.flash_attn_type, params.type_k, params.type_v = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED, 0, 0
         return _internals.LlamaContext(model=weights, params=params, verbose=True)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "new_context", without_flash)
-        one = module.Session(weights, 2048, "stock", SMALL, 1)
+    one = Slot(without_flash, 2048, "stock", SMALL)
     yield one
     one.close()
 
@@ -130,9 +129,10 @@ def test_window_keeps_no_selected_cells(session):
 
 
 def test_two_threads_of_ggml_equal_one(weights, session):
-    from sfi_local.runtime.slot import Session
+    from sfi_local.binding.context import maker
+    from sfi_local.runtime.slot import Slot
 
-    one, two = session(), Session(weights, 2048, "sfi", SMALL, 2)
+    one, two = session(), Slot(maker(weights, 2), 2048, "sfi", SMALL)
     assert decode(one, 30)[0] == decode(two, 30)[0]
     two.close()
 
@@ -301,13 +301,13 @@ def test_two_engines_on_one_context_are_refused(session):
 
 
 def test_kv_types_without_a_kernel_are_refused(weights):
-    from sfi_local.binding.context import GGML_TYPES
-    from sfi_local.runtime.slot import Session
+    from sfi_local.binding.context import GGML_TYPES, maker
+    from sfi_local.runtime.slot import Slot
 
     GGML_TYPES["q5_0"] = 6
     try:
         with pytest.raises(KvTypeError, match="q5_0"):
-            Session(weights, 512, "sfi", SMALL, 1, "q5_0", "q5_0")
+            Slot(maker(weights, 1, "q5_0", "q5_0"), 512, "sfi", SMALL)
     finally:
         del GGML_TYPES["q5_0"]
 
@@ -357,9 +357,10 @@ def test_engine_and_context_may_be_freed_in_either_order(session, first):
 
 
 def test_an_engine_keeps_its_context_alive(weights):
-    from sfi_local.runtime.slot import Session
+    from sfi_local.binding.context import maker
+    from sfi_local.runtime.slot import Slot
 
-    engine = Session(weights, 512, "sfi", SMALL, 1).engine
+    engine = Slot(maker(weights, 1), 512, "sfi", SMALL).engine
     gc.collect()
     engine.prefill(TEXT[:100])
     assert engine.step(1).depth == 101

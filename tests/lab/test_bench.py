@@ -87,8 +87,8 @@ def test_mode_exact_is_measured_on_the_greedy_text_that_dense_steps_give(tiny):
 
 
 def test_mode_exact_that_is_not_dense_gets_no_time(tiny, monkeypatch):
-    def keep_all(session, sampler, drafts, first):
-        return [*(d.token for d in drafts), sampler.sample(session.context, first + len(drafts))], [False] * (len(drafts) + 1)
+    def keep_all(slot, sampler, drafts, first, logprobs):
+        return [*(d.token for d in drafts), sampler.sample(slot.context, first + len(drafts))], [{"tie": False}] * (len(drafts) + 1)
 
     monkeypatch.setattr("sfi_local.runtime.exact._keep", keep_all)
     with pytest.raises(CheckError, match="mode exact is not that of dense steps"):

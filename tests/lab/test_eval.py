@@ -187,7 +187,7 @@ def test_a_state_that_is_not_restored_is_noticed(measure, monkeypatch):
         real(self, mode, params)
         calls.append(mode)
         if len(calls) > 1:
-            self.rewind(len(self.trunk) - 5)
+            self.cut(len(self.trunk) - 5)
             self.prefill(self.trunk[-5:][::-1])
 
     monkeypatch.setattr(SwitchSession, "begin", begin)

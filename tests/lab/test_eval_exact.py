@@ -44,9 +44,9 @@ def request_of(tiny):
     return lambda **options: EvalPlan(str(tiny), threads=1, params=SMALL, **{"n_exact": 3, "depths": (300,), "n": 30, **options})
 
 
-def keep_all(session, sampler, drafts, first):
+def keep_all(slot, sampler, drafts, first, logprobs):
     """In place of exact._keep: drafts are not verified."""
-    return [*(d.token for d in drafts), sampler.sample(session.context, first + len(drafts))], [False] * (len(drafts) + 1)
+    return [*(d.token for d in drafts), sampler.sample(slot.context, first + len(drafts))], [{"tie": False}] * (len(drafts) + 1)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_drafts_that_are_not_verified_are_shown_as_wrong_and_the_exit_code_is_1(
 
 
 def test_a_row_that_drafted_nothing_has_no_numbers(request_of, monkeypatch):
-    monkeypatch.setattr("sfi_local.runtime.slot.Session.can_draft", lambda self, token: False)
+    monkeypatch.setattr("sfi_local.runtime.slot.Slot.can_draft", lambda self, token: False)
     with pytest.raises(CheckError, match="exact drafted nothing"):
         measure(request_of())
 

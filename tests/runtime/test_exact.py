@@ -10,7 +10,7 @@ import pytest
 
 from sfi_local import Sampling, SfiParams, Tally, load
 from sfi_local.errors import ArgumentError, BusyError
-from sfi_local.runtime.slot import Session
+from sfi_local.runtime.slot import Slot
 from sfi_local.runtime.ties import GROWTH, MARGIN, STEPS, Noise
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog. " * 8, "A list: [1, 2, 3]; and more of it. " * 10, "1234567890, " * 25]
@@ -147,8 +147,8 @@ def test_a_second_turn_reuses_the_cache_and_equals_dense(models):
 
 
 def interrupted(method, when):
-    """Session.method, after which Ctrl-C comes at its `when`th call."""
-    original, calls = getattr(Session, method), iter(range(1 << 30))
+    """Slot.method, after which Ctrl-C comes at its `when`th call."""
+    original, calls = getattr(Slot, method), iter(range(1 << 30))
 
     def call(self, *args):
         result = original(self, *args)
@@ -162,7 +162,7 @@ def interrupted(method, when):
 def test_ctrl_c_at_any_point_leaves_no_draft_behind(models, monkeypatch, method, when):
     model, expected = models("exact"), run(models("dense")).tokens
     with monkeypatch.context() as patch:
-        patch.setattr(Session, method, interrupted(method, when))
+        patch.setattr(Slot, method, interrupted(method, when))
         with pytest.raises(KeyboardInterrupt):
             run(model, draft=5)
     kept = model.prompt_tokens(PROMPTS[0]) + expected[:8]
@@ -177,12 +177,15 @@ def test_a_generator_that_is_left_leaves_no_draft_behind(models):
     assert run(model, draft=5).tokens == expected
 
 
-def test_a_second_generation_ends_the_first(models):
-    first = models("exact").generate(PROMPTS[0], n=20, sampling=GREEDY)
-    next(first)
-    run(models("exact"), PROMPTS[1], n=3)
-    with pytest.raises(BusyError, match="Another generation"):
-        list(first)
+def test_a_second_generation_is_refused_until_the_first_is_over(models):
+    model = models("exact")
+    first = model.generate(PROMPTS[0], n=20, sampling=GREEDY)
+    begun = next(first)
+    with pytest.raises(BusyError, match="cancel"):
+        run(model, "Another prompt", n=3)
+    rest = list(first)
+    assert [begun, *rest][-1].finish == "length" and len(rest) == 19
+    run(model, "Another prompt", n=3)
 
 
 @pytest.mark.parametrize("mode, options", [("exact", {"draft": -1}), ("exact", {"draft": 33}), ("dense", {"draft": 4}),
@@ -281,11 +284,26 @@ def test_dense_steps_between_spans_can_be_ties_too(models, sampling):
     model.close_session()
 
 
-def test_slowfastllama_says_where_exact_decoding_is(tiny):
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_slowfastllama_decodes_exactly_what_it_decodes_densely(tiny, temperature):
     from sfi_local import SlowFastLlama
 
-    with pytest.raises(ArgumentError, match="sfi_local.load"):
-        SlowFastLlama(str(tiny), mode="exact")
+    def answer(mode):
+        llm = SlowFastLlama(str(tiny), mode=mode, n_ctx=1024, n_threads=1, sfi_params=MUCH.replace(auto_depth=1))
+        choice = llm.create_completion(PROMPTS[0], max_tokens=60, temperature=temperature, seed=7, repeat_penalty=1.2)["choices"][0]
+        n_drafted = llm.steps.n_verify
+        llm.close()
+        return choice["text"], n_drafted
+
+    (dense, none), (exact, some) = answer("dense"), answer("exact")
+    assert dense == exact and none == 0 < some
+
+
+def test_slowfastllama_refuses_what_exact_decoding_cannot_give(tiny):
+    from sfi_local import SlowFastLlama
+
+    with pytest.raises(ArgumentError, match="logprobs"):
+        SlowFastLlama(str(tiny), mode="exact", logits_all=True)
 
 
 def test_the_command_line_decodes_exactly_and_says_so(cli, tiny):

@@ -164,12 +164,15 @@ def test_a_model_may_be_used_from_another_thread(models):
     assert [s.token for s in result[0]] == [s.token for s in run(models("dense"))]
 
 
-def test_a_second_generation_ends_the_first(models):
-    first = models("dense").generate(PROMPT, n=20, sampling=GREEDY)
-    next(first)
-    run(models("dense"), "Another prompt", n=3)
-    with pytest.raises(BusyError, match="Another generation"):
-        next(first)
+def test_a_second_generation_is_refused_until_the_first_is_over(models):
+    model = models("dense")
+    first = model.generate(PROMPT, n=20, sampling=GREEDY)
+    begun = next(first)
+    with pytest.raises(BusyError, match="cancel"):
+        run(model, "Another prompt", n=3)
+    rest = list(first)
+    assert [begun, *rest][-1].finish == "length" and len(rest) == 19
+    run(model, "Another prompt", n=3)
 
 
 @pytest.mark.parametrize("mode", ["dense", "stock"])

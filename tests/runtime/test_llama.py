@@ -86,10 +86,17 @@ def test_a_grammar_is_obeyed_on_fast_steps(llama):
     assert llm.steps.n_fast > 5
 
 
-def test_logits_of_every_token_are_llama_cpp_s_own_with_a_reason(llama):
-    llm = llama(logits_all=True)
-    answer = llm.create_completion(PROMPT[:45], max_tokens=3, temperature=0, logprobs=2)
-    assert answer["choices"][0]["logprobs"] and llm.steps is None and "every token" in llm.why_stock
+@pytest.mark.parametrize("prompt", [PROMPT[:45], PROMPT])
+def test_logits_of_every_token_come_from_slow_and_fast_steps_too(llama, tiny, prompt):
+    from llama_cpp import Llama
+
+    llm = llama(logits_all=True, sfi_params=SfiParams.of("frozen", n_selected=700))  # everything: equal to dense
+    theirs = Llama(str(tiny), n_ctx=1024, n_threads=1, flash_attn=True, logits_all=True, verbose=False)
+    mine, other = (one.create_completion(prompt, max_tokens=4, temperature=0, logprobs=2, echo=True)["choices"][0]["logprobs"]
+                   for one in (llm, theirs))
+    assert mine["tokens"] == other["tokens"] and llm.why_stock == "" and llm.steps.n_fast > 0
+    assert [x for x in mine["token_logprobs"] if x] == pytest.approx([x for x in other["token_logprobs"] if x], abs=0.1)
+    theirs.close()
 
 
 def test_a_saved_state_decodes_on(llama):
@@ -183,7 +190,7 @@ def test_another_thread_is_refused(llama):
 
     def intrude():
         try:
-            llm.engine.stats()
+            llm.engine.step(65)
         except BusyError as error:
             errors.append(error)
 

@@ -176,16 +176,16 @@ def test_a_real_measurement_has_times_of_every_kind_and_leaves_the_model_usable(
 
 
 def test_dense_is_timed_as_auto_takes_it_below_its_depth(model, monkeypatch):
-    from sfi_local.runtime.slot import Session
+    from sfi_local.runtime.slot import Slot
 
-    taken, step = set(), Session.step
+    taken, step = set(), Slot.step
 
     def watched(self, *args):
         info = step(self, *args)
         taken.add((info.kind, info.reason))
         return info
 
-    monkeypatch.setattr(Session, "step", watched)
+    monkeypatch.setattr(Slot, "step", watched)
     monkeypatch.setattr(auto_depth, "LIMIT_S", 60.0)
     monkeypatch.setattr(auto_depth, "ROUNDS", 1)
     monkeypatch.setattr(auto_depth, "LEAST_CPU", 0)

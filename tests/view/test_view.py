@@ -338,7 +338,7 @@ def test_nothing_is_left_of_a_view_that_did_not_end(tiny, tmp_path, phase, retur
     """Ctrl-C falls into a step, or while the file is written; or the disk is full. What was there before stays."""
     hit = "import signal; hit = lambda *a: signal.raise_signal(signal.SIGINT)\n"
     hook = {
-        "decode": hit + "import sfi_local.runtime.slot as s; old = s.Session.step; s.Session.step = lambda *a: (hit(), old(*a))[1]",
+        "decode": hit + "import sfi_local.runtime.slot as s; old = s.Slot.step; s.Slot.step = lambda *a: (hit(), old(*a))[1]",
         "write": hit + "import pathlib as p; old = p.Path.write_text; p.Path.write_text = lambda *a, **k: (old(*a, **k), hit())",
         "fail": "import pathlib as p\ndef full(*a, **k): raise OSError(28, 'No space left on device')\np.Path.write_text = full",
     }[phase]

@@ -77,10 +77,10 @@ class BenchSession(SwitchSession):
         Steps are given the tokens of the text; mode exact, whose drafts a text would refute, goes its own greedy way.
         """
         self.begin("sfi" if mode == "frozen" else mode, params)
-        if mode == "exact":
+        if self.mode.verifies:
             return self._decode_exact(n)
-        schedule = every(slow_every) if slow_every and mode in ("frozen", "sfi") and self.params.refreshes else None
-        if self._fill == "state" and self.engine and self.params.policy == "sketch" and self.mode == "sfi":
+        schedule = every(slow_every) if slow_every and self.mode.always_fast and self.params.refreshes else None
+        if self._fill == "state" and self.engine and self.params.policy == "sketch" and self.mode.always_fast:
             self._settle_sketch()
         if self.engine:
             self.engine.reset_stats()

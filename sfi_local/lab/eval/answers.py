@@ -46,7 +46,7 @@ def answer_all(model: Any, prompts: Sequence[Prompt], rows: Sequence[Row], param
                 draw = sampling(i - 1)
                 tally = answer(model, session, prompt, score.row, planned, draw.chain())
                 spent[score.row.name] = add(score, tally, session, prompt, planned.params, layers, kv_type)
-                score.rounding.append(score.row.mode == "exact" and eval_exact.from_rounding(
+                score.rounding.append(score.row.decodes.verifies and eval_exact.from_rounding(
                     session, planned.params, tally, scores[0].tokens[-1], draw.chain()))
             bar.advance()
     for score in scores:
@@ -69,7 +69,7 @@ def answer(model: Any, session: SwitchSession, prompt: Prompt, row: Row, planned
     """One answer, by the loops that `run` and `load` generate with."""
     tally = Tally(n_prompt=len(prompt.tokens))
     session.cut_back(row.mode, planned.params)
-    if row.mode == "exact":
+    if row.decodes.verifies:
         steps = generate_exact(session, model.vocabulary, prompt.tokens, sampler, prompt.n, draft=row.draft)
     else:
         steps = generate(session, model.vocabulary, prompt.tokens, sampler, prompt.n, schedule=planned.schedule())
@@ -97,15 +97,15 @@ def add(score: Score, tally: Tally, session: SwitchSession, prompt: Prompt, para
     score.n_spans += len(tally.spans)
     score.n_drafted += tally.n_drafted
     score.n_accepted += tally.n_accepted
-    score.noise = session.noise.largest if score.row.mode == "exact" else 0.0
+    score.noise = session.noise.largest if score.row.decodes.verifies else 0.0
     return Spent(max(1, len(kinds)), kinds.count("slow"), depth + len(kinds) / 2, share)
 
 
 def check(score: Score) -> None:
     """Raise CheckError where a row did not do what it stands for."""
-    if score.row.mode in ("dense", "stock") and score.kinds:
-        checks.only(score, score.row.mode)
-    elif score.row.mode == "sfi":
+    if not score.row.decodes.fast and score.kinds:
+        checks.only(score, *score.row.decodes.kinds)
+    elif score.row.decodes.always_fast:
         checks.sparse(score.row.name, score.kinds)
-    elif score.row.mode == "exact":
+    elif score.row.decodes.verifies:
         checks.drafted_or_dense(score.row.name, score.kinds)

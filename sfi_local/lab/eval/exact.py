@@ -84,7 +84,7 @@ def refuse(scores: Sequence[Score]) -> None:
     """Raise CheckError where a row of mode exact is not dense. scores: the first is dense's"""
     for score in scores:
         found = compare(score, scores[0])
-        if score.row.mode == "exact" and found.errors:
+        if score.row.decodes.verifies and found.errors:
             raise CheckError(f"No numbers are shown: {found.complaint}")
 
 
@@ -164,7 +164,7 @@ def check_depth(rows: Sequence[Row], params: SfiParams, depth: int, n: int) -> N
     for row in rows:
         mine = plan(row, params, n, depth + n, {}).params
         least = mine.auto_depth or auto_depth(mine)
-        if row.mode == "exact" and depth + n < least + 2:
+        if row.decodes.verifies and depth + n < least + 2:
             raise InputError(f"{row.name}: mode exact drafts from a depth of {least} tokens, below which its steps are dense: raise "
                              f"--depth.")
 
@@ -172,6 +172,6 @@ def check_depth(rows: Sequence[Row], params: SfiParams, depth: int, n: int) -> N
 def check_drafted(scores: Sequence[Score]) -> None:
     """Raise CheckError where a row of mode exact drafted nothing, so that its equality says nothing."""
     for score in scores:
-        if score.row.mode == "exact" and not score.n_drafted:
+        if score.row.decodes.verifies and not score.n_drafted:
             raise CheckError(f"No numbers are shown: {score.row.name} drafted nothing, its steps were "
                              f"{', '.join(sorted(set(score.kinds))) or 'none'}.")

@@ -65,7 +65,7 @@ def exact_rows(scores: list["Score"], depth: int, request: "EvalPlan", model: An
     step; kept_per_span: mean number of drafts that verification kept; n_dense: steps without drafts
     """
     common, rows = _common(request, model), []
-    for one in (score for score in scores if score.row.mode == "exact"):
+    for one in (score for score in scores if score.row.decodes.verifies):
         found = compare(one, scores[0])
         rows.append({
             "task": "exact", **_names(one, request), "depth": depth, "n_prompts": found.n_prompts, "n": request.n,

@@ -58,7 +58,7 @@ class EvalPlan:
             raise UsageError("--limit takes the first tasks of a file: give one with --tasks.")
         if self.tasks == "-" == self.text:
             raise UsageError("stdin can be read once: give a file to --text or to --tasks.")
-        if not self.is_tasks and not self.n_exact and any(row.mode == "exact" for row in self.rows()):
+        if not self.is_tasks and not self.n_exact and any(row.decodes.verifies for row in self.rows()):
             raise UsageError("Mode exact generates what dense does and has no distributions of its own on a given text: measure it with "
                              "--exact N, or on prompts with --passkey, --copy or --tasks.")
         self.rows()
@@ -73,7 +73,7 @@ class EvalPlan:
                              "--reference, --plot and --modes.")
         if self.fidelity not in (None, "default"):
             raise UsageError("--fidelity is about the fast steps of modes auto and sfi; those of mode exact are verified: leave it out.")
-        if any(row.mode != "exact" for row in self.rows()[1:]):
+        if any(not row.decodes.verifies for row in self.rows()[1:]):
             raise UsageError("--exact compares rows of mode exact with dense: give every --row mode=exact.")
 
     def rows(self) -> list["Row"]:

@@ -9,7 +9,8 @@ from sfi_local.errors import UsageError
 from sfi_local.fields import kinds, meant, parse
 from sfi_local.params import SfiParams
 from sfi_local.runtime.draft_length import MAX_DRAFTS
-from sfi_local.runtime.slot import MODES, Schedule
+from sfi_local.runtime.modes import MODES, Mode, mode_of
+from sfi_local.runtime.slot import Schedule
 from sfi_local.store.layout import KV_TYPES
 
 ORACLE_BUDGETS = (32, 128, 512)  # cells selected, of the oracle's rows
@@ -40,6 +41,10 @@ class Row:
     same: str = ""
     like: str = ""
     fit: bool = True
+
+    @property
+    def decodes(self) -> Mode:
+        return mode_of(self.mode)
 
     @property
     def is_yardstick(self) -> bool:
@@ -112,7 +117,7 @@ def plan(row: Row, base: SfiParams, n: int, n_ctx: int, spent: dict[str, Spent])
         n_slow = n // row.slow_every
     if n_slow is not None:
         params = params.replace(max_span=max(params.max_span, n))
-    if row.fit or row.mode in ("dense", "stock"):
+    if row.fit or not row.decodes.fast:
         params = params.fit_context(n_ctx)
     else:
         params.check_context(n_ctx)
@@ -131,7 +136,7 @@ def spread(n: int, n_slow: int) -> Schedule:
 
 def settings(row: Row, base: SfiParams) -> SfiParams:
     """The parameters of a row that is like no other. Mode ``exact`` takes the depth of the rule, as in a run, not a measured one."""
-    if row.mode == "exact":
+    if row.decodes.verifies:
         base = base.replace(auto_depth=0)
     if "policy" not in row.changes:
         return base.replace(**row.changes)
@@ -174,11 +179,12 @@ def parse_row(text: str) -> Row:
 
 def _check_exact(name: str, mode: str, own: dict[str, Any]) -> None:
     """Refuse what mode exact does not have, and what no other mode has."""
-    if mode == "exact" and "kv_type" in own:
+    verifies = mode_of(mode).verifies
+    if verifies and "kv_type" in own:
         raise UsageError(f"--row {name}: mode exact is compared with dense in the run's own KV type: take --kv-type for both.")
-    if mode == "exact" and "slow_every" in own:
+    if verifies and "slow_every" in own:
         raise UsageError(f"--row {name}: in mode exact every step is a draft or a verification: leave slow_every out.")
-    if "draft" in own and (mode != "exact" or own["draft"] > MAX_DRAFTS):
+    if "draft" in own and (not verifies or own["draft"] > MAX_DRAFTS):
         raise UsageError(f"--row {name}: draft is of mode exact, from 1 to {MAX_DRAFTS}: add mode=exact, or leave it out.")
 
 

@@ -1,6 +1,6 @@
 """Fidelity: how far the next-token distributions of a row are from dense's, on a text that is given token by token.
 
-Everything is decoded: one step per token through Session.step, as in a run. The text up to a depth is prefilled once per
+Everything is decoded: one step per token through Slot.step, as in a run. The text up to a depth is prefilled once per
 KV type, and every row starts from that state.
 """
 
@@ -129,7 +129,7 @@ def bytes_read(session: SwitchSession, layers: list, at: list[int], kv_type: str
     """
     dense, mine = (sum(layout.kv_bytes(layers, depth, kind, kind) for depth in at) for kind in (kv_type, session.kv_type))
     share = session.engine.stats().kv_read_share if session.engine else 1.0
-    if session.engine and session.mode == "sfi" and session.params.policy == "oracle":
+    if session.engine and session.mode.always_fast and session.params.policy == "oracle":
         share = chosen_share(session, at)
     return share * mine / len(at), share * mine / dense
 
@@ -160,9 +160,9 @@ def divergence(log_p: Any, log_q: Any) -> float:
 
 def check(one: TextScore) -> None:
     """Raise CheckError where a row did not do what it stands for."""
-    if one.row.mode in ("dense", "stock"):
-        checks.only(one, one.row.mode)
-    elif one.row.mode == "sfi":
+    if not one.row.decodes.fast:
+        checks.only(one, *one.row.decodes.kinds)
+    elif one.row.decodes.always_fast:
         checks.sparse(one.row.name, one.kinds)
     if one.row.is_yardstick:
         checks.same_again(one.row.name, max(one.kl))
