@@ -27,7 +27,10 @@ class Lines(Protocol):
     """Where messages come from."""
 
     def ask(self) -> str:
-        """The next message, or "". Raises EOFError at the end, KeyboardInterrupt for Ctrl-C where nothing is typed, InputError for what is no text."""
+        """The next message, or "".
+
+        Raises EOFError at the end, KeyboardInterrupt for Ctrl-C where nothing is typed, InputError for what is no text.
+        """
 
 
 def lines(remember: bool) -> Lines:
@@ -65,7 +68,7 @@ class EditedLines:
 
         plain = bool(os.environ.get("NO_COLOR"))
         style = Style.from_dict({} if plain else {"": "bold", "prompt": "ansicyan"})
-        self._session = PromptSession(
+        self._session: Any = PromptSession(
             FormattedText([("class:prompt", PROMPT)]), multiline=True, output=_output(), key_bindings=_keys(), style=style,
             history=_history(history), tempfile_suffix=".txt", completer=_completer(), complete_while_typing=False,
             prompt_continuation=lambda width, line, wraps: FormattedText([("class:prompt", " " * len(MORE) if wraps else MORE)]))

@@ -95,7 +95,7 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """A question and its answer; one that fails leaves the conversation as it was. Raises SfiError."""
-        parts = [part for d in self.documents for part in (d.text, "\n\n")] + [text]
+        parts: list[str | list[int]] = [*self._document_parts(), text]
         if answered := self._answer([*self.messages, Message("user", parts)]):
             self.messages, self.documents = answered, []
 
@@ -110,7 +110,8 @@ class Chat:
             tokens = self.model.template.tokens(kept)
             tally.n_prompt = len(tokens)
             space()
-            stream(self.model, tokens, self.request, self._sampling(seed_offset), tally, reading, Screen(self._marked, self.request.thinking.hidden))
+            screen = Screen(self._marked, self.request.thinking.hidden)
+            stream(self.model, tokens, self.request, self._sampling(seed_offset), tally, reading, screen)
         except KeyboardInterrupt:
             if not tally.tokens:
                 tell(f"Stopped after {reading.done:.0f} of {reading.total:.0f} tokens; they are kept." if reading.done else "Stopped.")
@@ -151,11 +152,13 @@ class Chat:
         cut = "" if source.whole and len(head) == len(source.head()) else ", its head"
         tell(f"{os.path.basename(name)}: {n} tokens{cut}, read with your next message.")
 
+    def _document_parts(self) -> list[str]:
+        return [part for d in self.documents for part in (d.text, "\n\n")]
+
     def _fitted(self, name: str, source: Source) -> tuple[str, int]:
         """(what of a document is taken, its tokens); no more of it is read than that, and a little"""
         system = [m for m in self.messages[:1] if m.role == "system"]
-        others = [part for d in self.documents for part in (d.text, "\n\n")]
-        n_rest = self._count([*system, Message("user", [*others, "\n\n"])])
+        n_rest = self._count([*system, Message("user", [*self._document_parts(), "\n\n"])])
         limit = min(self.model.n_ctx_limit - self._room(), self.request.max_prompt_tokens or self.model.n_ctx_limit)
         text, tokens = beginning(source, self.model.tokenize, max(0, limit - n_rest))
         if source.whole and n_rest + len(tokens) <= limit:
@@ -191,7 +194,7 @@ class Chat:
     def do_system(self, text: str) -> None:
         now = [m for m in self.messages[:1] if m.role == "system"]
         if not text:
-            tell(now[0].parts[0] if now else "There is no system message: /system TEXT sets one.")
+            tell("".join(map(str, now[0].parts)) if now else "There is no system message: /system TEXT sets one.")
             return
         new = [] if text == "-" else [Message("system", [text])]
         self._count([*new, Message("user", ["x"])])  # a template may refuse it

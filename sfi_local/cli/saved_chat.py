@@ -50,7 +50,7 @@ def load(path: str, model: str, n_vocab: int, detokenize: Detokenize) -> tuple[l
         for text, tokens in parts:
             fits = tokens is not None and same and all(t < n_vocab for t in tokens) and detokenize(tokens) == text
             exact = exact and (tokens is None or fits)
-            kept.append(tokens if fits else text)
+            kept.append(tokens if tokens is not None and fits else text)
         out.append(Message(role, kept))
     return out, exact
 
@@ -73,7 +73,8 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise _broken(path, f"it does not say `\"format\": \"{FORMAT}\"`")
     if data.get("version") != VERSION:
-        raise InputError(f"{path} was saved by another version of sfi-local (format {data.get('version')!r}, here {VERSION}): use that one.")
+        raise InputError(f"{path} was saved by another version of sfi-local (format {data.get('version')!r}, here {VERSION}): use "
+                         f"that one.")
     return data
 
 
