@@ -85,7 +85,7 @@ def plot(rows: Rows, path: str) -> None:
     if ceiling:
         axes.axhline(ceiling[0], linestyle=":", color="gray", label="ceiling")
     if doubtful:
-        axes.plot([], [], "x", color="gray", label="measured beside other programs")
+        axes.plot([], [], "x", color="gray", label="measured beside other programs" if any(map(is_busy, rows)) else "above the ceiling")
     axes.set(xlabel="depth in tokens", ylabel="tokens/s", ylim=(0, None), title=r["model"])
     figure.suptitle(facts_line(r), fontsize="x-small", color="gray")
     axes.legend()
