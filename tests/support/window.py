@@ -70,9 +70,9 @@ class Window:
         return self.wait_for(r"\d written.*\n")
 
     def end(self, key=""):
-        """Read the rest and return the exit code; a key is typed every second."""
+        """Type a key, read the rest and return the exit code."""
+        self.type(key)
         for _ in range(60):
-            self.type(key)
             while self._read(1.0):
                 continue
             if self.process.poll() is not None:
