@@ -181,6 +181,8 @@ class Chat:
         tell("A new conversation.")
 
     def do_read(self, path: str) -> None:
+        if path == "-":
+            raise InputError("/read needs the name of a file: what comes from the terminal can be pasted into a message.")
         self.take(path, open_text(os.path.expanduser(path)))
 
     def do_regen(self, _: str) -> None:

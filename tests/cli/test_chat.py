@@ -206,6 +206,8 @@ def test_a_conversation_about_a_file_and_one_more(chat, tmp_path):
     one.wait_for("note.txt: 7 tokens")
     one.answer_to("And this?")
     assert last_message(one, tmp_path / "a") == "A note.\n\nAnd this?"
+    one.type("/read -\r")
+    one.wait_for("needs the name of a file")
     one.type("/read none.txt\r")
     one.wait_for("There is no file none.txt")
 
