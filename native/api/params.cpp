@@ -197,6 +197,12 @@ int32_t auto_depth(const sfi_params & p) {
     return p.policy == SFI_POLICY_SKETCH ? sketch_depth : 2*(p.n_sink + p.n_recent + p.n_selected);
 }
 
+int32_t sfi_auto_depth(const struct sfi_params * params) {
+    sfi_settings settings;
+    const int err = read_settings(params, settings);
+    return err ? err : auto_depth(settings.params);
+}
+
 static llama_support_policy support_policy(sfi_policy policy) {
     switch ((int) policy) {
         case SFI_POLICY_WINDOW: return LLAMA_SUPPORT_WINDOW;

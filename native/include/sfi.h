@@ -102,6 +102,9 @@ struct sfi_params {
 /* The defaults of a policy. params->struct_size must be set. */
 SFI_API int sfi_default_params(struct sfi_params * params, enum sfi_policy policy);
 
+/* The depth below which SFI_STEP_AUTO is dense with these parameters, or a negative status. */
+SFI_API int32_t sfi_auto_depth(const struct sfi_params * params);
+
 /* ---- life cycle ------------------------------------------------------------------------------------------------ */
 
 /* Attach to a context; params may be NULL. On failure *out is NULL and sfi_last_error() says what to change.
@@ -193,12 +196,20 @@ SFI_API int sfi_rollback(struct sfi * sfi, llama_seq_id seq, int32_t n);
 
 /* Dense attention for n tokens in one batch, 1 to llama_n_batch(), each K row read once for all of them. They take the place of
  * the last n_replaced tokens of the sequence (n_replaced <= n), whose K and V came from fast steps. The logits after token i
- * are then llama_get_logits_ith(lctx, i). With refresh the pass ends with a new support.
- *
- * To decode exactly as dense steps would: draft a few tokens by fast steps, verify the token that was sampled last and all
- * drafted ones, keep the drafts that the logits confirm, sfi_rollback() the others, sample the next token. */
+ * are then llama_get_logits_ith(lctx, i). With refresh the pass ends with a new support. */
 SFI_API int sfi_verify(struct sfi * sfi, llama_seq_id seq, const llama_token * tokens, int32_t n, int32_t n_replaced,
                        bool refresh, struct sfi_step_info * info);
+
+/* Draws the token that follows row `row` of llama_get_logits_ith(lctx, row). With `draft` it is a guess: draw it by a copy of the
+ * sampler, made when the first guess after a token that was none is asked for; negative: guess no further. */
+typedef llama_token (*sfi_sample_fn)(void * user, int32_t row, bool draft);
+
+/* Tokens exactly as dense steps give them, several at a time: guesses up to n_drafts tokens that follow `token` by fast steps and
+ * verifies them in one dense pass, of which the sampler draws every token; those that were guessed right are kept. `token` is sure
+ * and not in the cache yet. Returns how many tokens follow it, 1 to n_drafts + 1, in `out`; the last of them is the `token` of the
+ * next call. After an error the sequence is as before. Does a dense step where no fast one is possible. */
+SFI_API int sfi_exact(struct sfi * sfi, llama_seq_id seq, llama_token token, int32_t n_drafts, sfi_sample_fn sample, void * user,
+                      llama_token * out);
 
 /* Drop the support of a sequence, if it has one: its next step is slow. */
 SFI_API int sfi_invalidate(struct sfi * sfi, llama_seq_id seq);

@@ -107,6 +107,21 @@ def test_auto_depth_by_rule(open_context, tiny_weights, native, prompt):
     lib.sfi_free(sfi[0])
 
 
+@pytest.mark.parametrize("policy", ["sketch", "frozen", "window", "oracle"])
+def test_the_rule_for_auto_depth_is_that_of_python(native, policy):
+    from sfi_local import SfiParams
+    from sfi_local.binding.engine import _default_structs
+    from sfi_local.params import auto_depth
+
+    params, _ = _default_structs(policy)
+    params.auto_depth = -1
+    assert native.lib.sfi_auto_depth(params) == auto_depth(SfiParams.of(policy))
+    params.auto_depth = 77
+    assert native.lib.sfi_auto_depth(params) == 77
+    params.auto_depth = -2
+    assert native.lib.sfi_auto_depth(params) == native.lib.SFI_ERR_ARGUMENT
+
+
 # ---- cancelling, and meters of what runs -------------------------------------------------------------------------------
 
 
@@ -254,3 +269,65 @@ def test_bytes_of_a_context_before_it_is_made(open_context, tiny_weights, native
     assert ask(1 << 20)[1].kv == out.kv << 8
     assert ask(4096, kv=6)[0] == lib.SFI_ERR_KV_TYPE and "q5_0" in error(native)
     context.prefill([1, 2, 3])
+
+
+# ---- the exact loop ------------------------------------------------------------------------------------------------------
+
+
+class Greedy:
+    """A sample function over a context; wrong: every so many guesses another token is guessed."""
+
+    def __init__(self, native, context, wrong=0):
+        self.context, self.wrong, self.guesses = context, wrong, 0
+        self.function = native.ffi.callback("sfi_sample_fn", self.sample)
+
+    def sample(self, user, row, draft):
+        llama, c = self.context.llama, self.context
+        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(c.address, row), shape=(c.n_vocab,))
+        self.guesses += draft
+        return int(logits.argmax()) + (1 if draft and self.wrong and self.guesses % self.wrong == 0 else 0)
+
+
+@pytest.mark.parametrize("policy", ["sketch", "frozen"])
+@pytest.mark.parametrize("wrong, n_drafts", [(0, 4), (3, 6), (1, 3), (0, 0)])
+def test_exact_gives_what_dense_steps_give(open_context, tiny_weights, native, prompt, policy, wrong, n_drafts):
+    from sfi_local import SfiParams
+
+    n, ffi, lib = 60, native.ffi, native.lib
+    dense, exact = (open_context(tiny_weights, SfiParams.of(policy, n_recent=32, n_selected=24)) for _ in range(2))
+    dense.prefill(prompt)
+    exact.prefill(prompt)
+    expected = [int(dense.logits().argmax())]
+    while len(expected) <= n:
+        dense.step(expected[-1], "dense")
+        expected.append(int(dense.logits().argmax()))
+
+    greedy, out, got, calls = Greedy(native, exact, wrong), ffi.new("llama_token[]", n_drafts + 1), [expected[0]], 0
+    while len(got) <= n:
+        count = lib.sfi_exact(exact.engine._handle(), 0, got[-1], n_drafts, greedy.function, ffi.NULL, out)
+        assert 1 <= count <= n_drafts + 1, error(native)
+        got += list(out)[:count]
+        calls += 1
+    assert got[:n + 1] == expected[:n + 1]
+    assert calls >= n if n_drafts == 0 else calls < n + 5
+    assert exact.step(got[-1], "dense").pos == N + len(got) - 1
+
+
+def test_exact_after_an_error_leaves_the_sequence_as_it_was(ready, native):
+    ffi, lib, handle = native.ffi, native.lib, ready.engine._handle()
+
+    @ffi.callback("sfi_sample_fn")
+    def stop(user, row, draft):
+        lib_stop[0] = True
+        return 5
+
+    lib_stop = [False]
+    callback = ready.llama.ggml_abort_callback(lambda user: lib_stop[0])
+    ready.llama.llama_set_abort_callback(ready.address, callback, None)
+    out = ffi.new("llama_token[]", 5)
+    assert lib.sfi_exact(handle, 0, 1, 4, stop, ffi.NULL, out) == lib.SFI_ERR_ABORTED and "abort" in error(native)
+    lib_stop[0] = False
+    assert ready.step(1).pos == N
+    assert lib.sfi_exact(handle, 0, 1, 4, ffi.NULL, ffi.NULL, out) == lib.SFI_ERR_ARGUMENT
+    assert lib.sfi_exact(handle, 0, 1, -1, stop, ffi.NULL, out) == lib.SFI_ERR_ARGUMENT and "n_drafts" in error(native)
+    assert lib.sfi_exact(handle, 7, 1, 1, stop, ffi.NULL, out) == lib.SFI_ERR_ARGUMENT
