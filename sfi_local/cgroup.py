@@ -43,8 +43,7 @@ def _mounts(controller: str, root: str) -> list[tuple[str, str, str]]:
     """(type, root of the mount, folder) of the hierarchies that have the controller or may have it."""
     found = []
     for line in read(os.path.join(root, "proc/self/mountinfo")).splitlines():
-        place, _, kind = line.partition(" - ")
-        place, kind = place.split(), kind.split()
+        place, kind = (half.split() for half in (line.split(" - ", 1) + [""])[:2])
         if len(place) > 4 and len(kind) > 2 and (kind[0] == "cgroup2" or kind[0] == "cgroup" and controller in kind[2].split(",")):
             found.append((kind[0], place[3], place[4]))
     return found or [(kind, top, folder.format(controller=controller)) for kind, top, folder in _USUAL_MOUNTS]

@@ -13,7 +13,7 @@ from typing import Callable, Iterable, Sequence
 from sfi_local.binding import gpu
 from sfi_local.binding.context import MAX_OUTPUTS, N_BATCH
 from sfi_local.binding.devices import all_native
-from sfi_local.binding.simulate import simulated
+from sfi_local.binding.simulate import Simulated, simulated
 from sfi_local.errors import OutOfMemoryError
 from sfi_local.machine import available_memory, human_bytes
 from sfi_local.params import SfiParams
@@ -77,10 +77,10 @@ def by_llama(file: GgufFile, type_k: str, type_v: str, n_most: int, gpu_layers: 
     curve is bent downwards in between); None where it does not load the model."""
     n_most = max(_padded(n_most), 2 * MIN_CTX)
     with simulated(file.path, file.architecture, layout.n_vocab(file), gpu_layers) as model:
-        sizes = [model.context_bytes(n, type_k, type_v) for n in (MIN_CTX, n_most)] if model else [None]
-    if None in sizes:
+        ends = _ends(model, (MIN_CTX, n_most), type_k, type_v)
+    if not ends:
         return None
-    least, most = (sum(size) for size in sizes)
+    least, most = map(sum, ends)
     return lambda n_ctx: least + (most - least) * (_padded(n_ctx) - MIN_CTX) // (n_most - MIN_CTX)
 
 
@@ -89,12 +89,18 @@ def caches_by_llama(file: GgufFile, kv_types: Iterable[str], contexts: Sequence[
     found = {}
     with simulated(file.path, file.architecture, layout.n_vocab(file)) as model:
         for kv_type in kv_types:
-            ends = [model.context_bytes(n, kv_type, kv_type) for n in (contexts[0], contexts[-1])] if model else [None]
-            if None in ends:
+            ends = _ends(model, contexts, kv_type, kv_type)
+            if not ends:
                 return None
             (least, _), (most, _) = ends
             found[kv_type] = {n: least + (most - least) * (n - contexts[0]) // (contexts[-1] - contexts[0]) for n in contexts}
     return found
+
+
+def _ends(model: Simulated | None, contexts: Sequence[int], type_k: str, type_v: str) -> list[tuple[int, int]]:
+    """(cache, buffers) in bytes of the first context and of the last; [] where llama.cpp does not make them."""
+    asked = [model.context_bytes(n, type_k, type_v) for n in (contexts[0], contexts[-1])] if model else []
+    return [size for size in asked if size] if None not in asked else []
 
 
 def cost_of(of_llama: OfLlama, layers: list[Layer], mode: str, type_k: str, type_v: str, params: SfiParams, portable_params: SfiParams,

@@ -21,7 +21,7 @@ LARGEST_BY_HTTP = 50_000_000_000  # bytes; larger files the hub gives in pieces 
 def find(name: HfName) -> Path | None:
     """The model's (first) file if all of it is in the hub's cache, else None."""
     folder = _snapshot(name)
-    names = _gguf_files(folder) if folder else []
+    names = _gguf_files(folder)
     first = pick_gguf(names, name.quant)
     return folder / first if first and set(split_parts(first)) <= set(names) else None
 
@@ -33,7 +33,7 @@ def cached() -> list[tuple[HfName, Path]]:
         user, _, repo = ref.parent.parent.name.removeprefix("models--").partition("--")
         where = HfName(f"{user}/{repo}", "", ref.name)
         folder = _snapshot(where)
-        names = _gguf_files(folder) if folder else []
+        names = _gguf_files(folder)
         for first in candidates(names):
             if set(split_parts(first)) <= set(names):
                 quant = quant_of(first)
@@ -92,16 +92,15 @@ def _folder(name: HfName) -> Path:
     return _cache() / f"models--{name.repo.replace('/', '--')}"
 
 
-def _snapshot(name: HfName) -> Path | None:
-    """The folder of a revision in the cache."""
+def _snapshot(name: HfName) -> Path:
+    """The folder of a revision in the cache; it may not be there."""
     ref = _folder(name) / "refs" / name.revision
     commit = ref.read_text().strip() if ref.is_file() else name.revision
-    folder = _folder(name) / "snapshots" / commit
-    return folder if folder.is_dir() else None
+    return _folder(name) / "snapshots" / commit
 
 
 def _gguf_files(folder: Path) -> list[str]:
-    """Names below a snapshot's folder; a link whose blob is gone does not count."""
+    """Names below a snapshot's folder, if it is there; a link whose blob is gone does not count."""
     return [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.gguf")) if p.is_file()]
 
 

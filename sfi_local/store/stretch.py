@@ -25,7 +25,8 @@ def yarn(file: GgufFile, factor: float, n_trained: int | None = None) -> tuple[G
     n_trained = n_trained or file.n_ctx_train
     if not 0 < n_trained <= 1 << 24:
         raise ArgumentError(f"{file.path} does not say on how many tokens it was trained: give them after the factor, as in 4:32768.")
-    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": float(factor), "rope.scaling.original_context_length": n_trained,
-            "context_length": int(factor * n_trained)}
+    keys: dict[str, int | float | str] = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": float(factor), "rope.scaling.original_context_length": n_trained,
+        "context_length": int(factor * n_trained)}
     changed = {f"{file.architecture}.{key}": value for key, value in keys.items()}
     return replace(file, metadata={**file.metadata, **changed}), changed

@@ -10,7 +10,6 @@ import pytest
 from sfi_local import catalogue
 from sfi_local.catalogue import Entry, HfName, candidates, parse_hf, pick_gguf, quant_of, split_parts
 from sfi_local.errors import CatalogueError, PullError
-from sfi_local.machine import cache_dir
 from sfi_local.store import disk, hub, pull, wheels
 from sfi_local.store.gguf_file import read_gguf
 from support.fake_hub import FakeHub
