@@ -105,7 +105,7 @@ class Chat:
         kept, n_dropped = fit(messages, self._count, self.model.n_ctx_limit - room, self.model.n_ctx_limit - 2 * room)
         if n_dropped:
             tell(f"The context is full: the {'oldest turn is' if n_dropped == 1 else f'{n_dropped} oldest turns are'} forgotten.")
-        tally, reading = Tally(), Progress("reading", "tokens")
+        tally, reading = Tally(), Progress("reading", "tokens", "preparing")
         try:
             tokens = self.model.template.tokens(kept)
             tally.n_prompt = len(tokens)

@@ -168,6 +168,8 @@ class Slot:
         self.noise.forget()
         with self.access, InterruptFlag() as interrupt:
             self._reconcile()
+            if progress:
+                progress(0, len(tokens))  # now it begins: what came before, measuring for mode auto, is over
             self.tokens += tokens
             try:
                 with native.interruptible(self._context, lambda: interrupt.requested or self.access.flag, self.access.flag):

@@ -242,9 +242,7 @@ def test_ctrl_c_clears_a_half_typed_line_and_twice_leaves(chat, tmp_path, env):
     one.wait_to_see(READY)
     one.type("\x03")
     one.wait_for("again leaves")
-    one.wait_to_see(READY)
-    one.type("\x03")
-    assert one.end() == 130 and "Traceback" not in one.shown
+    assert one.leave("\x03") == 130 and "Traceback" not in one.shown
 
 
 @pytest.mark.parametrize("env", [{}, {"TERM": "dumb"}])
@@ -260,7 +258,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(window, smollm2, tmp_pat
     one.wait_for("Saved")
     answer = json.loads((tmp_path / "a").read_text())["messages"][1]["parts"][0]
     assert len(answer["tokens"]) > 5 and " ".join(answer["text"].split())[:20] in " ".join(one.shown.split())
-    assert one.end("\x04") == 0 and "Traceback" not in one.shown
+    assert one.leave() == 0 and "Traceback" not in one.shown
 
 
 def test_ctrl_c_while_the_prompt_is_read_keeps_what_was_read(window, smollm2, tmp_path):
@@ -273,7 +271,7 @@ def test_ctrl_c_while_the_prompt_is_read_keeps_what_was_read(window, smollm2, tm
     assert re.search(r"Stopped after \d+ of \d+ tokens;\s+they\s+are kept", one.wait_for(r"kept\."))
     one.type("/tokens\r")
     one.wait_for("0 turns")
-    assert one.end("\x04") == 0
+    assert one.leave() == 0
 
 
 # ---- a full context --------------------------------------------------------------------------------------------------
@@ -304,14 +302,14 @@ def test_a_message_too_long_for_the_context_is_refused_and_the_conversation_goes
 def test_what_was_typed_comes_back_another_day_unless_it_must_not(chat, tmp_path):
     one = chat()
     one.answer_to("Name three rivers")
-    one.end("\x04")
+    one.leave()
     assert stat.S_IMODE((tmp_path / "chat_history").stat().st_mode) == 0o600
     other = chat("--no-history")
     other.answer_to("A secret")
-    other.end("\x04")
+    other.leave()
     third = chat(SFI_LOCAL_NO_HISTORY="1")
     third.answer_to("Another secret")
-    third.end("\x04")
+    third.leave()
     assert "secret" not in (tmp_path / "chat_history").read_text()
     last = chat()
     last.type("\x1b[A")

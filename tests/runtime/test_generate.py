@@ -133,6 +133,14 @@ def test_a_typed_budget_is_refused_and_the_default_one_is_made_smaller(tiny):
         assert model.session.params.budget == 320 and "320" in model.unread_notes()[0]
 
 
+def test_progress_begins_with_nothing_and_ends_with_everything_that_is_new(models):
+    model, told = models("dense"), []
+    model.close_session()
+    run(model, progress=lambda done, total: told.append((done, total)))
+    (_, total), n = told[0], told[-1][0]
+    assert told[0][0] == 0 and n == total > 0 and told == sorted(told)
+
+
 def test_ctrl_c_in_prefill_stops_it_and_leaves_a_usable_session(models):
     model = models("dense")
     model.close_session()

@@ -69,9 +69,14 @@ class Window:
         self.type(text + end)
         return self.wait_for(r"\d written.*\n")
 
-    def end(self, key=""):
-        """Type a key, read the rest and return the exit code."""
+    def leave(self, key="\x04"):
+        """Type Ctrl-D, or another key, where a chat waits for a message; returns the exit code."""
+        self.wait_to_see(r"\n>$")
         self.type(key)
+        return self.end()
+
+    def end(self):
+        """Read the rest and return the exit code."""
         for _ in range(60):
             while self._read(1.0):
                 continue
