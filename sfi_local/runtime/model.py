@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -288,8 +289,10 @@ class Model:
         if slot.fell_back:
             self._params = slot.params
         if slot.n_ctx > self.file.n_ctx_train > 0:
+            way = "" if self.file.get("rope.scaling.type") else (
+                f" Models that are made for YaRN, as Qwen2.5 and Qwen3 are, keep up with --yarn {math.ceil(slot.n_ctx / self.file.n_ctx_train)}.")
             self._note(f"The context of {slot.n_ctx} tokens is longer than the {self.file.n_ctx_train} the model was "
-                       f"trained on: expect worse answers beyond that.")
+                       f"trained on: expect worse answers beyond that.{way}")
 
     def _fit_params(self, n_ctx: int) -> SfiParams:
         """The parameters for a context of n_ctx cells."""

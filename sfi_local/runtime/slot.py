@@ -245,7 +245,7 @@ class Slot:
             return self._put(tokens, state)
 
     def _grow(self, n_ctx: int) -> None:
-        tokens, state, old = self.tokens, self._take(), self.n_ctx
+        tokens, state, old = self.tokens, self._take(n_ctx), self.n_ctx
         self._drop_context()
         try:
             self._open(n_ctx)
@@ -258,13 +258,14 @@ class Slot:
             if state is not None and self._context is not None:
                 self._put(tokens, state)
 
-    def _take(self) -> Any:
-        """The cells of the tokens, to be put into another context; None if there are none, or no memory to hold them meanwhile."""
+    def _take(self, n_ctx: int) -> Any:
+        """The cells of the tokens, to be put into a context of n_ctx cells; None if there are none, or no memory to hold them beside it."""
         self._drop_drafts_if_any()
         if not self.tokens:
             return None
-        free = available_memory()
-        if free is not None and native.sequence_size(self._context) > free:
+        free, size = available_memory(), native.sequence_size(self._context)
+        grown = size * (n_ctx - self.n_ctx) // len(self.tokens)  # by which the new context is larger
+        if free is not None and size + grown > free:
             return None
         return native.sequence_state(self._context)
 

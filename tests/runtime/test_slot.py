@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from sfi_local import Sampling, SfiParams, load
+from sfi_local.binding.context import sequence_size
 from sfi_local.errors import ContextFullError, OutOfMemoryError
 from sfi_local.runtime.modes import MODES, mode_of
 from sfi_local.runtime.slot import Slot
@@ -106,10 +107,12 @@ def test_what_cannot_grow_is_as_it_was(slot, monkeypatch):
     assert one.tokens == [*TEXT, 65]
 
 
-def test_without_memory_to_carry_the_cells_they_are_computed_again(slot, monkeypatch):
+@pytest.mark.parametrize("short", ["of the cells", "of the larger context beside them"])
+def test_without_memory_to_carry_the_cells_they_are_computed_again(slot, monkeypatch, short):
     one = slot("dense", 512)
     one.prefill(TEXT)
-    monkeypatch.setattr("sfi_local.runtime.slot.available_memory", lambda: 10)
+    n_bytes = sequence_size(one._context)
+    monkeypatch.setattr("sfi_local.runtime.slot.available_memory", lambda: 10 if short == "of the cells" else n_bytes + 10)
     one.grow(1024)
     assert one.tokens == [] and one.reuse(TEXT) == 0
     one.prefill(TEXT)
