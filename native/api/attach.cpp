@@ -3,6 +3,7 @@
 #include "context.h"
 
 #include "llama-kv-cache-iswa.h"
+#include "llama-path.h"
 #include "llama-portable.h"
 
 #include <utility>

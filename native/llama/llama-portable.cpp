@@ -1,8 +1,5 @@
 #include "llama-portable.h"
 
-#include "llama-context.h"
-#include "llama-model.h"
-
 #include <cmath>
 #include <numeric>
 #include <set>
@@ -176,28 +173,17 @@ std::vector<ggml_tensor *> llama_portable_operations(ggml_context * c, const lla
 
 // ---- the input -----------------------------------------------------------------------------------------------------------
 
-int64_t llama_support::scan_size(const stream_state & st) const {
-    return std::min<int64_t>(GGML_PAD((int64_t) st.mirror.n_used(), scan_pad), kv->get_size());
+int64_t llama_portable_scan_size(const llama_sequence & seq, int64_t n_ctx) {
+    return std::min<int64_t>(GGML_PAD((int64_t) seq.mirror.n_used(), scan_pad), n_ctx);
 }
 
-// Policy window: the ring holds n_grow cells more than the window shows.
-bool llama_support::overwritten(int32_t n) const {
-    return has_portable() && !params.pinned() && params.n_sink + params.n_recent + n > always_size();
+bool llama_portable_overwritten(const llama_support_params & p, int64_t n_always, int32_t n) {
+    return !p.pinned() && p.n_sink + p.n_recent + n > n_always;
 }
 
-int64_t llama_support::portable_append() const {
-    if (ubatch_kind == LLAMA_SUPPORT_NONE || ubatch_refresh || !streams[stream].valid) {
-        return 0; // a refresh writes all of always anew
-    }
-    const int64_t n_ring = always_size() - params.n_sink;
-    return std::min<int64_t>(ubatch_tokens, n_ring > 0 ? n_ring : always_size()); // of more than the ring holds, the latest
-}
-
-llama_portable_input::llama_portable_input(const std::shared_ptr<llama_support> & support) :
-        owner(support), support(support.get()), built(support->graph_key()), n_append(support->portable_append()) {}
-
-bool llama_portable_input::can_reuse(const llm_graph_params &) {
-    return !owner.expired() && built == support->graph_key() && n_append == support->portable_append();
+int64_t llama_portable_append(const llama_support_params & p, int64_t n_always, int32_t n_tokens) {
+    const int64_t n_ring = n_always - p.n_sink;
+    return std::min<int64_t>(n_tokens, n_ring > 0 ? n_ring : n_always); // of more than the ring holds, the latest
 }
 
 static bool is_used(const ggml_tensor * t) {
@@ -244,21 +230,19 @@ static void set_always(ggml_tensor * cells, ggml_tensor * slots, const std::vect
     set(slots, rows);
 }
 
-void llama_portable_input::set_input(const llama_ubatch *) {
-    const auto & st = support->streams[built.stream];
-    const auto & p  = support->params;
-    const int64_t n = st.mirror.size(), n_always = support->always_size();
+void llama_portable_input::set(const llama_sequence & seq, const llama_support_params & p, int64_t n_always, std::pair<int32_t, int32_t> window) const {
+    const int64_t n = seq.mirror.size();
     if (is_used(cells)) {
-        set_always(cells, slots, st.mirror.cells(), always_places({ 0, (int32_t) (n - n_append) }, n), p, n_always);
+        set_always(cells, slots, seq.mirror.cells(), always_places({ 0, (int32_t) (n - slots->ne[0]) }, n), p, n_always);
     }
     if (is_used(in_use)) {
         const int64_t n_selected = selected_rows(p);
         std::vector<ggml_fp16_t> mask(in_use->ne[0], blind);
-        std::fill_n(mask.begin(), n_selected > 0 ? st.n_chosen : 0, sees);
-        for (const int64_t i : always_places(support->window(st), n)) {
+        std::fill_n(mask.begin(), n_selected > 0 ? seq.n_chosen : 0, sees);
+        for (const int64_t i : always_places(window, n)) {
             mask[n_selected + slot_of(i, p, n_always)] = sees;
         }
-        set(in_use, mask);
+        ::set(in_use, mask);
     }
 }
 
@@ -270,27 +254,25 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t ne0, 
 }
 
 // the most KV heads that a layer has
-static int64_t most_heads(const llama_support & support) {
+static int64_t most_heads(const std::vector<llama_support_layer> & layers) {
     int64_t n = 0;
-    for (const auto & layer : support.get_layers()) {
+    for (const auto & layer : layers) {
         n = layer.compact_k ? std::max(n, layer.compact_k->ne[2]) : n;
     }
     return n;
 }
 
-llama_portable_input * llama_portable_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
-    if (!support->has_portable()) {
-        return nullptr;
+std::unique_ptr<llama_portable_input> llama_portable_new_input(ggml_context * ctx, const llama_support_key & key, const llama_support_params & p,
+                                                               const std::vector<llama_support_layer> & layers, int64_t n_always) {
+    auto inp = std::make_unique<llama_portable_input>();
+    if (key.n_append > 0) {
+        inp->cells = new_input(ctx, GGML_TYPE_I32, key.n_append, most_heads(layers), "portable_cells");
+        inp->slots = new_input(ctx, GGML_TYPE_I64, key.n_append, 1, "portable_slots");
     }
-    auto inp = std::make_unique<llama_portable_input>(support);
-    if (inp->n_append > 0) {
-        inp->cells = new_input(g.ctx0, GGML_TYPE_I32, inp->n_append, most_heads(*support), "portable_cells");
-        inp->slots = new_input(g.ctx0, GGML_TYPE_I64, inp->n_append, 1, "portable_slots");
+    if (key.kind == LLAMA_SUPPORT_FAST) {
+        inp->in_use = new_input(ctx, GGML_TYPE_F16, compact_rows(p, n_always), 1, "portable_in_use");
     }
-    if (inp->built.kind == LLAMA_SUPPORT_FAST) {
-        inp->in_use = new_input(g.ctx0, GGML_TYPE_F16, compact_rows(support->get_params(), support->always_size()), 1, "portable_in_use");
-    }
-    return (llama_portable_input *) g.res->add_input(std::move(inp));
+    return inp;
 }
 
 // ---- the graph of a layer ------------------------------------------------------------------------------------------------
@@ -300,24 +282,23 @@ static ggml_tensor * for_heads(ggml_context * ctx, ggml_tensor * lists, int64_t 
     return !lists || lists->ne[1] == n_head_kv ? lists : ggml_view_2d(ctx, lists, lists->ne[0], n_head_kv, lists->nb[1], 0);
 }
 
-ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama_portable_input * inp, ggml_tensor * q,
-        ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale, float softcap, int il) {
+ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama_portable_input & inp, const llama_support_key & key,
+        const llama_support_layer & layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale, float softcap, int il) {
     ggml_context * ctx = g.ctx0;
-    const auto & layer = inp->support->layer(il);
     const auto update = [&](ggml_tensor * compact, ggml_tensor * cache) {
-        ggml_tensor * cur = stream_of(ctx, compact, inp->built.stream);
-        if (inp->cells) {
-            cur = copy_rows(ctx, cache, for_heads(ctx, inp->cells, cache->ne[2]), cur, inp->slots);
+        ggml_tensor * cur = stream_of(ctx, compact, key.stream);
+        if (inp.cells) {
+            cur = copy_rows(ctx, cache, for_heads(ctx, inp.cells, cache->ne[2]), cur, inp.slots);
             ggml_build_forward_expand(g.gf, cur);
         }
         return cur;
     };
     k = update(layer.compact_k, k);
     v = update(layer.compact_v, v);
-    if (inp->built.kind != LLAMA_SUPPORT_FAST) {
+    if (key.kind != LLAMA_SUPPORT_FAST) {
         return nullptr;
     }
-    ggml_tensor * cur = attend(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, inp->in_use, sinks, kq_scale, softcap);
+    ggml_tensor * cur = attend(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, inp.in_use, sinks, kq_scale, softcap);
     g.cb(cur, "portable_attn", il);
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);
@@ -327,10 +308,11 @@ ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama
 // ---- the graph of a refresh ----------------------------------------------------------------------------------------------
 
 // The queries that give evidence: all that are kept, or the one of the step alone.
-struct llama_portable_refresh {
+struct portable_refresh {
     static constexpr int64_t nodes_per_layer = 72;
 
-    llama_portable_refresh(const llama_support & support, uint32_t stream, bool slow, float softcap);
+    portable_refresh(const llama_kv_cache & kv, const llama_support_params & params, const std::vector<llama_support_layer> & layers,
+                     const llama_sequence & st, uint32_t stream, int64_t n_always, bool slow, float softcap);
 
     void build(ggml_context * ctx, ggml_cgraph * graph);
     void set_inputs() const;
@@ -343,10 +325,12 @@ private:
     void set_evidence() const;
     void set_order() const;
 
-    const llama_support               & support;
-    const llama_support::stream_state & st;
-    const llama_support_params        & params;
+    const llama_kv_cache       & kv;
+    const llama_support_params & params;
+    const std::vector<llama_support_layer> & layers;
+    const llama_sequence       & st;
     uint32_t stream;
+    int64_t  n_always;
     float    softcap;
     std::pair<int32_t, int32_t> candidates;
     std::vector<int32_t> seen;           // how many cells each query sees, 0: it gives no evidence
@@ -365,26 +349,27 @@ private:
     ggml_tensor * top     = nullptr;     // I64 [n_top] = 0, 1, ...    the rows of the selected cells
 };
 
-llama_portable_refresh::llama_portable_refresh(const llama_support & support, uint32_t stream, bool slow, float softcap) :
-        support(support), st(support.streams[stream]), params(support.params), stream(stream), softcap(softcap),
-        candidates(support.candidates(st.mirror.size())) {
+portable_refresh::portable_refresh(const llama_kv_cache & kv, const llama_support_params & params, const std::vector<llama_support_layer> & layers,
+                                   const llama_sequence & st, uint32_t stream, int64_t n_always, bool slow, float softcap) :
+        kv(kv), params(params), layers(layers), st(st), stream(stream), n_always(n_always), softcap(softcap),
+        candidates(params.candidates(st.mirror.size())) {
     if (!params.refreshes()) {
         return;
     }
-    n_scan  = support.scan_size(st);
+    n_scan  = llama_portable_scan_size(st, kv.get_size());
     seen    = slow ? std::vector<int32_t>{ st.mirror.size() } : st.mirror.seen(params.n_evidence);
     ordered = st.mirror.in_order();
 }
 
-void llama_portable_refresh::new_inputs(ggml_context * ctx) {
-    const int64_t n_head_kv = most_heads(support), n_q = seen.size();
-    cells = new_input(ctx, GGML_TYPE_I32, support.always_size(), n_head_kv, "portable_cells");
-    slots = new_input(ctx, GGML_TYPE_I64, support.always_size(), 1, "portable_slots");
+void portable_refresh::new_inputs(ggml_context * ctx) {
+    const int64_t n_head_kv = most_heads(layers), n_q = seen.size();
+    cells = new_input(ctx, GGML_TYPE_I32, n_always, n_head_kv, "portable_cells");
+    slots = new_input(ctx, GGML_TYPE_I64, n_always, 1, "portable_slots");
     if (n_scan > 0) {
         visible      = new_input(ctx, GGML_TYPE_F16, n_scan, n_q, "portable_visible");
         weights      = n_q > 1 ? new_input(ctx, GGML_TYPE_F32, 1, n_q, "portable_weights") : nullptr;
         is_candidate = new_input(ctx, GGML_TYPE_F32, n_scan, 1, "portable_is_candidate");
-        own_head     = ggml_is_quantized(support.kv->type_k()) ? new_input(ctx, GGML_TYPE_F32, 1, n_head_kv, "portable_own_head", n_head_kv) : nullptr;
+        own_head     = ggml_is_quantized(kv.type_k()) ? new_input(ctx, GGML_TYPE_F32, 1, n_head_kv, "portable_own_head", n_head_kv) : nullptr;
     }
     if (n_scan > 0 && st.n_chosen > 0) {
         handicap = new_input(ctx, GGML_TYPE_F32, n_scan, 1, "portable_handicap");
@@ -395,7 +380,7 @@ void llama_portable_refresh::new_inputs(ggml_context * ctx) {
 }
 
 // [n_embd_k, n_head, n_q]
-ggml_tensor * llama_portable_refresh::queries(ggml_context * ctx, const llama_support_layer & layer, ggml_tensor * k) const {
+ggml_tensor * portable_refresh::queries(ggml_context * ctx, const llama_support_layer & layer, ggml_tensor * k) const {
     const ggml_tensor * ring = layer.queries;
     const bool   one  = seen.size() == 1;
     const size_t from = stream*ring->nb[2] + (one ? (st.mirror.last_pos() % params.n_queries)*ring->nb[1] : 0);
@@ -403,7 +388,7 @@ ggml_tensor * llama_portable_refresh::queries(ggml_context * ctx, const llama_su
 }
 
 // evidence -> selected cells, I32 [n_chosen, n_head_kv]; null if there is no candidate. What the set before was is kept.
-ggml_tensor * llama_portable_refresh::select_cells(ggml_context * ctx, ggml_cgraph * graph, const llama_support_layer & layer, ggml_tensor * k) const {
+ggml_tensor * portable_refresh::select_cells(ggml_context * ctx, ggml_cgraph * graph, const llama_support_layer & layer, ggml_tensor * k) const {
     ggml_tensor * evidence = evidence_of(ctx, queries(ctx, layer, k), k, visible, weights, is_candidate, own_head, layer.kq_scale, softcap);
     ggml_build_forward_expand(graph, ggml_cpy(ctx, evidence, first_of(ctx, layer.evidence, stream, n_scan)));
 
@@ -417,12 +402,12 @@ ggml_tensor * llama_portable_refresh::select_cells(ggml_context * ctx, ggml_cgra
     return chosen;
 }
 
-void llama_portable_refresh::build_layer(ggml_context * ctx, ggml_cgraph * graph, int32_t il) const {
-    const auto & layer = support.layer(il);
+void portable_refresh::build_layer(ggml_context * ctx, ggml_cgraph * graph, int32_t il) const {
+    const auto & layer = layers[il];
     llama_kv_cache::slot_info all;
     all.s0 = all.s1 = stream;
-    ggml_tensor * k = llama_support_all_cells(ctx, support.kv->get_k(ctx, il, support.kv->get_size(), all));
-    ggml_tensor * v = llama_support_all_cells(ctx, support.kv->get_v(ctx, il, support.kv->get_size(), all));
+    ggml_tensor * k = llama_support_all_cells(ctx, kv.get_k(ctx, il, kv.get_size(), all));
+    ggml_tensor * v = llama_support_all_cells(ctx, kv.get_v(ctx, il, kv.get_size(), all));
     ggml_tensor * chosen = visible ? select_cells(ctx, graph, layer, k) : nullptr;
     for (const auto & [compact, cache] : { std::make_pair(layer.compact_k, k), std::make_pair(layer.compact_v, v) }) {
         ggml_tensor * cur = stream_of(ctx, compact, stream);
@@ -433,17 +418,17 @@ void llama_portable_refresh::build_layer(ggml_context * ctx, ggml_cgraph * graph
     }
 }
 
-void llama_portable_refresh::build(ggml_context * ctx, ggml_cgraph * graph) {
+void portable_refresh::build(ggml_context * ctx, ggml_cgraph * graph) {
     new_inputs(ctx);
-    for (int32_t il = 0; il < (int32_t) support.layers.size(); ++il) {
-        if (support.layer(il).compact_k) {
+    for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
+        if (layers[il].compact_k) {
             build_layer(ctx, graph, il);
         }
     }
 }
 
-void llama_portable_refresh::set_inputs() const {
-    set_always(cells, slots, st.mirror.cells(), always_places(candidates, st.mirror.size()), params, support.always_size());
+void portable_refresh::set_inputs() const {
+    set_always(cells, slots, st.mirror.cells(), always_places(candidates, st.mirror.size()), params, n_always);
     if (visible) {
         set_evidence();
     }
@@ -465,7 +450,7 @@ void llama_portable_refresh::set_inputs() const {
     }
 }
 
-void llama_portable_refresh::set_evidence() const {
+void portable_refresh::set_evidence() const {
     const auto & text = st.mirror.cells();
     const int64_t n_q = seen.size(), n_used = n_q - std::count(seen.begin(), seen.end(), 0);
 
@@ -493,7 +478,7 @@ void llama_portable_refresh::set_evidence() const {
     }
 }
 
-void llama_portable_refresh::set_order() const {
+void portable_refresh::set_order() const {
     const auto & text = st.mirror.cells();
     std::vector<int32_t> list = text, places(n_scan, (int32_t) n_scan - 1);
     list.resize(n_scan, text.back()); // recent, so without evidence
@@ -504,18 +489,11 @@ void llama_portable_refresh::set_order() const {
     set_cells(place, places);
 }
 
-bool llama_support::refresh_portable(llama_context & lctx, uint32_t s, bool slow) {
-    if (!has_portable() || !streams[s].valid) {
-        return true;
-    }
-    const auto & hparams = lctx.get_model().hparams;
-    llama_portable_refresh refresh(*this, s, slow, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
-    const bool ok = side.compute(lctx.get_sched(), llama_portable_refresh::nodes_per_layer*layers.size() + 16,
+bool llama_portable_refresh(llama_side_graph & side, ggml_backend_sched_t sched, const llama_kv_cache & kv, const llama_support_params & params,
+        const std::vector<llama_support_layer> & layers, const llama_sequence & seq, uint32_t stream, int64_t n_always, bool slow, float softcap) {
+    portable_refresh refresh(kv, params, layers, seq, stream, n_always, slow, softcap);
+    return side.compute(sched, portable_refresh::nodes_per_layer*layers.size() + 16,
             [&](ggml_context * ctx, ggml_cgraph * graph) { refresh.build(ctx, graph); }, [&] { refresh.set_inputs(); });
-    if (!ok) {
-        invalidate(s);
-    }
-    return ok;
 }
 
 // ---- inspection ----------------------------------------------------------------------------------------------------------
@@ -528,16 +506,14 @@ static std::vector<T> read_head(const ggml_tensor * t, uint32_t stream, int32_t 
     return values;
 }
 
-std::vector<int32_t> llama_support::read_portable(uint32_t s, int32_t il, int32_t head_kv) const {
-    return read_head<int32_t>(layers[il].selected, s, head_kv, streams[s].n_chosen);
+std::vector<int32_t> llama_portable_selected(const llama_support_layer & layer, const llama_sequence & seq, uint32_t stream, int32_t head_kv) {
+    return read_head<int32_t>(layer.selected, stream, head_kv, seq.n_chosen);
 }
 
-// as ggml_support_stability()
-std::array<float, 4> llama_support::portable_stability(uint32_t s, int32_t il, int32_t head_kv) const {
-    const auto & st = streams[s];
-    const auto evidence = read_head<float>(layers[il].evidence, s, head_kv, st.n_scanned);
-    const auto selected = read_portable(s, il, head_kv);
-    const auto previous = read_head<int32_t>(layers[il].previous, s, head_kv, st.n_previous);
+std::array<float, 4> llama_portable_stability(const llama_support_layer & layer, const llama_sequence & seq, uint32_t stream, int32_t head_kv) {
+    const auto evidence = read_head<float>(layer.evidence, stream, head_kv, seq.n_scanned);
+    const auto selected = llama_portable_selected(layer, seq, stream, head_kv);
+    const auto previous = read_head<int32_t>(layer.previous, stream, head_kv, seq.n_previous);
     const auto mass = [&](const std::vector<int32_t> & cells) {
         double sum = 0.0;
         for (const int32_t cell : cells) {

@@ -14,20 +14,15 @@
 
 #pragma once
 
-#include "llama-path.h"
+#include "policy.h"
+
+#include <array>
+#include <memory>
 
 // The inputs of the portable part of a step; those that a graph does not need are null or without a buffer. Lists of cells are
 // repeated for each of n_head_kv KV heads, the most that a layer has.
-struct llama_portable_input : public llm_graph_input_i {
-    explicit llama_portable_input(const std::shared_ptr<llama_support> & support);
-
-    void set_input(const llama_ubatch * ubatch) override;
-    bool can_reuse(const llm_graph_params & params) override;
-
-    std::weak_ptr<llama_support> owner;   // as in llama_support_input
-    llama_support              * support;
-    const llama_support::key built;
-    const int64_t n_append; // rows of compact caches that are written
+struct llama_portable_input {
+    void set(const llama_sequence & seq, const llama_support_params & params, int64_t n_always, std::pair<int32_t, int32_t> window) const;
 
     ggml_tensor * cells   = nullptr; // I32 [n_append, n_head_kv]  whose rows are written ...
     ggml_tensor * slots   = nullptr; // I64 [n_append]             ... here
@@ -44,9 +39,26 @@ std::vector<ggml_tensor *> llama_portable_operations(ggml_context * ctx, const l
 void llama_portable_allocate(ggml_context * ctx, llama_support_layer & layer, const llama_path_shape & shape,
                              const llama_support_params & params, int64_t n_always, int64_t n_ctx, int64_t n_stream);
 
-// Adds the inputs to the graph; null if no layer is portable.
-llama_portable_input * llama_portable_build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support);
+// Cells that the evidence of a refresh is made of, in a context of n_ctx.
+int64_t llama_portable_scan_size(const llama_sequence & seq, int64_t n_ctx);
+
+// Whether rows that a sliding window needs without the last n tokens are gone: the ring holds n_grow cells more than it shows.
+bool llama_portable_overwritten(const llama_support_params & params, int64_t n_always, int32_t n);
+
+// Rows of always that n_tokens write.
+int64_t llama_portable_append(const llama_support_params & params, int64_t n_always, int32_t n_tokens);
+
+std::unique_ptr<llama_portable_input> llama_portable_new_input(ggml_context * ctx, const llama_support_key & key, const llama_support_params & params,
+                                                               const std::vector<llama_support_layer> & layers, int64_t n_always);
 
 // As llama_support_build_attn(), whose arguments it takes; k and v are all cells of the stream.
-ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama_portable_input * inp, ggml_tensor * q,
-        ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale, float softcap, int il);
+ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama_portable_input & inp, const llama_support_key & key,
+        const llama_support_layer & layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale, float softcap, int il);
+
+// After a refresh: chooses the support in all portable layers, by the evidence of a slow step or of a batch. False: computing failed.
+bool llama_portable_refresh(llama_side_graph & side, ggml_backend_sched_t sched, const llama_kv_cache & kv, const llama_support_params & params,
+        const std::vector<llama_support_layer> & layers, const llama_sequence & seq, uint32_t stream, int64_t n_always, bool slow, float softcap);
+
+// Of one KV head, from the device: the selected cells, and what ggml_support_stability() would say of the last refresh.
+std::vector<int32_t> llama_portable_selected (const llama_support_layer & layer, const llama_sequence & seq, uint32_t stream, int32_t head_kv);
+std::array<float, 4> llama_portable_stability(const llama_support_layer & layer, const llama_sequence & seq, uint32_t stream, int32_t head_kv);

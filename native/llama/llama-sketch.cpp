@@ -30,7 +30,7 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
     if (st.j0 + (n + 1 - st.j1) <= always_size()) {
         return true; // the next cell still has room in the window
     }
-    const auto [j0, j1] = candidates(n);
+    const auto [j0, j1] = params.candidates(n);
     const int32_t n_queries = (int32_t) st.mirror.query_rows().size();
     int32_t from = st.j1; // what comes after has no codes yet
     if (st.n_fit == 0 || j1 - j0 >= growth*st.n_fit || (st.n_fit_queries < few_queries && n_queries == params.n_queries)) {

@@ -1,8 +1,9 @@
 #include "llama-support.h"
 
 #include "huge-pages.h"
-#include "llama-portable.h"
+#include "llama-path.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
@@ -52,7 +53,7 @@ static std::string why_dense(const llama_model & model, const llama_kv_cache & k
 
 llama_support::llama_support(llama_kv_cache * kv, const llama_kv_cache * kv_swa, const llama_model & model, const llama_support_params & params) :
         kv(kv), kv_swa(kv_swa), model(model), params(params), layers(model.hparams.n_layer()),
-        streams(kv->get_n_stream(), stream_state(params.n_queries)) {
+        streams(kv->get_n_stream(), llama_sequence(params.n_queries)) {
     // more than the cache holds would only cost memory
     for (int32_t * n : { &this->params.n_sink, &this->params.n_recent, &this->params.n_selected, &this->params.n_grow }) {
         *n = std::min<int32_t>(*n, kv->get_size());
@@ -289,7 +290,7 @@ void llama_support::on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache:
 }
 
 // Follow the cache: the new cells go to the end of the list, their queries into the ring.
-void llama_support::place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs) {
+void llama_support::place(llama_sequence & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs) {
     if (st.mirror.continues(ubatch.pos[0])) {
         st.mirror.append(idxs);
     } else {
@@ -337,19 +338,31 @@ int llama_support::run(llama_context & lctx, uint32_t s, llama_support_kind new_
     return ret;
 }
 
+bool llama_support::refresh_portable(llama_context & lctx, uint32_t s, bool slow) {
+    if (!has_portable() || !streams[s].valid) {
+        return true;
+    }
+    const float softcap = model.hparams.attn_soft_cap ? model.hparams.f_attn_logit_softcapping : 0.0f;
+    if (!llama_portable_refresh(side, lctx.get_sched(), *kv, params, layers, streams[s], s, always_size(), slow, softcap)) {
+        invalidate(s);
+        return false;
+    }
+    return true;
+}
+
 void llama_support::finish(bool ok) {
     auto & st = streams[stream];
     if (!ok || n_left > 0) {
         invalidate(stream);
     } else if (refresh) {
-        const auto [j0, j1] = candidates(st.mirror.size());
+        const auto [j0, j1] = params.candidates(st.mirror.size());
         if (params.policy != LLAMA_SUPPORT_SKETCH) { // there the window moves with what has codes
             st.j0 = j0;
             st.j1 = j1;
         }
         st.n_previous = st.n_chosen;
         st.n_chosen   = std::min(params.n_selected, j1 - j0);
-        st.n_scanned  = scan_size(st);
+        st.n_scanned  = llama_portable_scan_size(st, kv->get_size());
         st.valid  = true;
         st.edited = false;
         st.span   = 0;
@@ -364,7 +377,7 @@ void llama_support::finish(bool ok) {
 void llama_support::roll_back(uint32_t s, int32_t n) {
     auto & st = streams[s];
     const int32_t left = st.mirror.size() - n;
-    if (!st.mirror.known() || left < (st.valid ? st.j1 : 1) || overwritten(n)) {
+    if (!st.mirror.known() || left < (st.valid ? st.j1 : 1) || (has_portable() && llama_portable_overwritten(params, always_size(), n))) {
         invalidate(s); // an edit like any other
         return;
     }
@@ -372,19 +385,19 @@ void llama_support::roll_back(uint32_t s, int32_t n) {
     st.span = std::max(0, st.span - n);
 }
 
-bool llama_support::window_full(const stream_state & st) const {
+bool llama_support::window_full(const llama_sequence & st) const {
     return st.valid && params.pinned() && st.j0 + ((int64_t) st.mirror.size() + 1 - st.j1) > always_size();
 }
 
 // Frozen: all but the candidates of the refresh. Sketch: all but what has codes. Window and oracle: it slides.
-std::pair<int32_t, int32_t> llama_support::window(const stream_state & st) const {
+std::pair<int32_t, int32_t> llama_support::window(const llama_sequence & st) const {
     const bool slides = params.policy == LLAMA_SUPPORT_ORACLE || params.policy == LLAMA_SUPPORT_WINDOW;
-    return slides ? candidates(st.mirror.size()) : std::pair<int32_t, int32_t>(st.j0, st.j1);
+    return slides ? params.candidates(st.mirror.size()) : std::pair<int32_t, int32_t>(st.j0, st.j1);
 }
 
 std::vector<int32_t> llama_support::read_selected(uint32_t s, int32_t il, int32_t head_kv) const {
     if (layers[il].path == LLAMA_PATH_PORTABLE) {
-        return read_portable(s, il, head_kv);
+        return llama_portable_selected(layers[il], streams[s], s, head_kv);
     }
     const ggml_tensor * t = layers[il].selected;
     std::vector<int32_t> list(t->ne[0]);
@@ -395,7 +408,7 @@ std::vector<int32_t> llama_support::read_selected(uint32_t s, int32_t il, int32_
 
 std::array<float, 4> llama_support::read_stability(uint32_t s, int32_t il, int32_t head_kv) const {
     if (layers[il].path == LLAMA_PATH_PORTABLE) {
-        return portable_stability(s, il, head_kv);
+        return llama_portable_stability(layers[il], streams[s], s, head_kv);
     }
     const ggml_tensor * t = layers[il].stability;
     std::array<float, 4> values;
@@ -410,8 +423,8 @@ int64_t llama_support::list_size() const {
     return std::min<int64_t>(GGML_PAD(n, list_pad), kv->get_size());
 }
 
-llama_support::key llama_support::graph_key() const {
-    key k;
+llama_support_key llama_support::graph_key() const {
+    llama_support_key k;
     k.kind = ubatch_kind;
     if (ubatch_kind != LLAMA_SUPPORT_NONE) {
         const auto & st = streams[stream];
@@ -421,6 +434,9 @@ llama_support::key llama_support::graph_key() const {
         const bool lists_all = fast ? params.policy == LLAMA_SUPPORT_ORACLE : ubatch_kind != LLAMA_SUPPORT_PREFILL || k.refresh;
         k.n_list   = lists_all ? list_size() : 0;
         k.n_stored = params.selects() ? ubatch_stored : 0;
+        if (has_portable() && !ubatch_refresh && st.valid) { // a refresh writes all of always anew
+            k.n_append = llama_portable_append(params, always_size(), ubatch_tokens);
+        }
         if (fast && scanned(stream)) {
             k.n_skip = GGML_PAD(always_size() + (int64_t) st.mirror.holes().size(), skip_pad);
             k.n_scan = std::min<int64_t>(GGML_PAD((int64_t) st.mirror.n_used(), list_pad), GGML_PAD(kv->get_size(), 16));
@@ -447,6 +463,9 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
     const auto & params = support->params;
     const int32_t n     = st.mirror.size();
 
+    if (portable) {
+        portable->set(st, params, support->always_size(), support->window(st));
+    }
     if (is_used(always) || is_used(skip)) {
         const auto [first, second] = support->window(st);
         auto list = st.mirror.without(first, second);
@@ -473,7 +492,7 @@ void llama_support_input::set_input(const llama_ubatch * ubatch) {
         ggml_backend_tensor_set(visible, values.data(), 0, ggml_nbytes(visible));
     }
     if (is_used(plan)) {
-        const auto [j0, j1] = support->candidates(n);
+        const auto [j0, j1] = params.candidates(n);
         std::vector<int32_t> values = { j0, j1 };
         if (built.kind == LLAMA_SUPPORT_FAST) { // oracle: this query, which sees all
             values.push_back(n);
@@ -513,7 +532,9 @@ static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int6
 
 static const llama_support_input * build_input(const llm_graph_context & g, const std::shared_ptr<llama_support> & support) {
     auto inp = std::make_unique<llama_support_input>(support);
-    inp->portable = llama_portable_build_input(g, support);
+    if (support->has_portable()) {
+        inp->portable = llama_portable_new_input(g.ctx0, inp->built, support->get_params(), support->get_layers(), support->always_size());
+    }
     const auto & key    = inp->built;
     const auto & params = support->get_params();
 
@@ -557,12 +578,6 @@ static const llama_support_input * input_of(const llm_graph_context & g) {
 // a stream of a tensor [ne0, ne1, n_stream]
 static ggml_tensor * stream_of(ggml_context * ctx, ggml_tensor * t, uint32_t stream) {
     return ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], stream*t->nb[2]);
-}
-
-ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * view) {
-    ggml_tensor * cache = view->view_src;
-    ggml_tensor * all = ggml_view_3d(ctx, cache, view->ne[0], view->ne[1], cache->ne[1], view->nb[1], view->nb[2], view->view_offs);
-    return ggml_permute(ctx, all, 0, 2, 1, 3);
 }
 
 static void store_queries(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer, ggml_tensor * q) {
@@ -648,12 +663,6 @@ static ggml_tensor * select_exactly(const llm_graph_context & g, const llama_sup
     return selected;
 }
 
-ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream) {
-    return dim == 2
-        ? ggml_view_3d(ctx, t, t->ne[0], t->ne[1], n_head_kv, t->nb[1], t->nb[2], stream*n_head_kv*t->nb[2])
-        : ggml_view_2d(ctx, t, t->ne[0], n_head_kv, t->nb[1], stream*n_head_kv*t->nb[1]);
-}
-
 // policy sketch: chooses the selected cells of this query, and returns what all others contribute
 static ggml_tensor * scan_sketch(const llm_graph_context & g, const llama_support_input * inp, const llama_support_layer & layer,
                                  ggml_tensor * q, int64_t n_head_kv, int64_t n_embd_v, float kq_scale, float softcap, int il) {
@@ -694,7 +703,7 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         store_queries(g, inp, layer, q);
     }
     if (layer.path == LLAMA_PATH_PORTABLE) {
-        return llama_portable_build_attn(g, inp->portable, q, k, v, sinks, kq_scale, softcap, il);
+        return llama_portable_build_attn(g, *inp->portable, inp->built, layer, q, k, v, sinks, kq_scale, softcap, il);
     }
     ggml_tensor * q_rows = ggml_permute(ctx, q, 0, 2, 1, 3);
     if (key.refresh && key.kind == LLAMA_SUPPORT_SLOW) {

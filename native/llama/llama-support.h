@@ -9,8 +9,8 @@
 #include "llama-kv-cache.h"
 #include "ggml-sfi.h"
 #include "ggml-cpp.h"
-#include "kv-mirror.h"
-#include "side-graph.h"
+#include "llama-portable.h"
+#include "policy.h"
 
 #include <algorithm>
 #include <array>
@@ -23,79 +23,6 @@
 
 struct llama_context;
 struct llama_model;
-struct llama_support_input;
-struct llama_portable_input;
-
-// What the next ubatch does with its attention.
-enum llama_support_kind {
-    LLAMA_SUPPORT_NONE,    // upstream's own path
-    LLAMA_SUPPORT_PREFILL, // upstream's own path; the last queries are kept, the last ubatch refreshes
-    LLAMA_SUPPORT_DENSE,   // every cell, our kernel
-    LLAMA_SUPPORT_SHORT,   // every cell, by what is faster: our kernel in the host's memory, elsewhere upstream's own path
-    LLAMA_SUPPORT_SLOW,    // every cell, our kernel, then a refresh
-    LLAMA_SUPPORT_FAST,    // the support alone
-    LLAMA_SUPPORT_VERIFY,  // several tokens, each attends to every cell up to its own, our kernel; may end with a refresh
-};
-
-// How a fast step gets its support.
-enum llama_support_policy {
-    LLAMA_SUPPORT_FROZEN, // selected at a refresh, from evidence
-    LLAMA_SUPPORT_WINDOW, // always only
-    LLAMA_SUPPORT_SKETCH, // selected anew at every step, from the sketch, which also stands for all other cells
-    LLAMA_SUPPORT_ORACLE, // selected anew at every step, from the exact logits: no faster than dense, for measuring
-};
-
-// Whose operations compute the support of a layer.
-enum llama_support_path {
-    LLAMA_PATH_NONE,     // its device lacks them
-    LLAMA_PATH_NATIVE,   // ours, ggml-sfi.h
-    LLAMA_PATH_PORTABLE, // ggml's own, llama-portable.h
-};
-
-struct llama_support_params {
-    llama_support_policy policy = LLAMA_SUPPORT_FROZEN;
-    int32_t n_sink     = 4;
-    int32_t n_recent   = 256;
-    int32_t n_selected = 2048;
-    int32_t n_grow     = 64;   // cells by which the window may grow: frozen, max_span; sketch, cells coded at once
-    int32_t n_queries  = 16;   // how many are kept
-    int32_t n_evidence = 16;   // how many of them may give evidence (the last ones) at the end of a batch; a slow step's is the own
-    ggml_support_selector selector = {};
-    float                 tolerance = 0.0f; // sketch: attend exactly to cells whose share of the attention times the
-                                            // error of their logit is larger; 0: to n_selected cells
-    float                 second_look = 0.0f; // sketch: see ggml_sketch_scan()
-    ggml_sketch_format    format   = {}; // all 0: by the head size of each layer
-
-    bool selects()   const { return policy != LLAMA_SUPPORT_WINDOW && n_selected > 0; }
-    bool pinned()    const { return policy == LLAMA_SUPPORT_FROZEN; } // the window's start stays where the refresh put it
-    bool refreshes() const { return policy == LLAMA_SUPPORT_FROZEN && n_selected > 0; } // a refresh takes evidence
-};
-
-// A layer's tensors, in the memory of the backend that holds its K.
-struct llama_support_layer {
-    std::string   why;                 // why the layer stays dense; empty if it is sparse
-    llama_support_path path = LLAMA_PATH_NONE;
-    std::string   lacks;               // path none: what the device lacks, by name
-    ggml_tensor * queries   = nullptr; // F32 [n_embd_head_k*n_head, n_queries, n_stream], a ring
-    ggml_tensor * selected  = nullptr; // I32 [n_selected, n_head_kv, n_stream]
-    ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
-    // policy sketch; selected, mass and counts are parts of tensors that all layers of a device share
-    ggml_sketch_format format = {};
-    int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
-    float         kq_scale = 0.0f;     // of the logits, as the graph has it: some models scale Q before
-    ggml_tensor * v         = nullptr; // the cache's V
-    ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
-    ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
-    ggml_tensor * least     = nullptr; // F32 [n_head_kv, n_stream], see ggml_sketch_scan()
-    ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
-    ggml_tensor * counts    = nullptr; // I32 [2, n_head_kv, n_stream], see ggml_sketch_scan()
-    std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
-    // path portable
-    ggml_tensor * compact_k = nullptr; // [n_embd_head_k, n_compact, n_head_kv, n_stream], and the same of V
-    ggml_tensor * compact_v = nullptr;
-    ggml_tensor * previous  = nullptr; // I32 like selected: the set before
-    ggml_tensor * evidence  = nullptr; // F32 [n_ctx, n_head_kv, n_stream], of the last refresh
-};
 
 // What is known of a sequence before a step.
 struct llama_support_facts {
@@ -155,23 +82,7 @@ public:
 
     // ---- the graph ---------------------------------------------------------------------------------------------
 
-    // what a graph depends on; two ubatches with equal keys can share one
-    struct key {
-        llama_support_kind kind = LLAMA_SUPPORT_NONE;
-        bool     refresh  = false;
-        uint32_t stream   = 0;
-        int64_t  n_list   = 0; // length of the list of all cells
-        int64_t  n_stored = 0; // queries written to the ring
-        int64_t  n_skip   = 0; // sketch: length of the list of cells that the scan leaves out
-        int64_t  n_scan   = 0; // sketch: cells that are scanned
-
-        bool operator==(const key & o) const {
-            return kind == o.kind && refresh == o.refresh && stream == o.stream && n_list == o.n_list
-                && n_stored == o.n_stored && n_skip == o.n_skip && n_scan == o.n_scan;
-        }
-    };
-    key graph_key() const;
-    int64_t portable_append() const; // always rows that the ubatch writes to compact caches
+    llama_support_key graph_key() const;
     void    remember_scale(int32_t il, float kq_scale) { layers[il].kq_scale = kq_scale; }
 
     int64_t always_size() const { // the longest list of always cells
@@ -203,31 +114,13 @@ public:
 
 private:
     friend struct llama_support_input;
-    friend struct llama_portable_input;
-    friend struct llama_portable_refresh;
-
-    struct stream_state {
-        explicit stream_state(int32_t n_queries) : mirror(n_queries) {}
-
-        llama_kv_mirror mirror;
-        int32_t  n_huge    = 0;         // cells that huge pages hold
-        bool     valid     = false;
-        bool     edited    = false;
-        int32_t  j0 = 0, j1 = 0;        // the candidates of the refresh were those at places [j0, j1); sketch: those with codes
-        int32_t  span      = 0;
-        int64_t  n_refresh = 0;
-        int32_t  n_fit     = 0;         // sketch: the basis was fitted to so many candidates; 0: there is none
-        int32_t  n_fit_queries = 0;     // and to so many queries
-        int32_t  n_chosen = 0, n_previous = 0; // portable: cells selected by the last refresh and the one before ...
-        int64_t  n_scanned = 0;                // ... and cells of its evidence
-    };
 
     llama_kv_cache       * kv;
     const llama_kv_cache * kv_swa;
     const llama_model    & model;
     llama_support_params   params;
     std::vector<llama_support_layer> layers;
-    std::vector<stream_state>        streams;
+    std::vector<llama_sequence>        streams;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers;
     size_t planned = 0; // bytes that the buffers would have, of a model that allocates nothing
 
@@ -246,15 +139,15 @@ private:
     void    allocate(const llama_model & model);
     void    allocate_sketch(ggml_context * ctx, const llama_model & model, int32_t il);
     void    allocate_results(ggml_context * ctx, const llama_model & model, const std::vector<int32_t> & ils);
-    void    place(stream_state & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
+    void    place(llama_sequence & st, const llama_ubatch & ubatch, const std::vector<uint32_t> & idxs);
     void    use_huge_pages(uint32_t stream);
     // the portable path, after a refresh: chooses the support, by the evidence of a slow step or of a batch; false: computing failed
     bool    refresh_portable(llama_context & lctx, uint32_t stream, bool slow);
     // Policy sketch, between steps: fits the basis if it is missing or of too little, writes the codes of cells that have left
     // the window or will with the next cell. False: computing failed, and the support is invalid.
     bool    update_sketch(llama_context & lctx, uint32_t stream);
-    bool    window_full(const stream_state & st) const;
-    std::pair<int32_t, int32_t> window(const stream_state & st) const; // always is what is not at places [first, second)
+    bool    window_full(const llama_sequence & st) const;
+    std::pair<int32_t, int32_t> window(const llama_sequence & st) const; // always is what is not at places [first, second)
     int64_t cell_bytes (bool keys_only) const;          // report.cpp, see there
     int64_t other_bytes(int64_t depth, int64_t n) const;
     int64_t sketch_bytes(uint32_t stream) const;
@@ -269,16 +162,6 @@ private:
     bool    encode(llama_context & lctx, uint32_t stream, int32_t from, int32_t to);
     ggml_tensor * encode_layer(ggml_context * ctx, uint32_t stream, int32_t il, ggml_tensor * cells);
     int64_t list_size() const;
-    int64_t scan_size(const stream_state & st) const; // portable: cells that evidence is made of
-    bool    overwritten(int32_t n) const;             // portable: rows that a sliding window needs again without the last n cells
-    std::vector<int32_t> read_portable(uint32_t stream, int32_t il, int32_t head_kv) const;
-    std::array<float, 4> portable_stability(uint32_t stream, int32_t il, int32_t head_kv) const;
-
-    // the candidates of a refresh at n cells, as a range of `stream_state::cells`
-    std::pair<int32_t, int32_t> candidates(int32_t n) const {
-        const int32_t j0 = std::min(params.n_sink, n);
-        return { j0, std::max(j0, n - params.n_recent) };
-    }
 };
 
 // The cells of a stream were edited; -1: of all streams. Called by the KV cache where their number tells nothing.
@@ -297,8 +180,8 @@ struct llama_support_input : public llm_graph_input_i {
 
     std::weak_ptr<llama_support> owner; // a graph lives longer than it is used, and must not keep the memory of a support
     llama_support              * support; // while the owner lives
-    const llama_support::key     built;
-    llama_portable_input         * portable = nullptr; // of the same graph
+    const llama_support_key      built;
+    std::unique_ptr<llama_portable_input> portable; // null if no layer is portable
 
     ggml_tensor * always = nullptr; // I32 [always_size]    fast
     ggml_tensor * cells  = nullptr; // I32 [n_list]         dense, short, slow, verify, refreshing prefill, oracle
@@ -308,12 +191,6 @@ struct llama_support_input : public llm_graph_input_i {
     ggml_tensor * scan   = nullptr; // I32 [1]              sketch: the plan of the scan
     ggml_tensor * rows   = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes
 };
-
-// All cells of the stream that `view` (one of get_k() / get_v()) shows, as [n_embd_head, n_cells, n_head_kv].
-ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * view);
-
-// The part of one stream in a tensor whose dimension dim (1 or 2) holds the KV heads of all streams.
-ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream);
 
 // Attention of one layer. Null: the layer or the ubatch takes upstream's own path.
 //   q [n_embd_head_k, n_head, n_tokens], k and v as llama_kv_cache::get_k() and get_v() return them
