@@ -272,13 +272,14 @@ def test_the_numbers_of_the_page_are_those_of_the_hook(tiny, native, support):
 
 def hook_of(engine, support: str, il: int, head: int) -> dict:
     """What the hook says of one KV head, by the names of NUMBERS."""
-    stability = engine.stability(il, head)
     if support == "frozen":
+        stability = engine.stability(il, head)
         return {**vars(stability), "overlap": stability.jaccard}
+    n_selected = len(engine.selected(il, head)[1])
     if support == "oracle":
-        return {"n_selected": stability.n_selected}
+        return {"n_selected": n_selected}
     tails = [engine.tail(il, h) for h in (2 * head, 2 * head + 1)]  # two query heads per KV head
-    return {"n_selected": stability.n_selected, "tail_mass": sum(t.mass for t in tails) / 2,
+    return {"n_selected": n_selected, "tail_mass": sum(t.mass for t in tails) / 2,
             "logit_error": sum(t.logit_error for t in tails) / 2}
 
 
