@@ -20,7 +20,7 @@ from sfi_local.errors import SfiError
 from sfi_local.machine import available_memory, cache_dir, cpu_name, usable_cpus
 from sfi_local.params import SfiParams
 from sfi_local.params import auto_depth as depth_by_rule
-from sfi_local.runtime.memory import ContextCost
+from sfi_local.runtime.memory import ContextCost, by_metadata
 from sfi_local.runtime.model import Model
 from sfi_local.runtime.slot import Slot
 from sfi_local.store import layout
@@ -152,7 +152,7 @@ def _depths(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
     """Where to measure: far apart, but where the deeper one would take long to fill or more memory than there is."""
     unit, layers = max(2 * LEAST_DEPTH, params.budget), layout.layers(model.file)
     if model.gpus:
-        return _gpu_depths(unit, ContextCost(layers, type_k, type_v, params))
+        return _gpu_depths(unit, ContextCost(by_metadata(model.file, layers, type_k, type_v), layers, type_k, type_v, params))
     available = available_memory()
     if available is not None and 2 * layout.kv_bytes(layers, unit, type_k, type_v) > available:
         raise _CannotMeasure("too little memory is left")
