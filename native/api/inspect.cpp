@@ -29,11 +29,15 @@ enum sfi_path sfi_device_path(size_t device, const struct sfi_params * params, c
     static thread_local std::string text;
     text.clear();
     llama_support_path path = LLAMA_PATH_NONE;
-    sfi_settings settings;
-    if ( device < ggml_backend_dev_count() && read_settings(params, settings) == SFI_OK) {
-        const llama_path_shape shape = { 8, 2, 128, 128, GGML_TYPE_F16, GGML_TYPE_F16 };
-        path = llama_path_choose(ggml_backend_dev_get(device), shape, support_params(settings), &text);
-    }
+    no_throw([&] {
+        sfi_settings settings;
+        const int err = read_settings(params, settings);
+        if (!err && device < ggml_backend_dev_count()) {
+            const llama_path_shape shape = { 8, 2, 128, 128, GGML_TYPE_F16, GGML_TYPE_F16 };
+            path = llama_path_choose(ggml_backend_dev_get(device), shape, support_params(settings), &text);
+        }
+        return err;
+    });
     if (lacks) {
         *lacks = path == LLAMA_PATH_NONE ? text.c_str() : "";
     }

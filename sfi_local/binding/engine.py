@@ -171,6 +171,10 @@ class Engine:
         """Drop the support of a sequence: its next step is slow."""
         self._check(self._lib.sfi_invalidate(self._handle(), seq))
 
+    def cancel(self) -> None:
+        """From any thread: the call that is inside ends with AbortedError, after the operation that computes now."""
+        self._lib.sfi_cancel(self._handle())
+
     @property
     def params(self) -> SfiParams:
         out = _sized("struct sfi_params")

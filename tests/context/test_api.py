@@ -157,7 +157,7 @@ def test_cancel_ends_a_prefill_within_an_operation(open_context, tiny_weights, n
     thread, out = run(lambda: engine.prefill(tokens))
     time.sleep(whole / 10)
     start = time.perf_counter()
-    native.lib.sfi_cancel(engine._handle())
+    engine.cancel()
     thread.join()
     assert isinstance(out[0], AbortedError) and "sfi_cancel" in str(out[0])
     assert time.perf_counter() - start < whole / 2
