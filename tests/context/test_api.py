@@ -144,15 +144,15 @@ def test_cancel_ends_a_prefill_within_an_operation(open_context, tiny_weights, n
     """In one batch, between whose operations alone it can end."""
     from sfi_local.errors import AbortedError
 
-    context = open_context(tiny_weights, None, n_ctx=16384, n_batch=16384, n_ubatch=16384)
+    context = open_context(tiny_weights, None, n_ctx=8192, n_batch=8192, n_ubatch=8192)
     from sfi_local.binding.engine import Engine
 
     engine = context.engine = Engine(context.address)
-    tokens = np.random.default_rng(SEED).integers(0, 256, 12000).tolist()
+    tokens = np.random.default_rng(SEED).integers(0, 256, 5000).tolist()
     start = time.perf_counter()
     engine.prefill(tokens)
     whole = time.perf_counter() - start
-    engine.rollback(12000)
+    engine.rollback(5000)
 
     thread, out = run(lambda: engine.prefill(tokens))
     time.sleep(whole / 10)
