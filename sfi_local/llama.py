@@ -323,6 +323,10 @@ class SlowFastLlama(Llama):
                 holder.__dict__.pop(name, None) if holder is not None else None
         self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
 
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As llama_cpp.Llama does it, of runs of any length, on any thread. Raises DetachedError after close()."""
+        return self._vocabulary.tokenize_bytes(text, add_bos, special)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "mode": self.mode, "sfi_params": self._given_params, "fidelity": self._given_fidelity,
                 "samplers": self.samplers}
@@ -355,7 +359,7 @@ def _guarded(method: Callable) -> Callable:
     return call
 
 
-for _name in ("tokenize", "detokenize", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "n_ctx", "pooling_type", "tokenizer"):
+for _name in ("detokenize", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "n_ctx", "pooling_type", "tokenizer"):
     setattr(SlowFastLlama, _name, _guarded(getattr(Llama, _name)))
 
 

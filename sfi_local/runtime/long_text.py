@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from typing import Callable, TypeVar
+from typing import Callable, Iterable, Iterator, TypeVar
 
 from sfi_local.errors import OutOfMemoryError
 
@@ -21,9 +21,9 @@ STACK_BESIDE = 1 << 20   # bytes for everything else
 MAX_RUN = 200_000        # characters of a run that are tokenised as one
 MAX_DIGITS = 300         # digits that are tokenised as one where the splitter takes the square of their number of steps
 
-# letters that single spaces part are a run for one of the splitters (exaone-moe)
-_LONG_RUN = re.compile(rf"\S{{{MAX_RUN},}}|\s{{{MAX_RUN},}}|(?:\S ){{{MAX_RUN // 2},}}")
-_DIGITS = re.compile(rf"\d{{{MAX_DIGITS + 1},}}")
+# whole runs, so that each character is looked at once; letters that single spaces part are one for one of the splitters (exaone-moe)
+_RUNS = tuple(map(re.compile, (r"\S+", r"\s+", r"(?:\S )+")))
+_DIGITS = re.compile(r"\d+")
 _starting = threading.Lock()
 
 
@@ -34,13 +34,18 @@ def cut(text: str, slow_digits: bool = False) -> list[str]:
     """
     cuts = [0]
     if len(text) > MAX_RUN:
-        for run in _LONG_RUN.finditer(text):
+        for run in _long(_RUNS, text, MAX_RUN):
             cuts += range(run.start() + MAX_RUN // 2, run.end(), MAX_RUN // 2)
     if slow_digits and len(text) > MAX_DIGITS:
-        for run in _DIGITS.finditer(text):
+        for run in _long((_DIGITS,), text, MAX_DIGITS):
             cuts += range(run.end() - MAX_DIGITS, run.start(), -MAX_DIGITS)
     cuts = sorted(set(cuts))
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
+
+
+def _long(kinds: Iterable[re.Pattern], text: str, most: int) -> Iterator[re.Match]:
+    """The runs of more than so many characters."""
+    return (run for kind in kinds for run in kind.finditer(text) if run.end() - run.start() > most)
 
 
 def with_stack_for(n: int, call: Callable[[], T]) -> T:

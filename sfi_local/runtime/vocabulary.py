@@ -29,6 +29,7 @@ class Vocabulary:
         self.weights, self._llama, self.access = weights, open_library().llama_cpp, access or nullcontext()
         self.n_vocab = weights.n_vocab()  # how many tokens there are; ids are smaller
         self._bos = weights.token_bos()
+        self._slow_digits = self._splitter() == b"superbpe"
         self.add_bos = bool(weights.add_bos_token())
         self.bos_text, self.eos_text = self._text(weights.token_bos()), self._text(weights.token_eos())
 
@@ -37,13 +38,20 @@ class Vocabulary:
 
         Any text on any thread's stack, see long_text.py. Raises InputError for what is no text, OutOfMemoryError.
         """
-        data = self._encoded(text)
-        out = [self._bos] if add_bos and self.bos_text else []
+        self._check_text(text)
+        return ([self._bos] if add_bos and self.bos_text else []) + self._tokens(text, special, False)
+
+    def tokenize_bytes(self, data: bytes, add_special: bool, special: bool) -> list[int]:
+        """Token ids of bytes that may be no text, as llama_tokenize gives them; add_special: what the vocabulary puts around a text."""
+        return self._tokens(data.decode("utf-8", errors="surrogateescape"), special, add_special)
+
+    def _tokens(self, text: str, special: bool, add_special: bool) -> list[int]:
         if len(long_text.cut(text, self._slow_digits)) == 1:
-            return out + self._tokenize(data, len(text), special)
+            return self._tokenize(text, special, add_special)
+        out: list[int] = []
         for part in self._apart(text) if special else [text]:
             for piece in long_text.cut(part, self._slow_digits):
-                out += self.continued(piece, out[-1], special) if out else self.tokenize(piece, False, special)
+                out += self._continued(piece, out[-1], special) if out else self._tokenize(piece, special, add_special)
         return out
 
     def continued(self, text: str, last: int, special: bool = False) -> list[int]:
@@ -51,11 +59,14 @@ class Vocabulary:
 
         SentencePiece vocabularies begin a text, and what follows a special token, with a space of their own; this is no beginning.
         """
+        self._check_text(text)
+        return self._continued(text, last, special)
+
+    def _continued(self, text: str, last: int, special: bool) -> list[int]:
         if not self._begins_with_space or self._attributes(last) & _SPECIAL:
-            return self.tokenize(text, False, special)
-        before = self.tokenize(_NO_LETTER)
-        tokens = self.tokenize(_NO_LETTER + text, False, special)
-        return tokens[len(before):] if tokens[:len(before)] == before else self.tokenize(text, False, special)
+            return self._tokens(text, special, False)
+        before, tokens = self._tokens(_NO_LETTER, False, False), self._tokens(_NO_LETTER + text, special, False)
+        return tokens[len(before):] if tokens[:len(before)] == before else self._tokens(text, special, False)
 
     def structure(self, source: str, contents: Sequence[str]) -> re.Pattern:
         """Matches the texts in contents of a chat that would be read as special tokens.
@@ -98,27 +109,35 @@ class Vocabulary:
         with self.access:
             return bool(self._llama.llama_vocab_is_eog(self.weights.vocab, token))
 
-    def _tokenize(self, data: bytes, n: int, special: bool) -> list[int]:
-        """Of n characters, on a stack for so many. No token has less than a byte, but a space may come before."""
-        room = len(data) + 2
+    def _tokenize(self, text: str, special: bool, add_special: bool) -> list[int]:
+        """Of a text without long runs, on a stack for it. No token has less than a byte, but some may stand around the text."""
+        data = text.encode("utf-8", errors="surrogateescape")
+        room = len(data) + 4
 
         def call() -> list[int]:
             array = (self._llama.llama_token * room)()
             with self.access:
-                n_tokens = self._llama.llama_tokenize(self.weights.vocab, data, len(data), array, room, False, special)
+                n_tokens = self._llama.llama_tokenize(self.weights.vocab, data, len(data), array, room, add_special, special)
             if n_tokens < 0:
                 raise InputError(f"The text of {len(data)} bytes cannot be tokenised: give a shorter one.")
             return array[:n_tokens]
 
-        return long_text.with_stack_for(n, call)
+        return long_text.with_stack_for(len(text), call)
 
     @staticmethod
-    def _encoded(text: str) -> bytes:
+    def _check_text(text: str) -> None:
         try:
-            return text.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"The text is no Unicode: character {error.start} is half of a surrogate pair (U+{ord(text[error.start]):04X}). "
                              f"Give text that was decoded from UTF-8.") from None
+
+    def _splitter(self) -> bytes:
+        """The name of its pre-tokenizer; b"" for none."""
+        name = ctypes.create_string_buffer(32)
+        with self.access:
+            self._llama.llama_model_meta_val_str(self.weights.model, b"tokenizer.ggml.pre", name, len(name))
+        return name.value
 
     def _apart(self, text: str) -> list[str]:
         """The text in pieces, each name of a special token by itself."""
@@ -132,13 +151,6 @@ class Vocabulary:
     @cached_property
     def _control_names(self) -> set[str]:
         return self._names(_UNREAD)
-
-    @cached_property
-    def _slow_digits(self) -> bool:
-        name = ctypes.create_string_buffer(32)
-        with self.access:
-            self._llama.llama_model_meta_val_str(self.weights.model, b"tokenizer.ggml.pre", name, len(name))
-        return name.value == b"superbpe"
 
     @cached_property
     def _begins_with_space(self) -> bool:

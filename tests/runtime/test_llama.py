@@ -7,10 +7,12 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("native")
 
-from sfi_local import SfiParams  # noqa: E402
-from sfi_local.errors import ArgumentError, BusyError, InputError, ModelFileError  # noqa: E402
+from sfi_local import SfiParams, SlowFastLlama  # noqa: E402
+from sfi_local.errors import ArgumentError, BusyError, DetachedError, InputError, ModelFileError  # noqa: E402
 from sfi_local.tuning import auto_depth  # noqa: E402
 from sfi_local.tuning.tolerance import Setting, remember  # noqa: E402
+from support.stacks import on_a_small_stack  # noqa: E402
+from support.tiny_model import write_tiny  # noqa: E402
 
 SMALL = SfiParams.of("frozen", n_recent=32, n_selected=40, max_span=12, min_span=2)
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -227,3 +229,12 @@ def test_chat_on_the_real_model(smollm2, stream):
         answer["choices"][0]["message"]["content"])
     assert "fox" in text.lower() and llm.steps.n_fast > 3
     llm.close()
+
+
+def test_a_long_run_is_tokenised_on_a_small_stack(native, tmp_path):
+    with_regex = write_tiny(tmp_path / "o200k.gguf", pre="gpt-4o")
+    llm = SlowFastLlama(str(with_regex), n_ctx=512, mode="dense", n_threads=1)
+    assert len(on_a_small_stack(lambda: llm.tokenize(b"A" * 20_000, add_bos=False))) == 20_000
+    llm.close()
+    with pytest.raises(DetachedError):
+        llm.tokenize(b"Hello")

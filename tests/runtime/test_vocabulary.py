@@ -1,6 +1,7 @@
 """Any text of any length is tokenised on any thread; a prompt has the tokens of the text that the template renders."""
 
 import threading
+import time
 
 import pytest
 
@@ -8,6 +9,7 @@ from sfi_local.errors import InputError
 from sfi_local.runtime import long_text
 from sfi_local.runtime.template import ChatTemplate, Message
 from support import pin
+from support.stacks import on_a_small_stack
 from support.vocabularies import vocabulary_of, write_bytes, write_sentencepiece
 
 SOURCE = "{{ bos_token }}{% for m in messages %}[I]{{ m.content }}[/I]{{ eos_token }}{% endfor %}"
@@ -22,19 +24,6 @@ RUNS = {"letters": "A", "dashes": "-", "blanks": " ", "lines": "\n", "digits": "
 
 def runs(n):
     return ["".join(what * (n // len(what))) for what in RUNS.values()]
-
-
-def on_a_small_stack(call, n_bytes=1 << 18):
-    """The result of a call on a thread with as little stack as a host may give."""
-    out = []
-    before = threading.stack_size(n_bytes)
-    try:
-        thread = threading.Thread(target=lambda: out.append(call()))
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    thread.join()
-    return out[0]
 
 
 @pytest.fixture(params=VOCABULARIES)
@@ -140,8 +129,16 @@ def test_cutting_loses_nothing_and_leaves_no_long_run(text, slow_digits):
     pieces = long_text.cut(text, slow_digits)
     assert "".join(pieces) == text
     for piece in pieces:
-        assert not long_text._LONG_RUN.fullmatch(piece)
-        assert not slow_digits or not long_text._DIGITS.search(piece)
+        assert not list(long_text._long(long_text._RUNS, piece, long_text.MAX_RUN))
+        assert not slow_digits or not list(long_text._long((long_text._DIGITS,), piece, long_text.MAX_DIGITS))
+
+
+@pytest.mark.parametrize("run", ["x" * 199_990, " " * 199_990, "a " * 99_990, "1" * 300, "word " * 40_000])
+def test_looking_for_runs_takes_no_longer_where_they_are_nearly_too_long(run):
+    text = f"{run} - {run} - " * (400_000 // len(run))
+    start = time.process_time()
+    assert long_text.cut(text, slow_digits=True) == [text]
+    assert time.process_time() - start < 5
 
 
 def test_an_error_on_the_other_stack_is_raised_here():
@@ -157,3 +154,10 @@ def test_a_host_that_sets_the_size_of_stacks_keeps_it():
         assert threading.stack_size() == 1 << 20
     finally:
         threading.stack_size(before)
+
+
+@pytest.mark.parametrize("data", [b"Hello <|im_end|> there", b"\xff\xfe broken \xc3", "é".encode() * 400, b""])
+@pytest.mark.parametrize("special", [False, True])
+def test_bytes_are_tokenised_as_llama_cpp_python_does_it(vocabulary, data, special):
+    for add_special in (False, True):
+        assert vocabulary.tokenize_bytes(data, add_special, special) == vocabulary.weights.tokenize(data, add_special, special)

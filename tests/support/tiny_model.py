@@ -12,7 +12,8 @@ CHATML = (r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content
 
 
 def write_tiny(path: Path, seed: int = SEED, architecture: str = "llama", n_layer: int = 4, n_embd: int = 128,
-               n_head: int = 4, n_head_kv: int = 2, n_ctx: int = N_CTX, template: str = CHATML, **metadata) -> Path:
+               n_head: int = 4, n_head_kv: int = 2, n_ctx: int = N_CTX, template: str = CHATML, pre: str = "default",
+               **metadata) -> Path:
     """Write a model with random weights; metadata: further keys of the architecture, e.g. sliding_window=64."""
     import gguf
     import numpy as np
@@ -30,7 +31,7 @@ def write_tiny(path: Path, seed: int = SEED, architecture: str = "llama", n_laye
     writer.add_rope_dimension_count(size)
     for key, value in metadata.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
-    n_vocab = add_byte_vocabulary(writer, template)
+    n_vocab = add_byte_vocabulary(writer, template, pre)
 
     def tensor(name: str, *shape: int) -> None:
         writer.add_tensor(name, rng.standard_normal(shape, dtype=np.float32) * np.float32(1.5 / shape[-1] ** 0.5))
@@ -58,7 +59,7 @@ def write_tiny(path: Path, seed: int = SEED, architecture: str = "llama", n_laye
     return path
 
 
-def add_byte_vocabulary(writer, template: str = CHATML) -> int:
+def add_byte_vocabulary(writer, template: str = CHATML, pre: str = "default") -> int:
     """One token per byte in GPT-2's spelling, one merge, three special tokens; returns the number of tokens."""
     import gguf
 
@@ -68,7 +69,7 @@ def add_byte_vocabulary(writer, template: str = CHATML) -> int:
     tokens = [spelling[b] for b in range(256)] + ["er", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * 3
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(["e r"])

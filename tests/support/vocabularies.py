@@ -14,8 +14,7 @@ LETTERS = "\u2581abcdefghijklmnopqrstuvwxyzTHEW.,?[]/INS"
 def write_bytes(path: Path, pre: str = "default") -> Path:
     """A vocabulary of bytes, with a pre-tokenizer of llama.cpp by its name."""
     writer = _writer(path)
-    writer.add_tokenizer_pre = lambda _, add=writer.add_tokenizer_pre: add(pre)
-    add_byte_vocabulary(writer)
+    add_byte_vocabulary(writer, pre=pre)
     return _written(writer, path)
 
 
