@@ -1,9 +1,12 @@
 """Errors: a native status or a bad input becomes a named exception, a sentence with the remedy, an exit code.
 
-Nothing here needs the native library. The command line prints ``str(error)`` and exits with :func:`exit_code`.
+Nothing here needs the native library. The command line prints ``error.told()`` with its own spelling and exits with :func:`exit_code`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -11,8 +14,44 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
+def named(name: str, value: Any = None) -> str:
+    """How a parameter is spelled in Python."""
+    return name if value is None else f"{name}={value!r}"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One way on.
+
+    do:    a clause with {} in the place of the parameter, e.g. ``raise {}``, or one that needs none
+    field: a parameter as load(), generate(), SfiParams or Sampling name it; ""
+    value: what to give it; None: nothing is known
+    """
+
+    do: str
+    field: str = ""
+    value: Any = None
+
+    def told(self, spell: Callable[..., str] = named) -> str:
+        """The clause. spell: (field, value) -> how the reader can set it"""
+        return self.do.replace("{}", spell(self.field, self.value))
+
+
 class SfiError(Exception):
-    """Base of all errors of sfi-local; its text is one sentence that says what to do."""
+    """Base of all errors of sfi-local; its text is one sentence that says what to do.
+
+    sentence: whole, or its first part where remedies follow, without a colon
+    remedies: what to do as data, any one of them; the text spells their parameters as in Python, told() as the reader can set them
+    """
+
+    def __init__(self, sentence: str = "", *remedies: Remedy):
+        self.sentence, self.remedies = sentence, remedies
+        super().__init__(self.told())
+
+    def told(self, spell: Callable[..., str] = named) -> str:
+        """The whole sentence. spell: (field, value) -> how the reader can set it"""
+        ways = [remedy.told(spell) for remedy in self.remedies]
+        return f"{self.sentence}: {', or '.join(filter(None, [', '.join(ways[:-1]), ways[-1]]))}." if ways else self.sentence
 
 
 class UsageError(SfiError):

@@ -38,7 +38,7 @@ def meant(name: str, allowed: Iterable[str]) -> str:
 def _parse_one(item: str, allowed: Mapping[str, type], source: str) -> tuple[str, Any]:
     name, _, value = (part.strip() for part in item.partition("="))
     if name not in allowed:
-        raise UsageError(f"{source}: there is no field {name!r}:{meant(name, allowed)} There are {', '.join(allowed)}.")
+        raise UsageError(f"{source}: there is no field {name!r}:{meant(name, allowed) or ' there are ' + ', '.join(allowed) + '.'}")
     try:
         found = _value(value, allowed[name])
     except (ValueError, KeyError):

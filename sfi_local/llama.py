@@ -27,19 +27,21 @@ from sfi_local.binding.context import GGML_TYPES, logits  # noqa: E402
 from sfi_local.binding.engine import Engine, Stats, StepInfo  # noqa: E402
 from sfi_local.binding.library import log  # noqa: E402
 from sfi_local.errors import ArgumentError, DetachedError, KvTypeError  # noqa: E402
-from sfi_local.loading import params_for_mode  # noqa: E402
+from sfi_local.loading import taken_for  # noqa: E402
 from sfi_local.machine import physical_cores  # noqa: E402
-from sfi_local.params import PORTABLE_POLICY, SfiParams  # noqa: E402
+from sfi_local.params import SfiParams  # noqa: E402
 from sfi_local.runtime.access import Access  # noqa: E402
 from sfi_local.runtime.auto import find_depth  # noqa: E402
 from sfi_local.runtime.draft_length import SpanLength  # noqa: E402
 from sfi_local.runtime.exact import decode_span  # noqa: E402
 from sfi_local.runtime.modes import STOCK, Mode, mode_of  # noqa: E402
 from sfi_local.runtime.sampling import MAX_SEED, Chain, Sampling  # noqa: E402
+from sfi_local.runtime.settings import Quality, Settings  # noqa: E402
 from sfi_local.runtime.slot import Slot  # noqa: E402
 from sfi_local.runtime.vocabulary import Vocabulary  # noqa: E402
 from sfi_local.store.gguf_file import GgufFile, read_gguf  # noqa: E402
 from sfi_local.tuning.auto_depth import auto_depth_of  # noqa: E402
+from sfi_local.tuning.quality import Taken  # noqa: E402
 
 ALL_LAYERS = 0x7FFFFFFF  # how llama-cpp-python writes n_gpu_layers=-1
 STOCK_TYPES = {*GGML_TYPES.values(), 3, 6, 7, 20}  # also q4_1, q5_0, q5_1, iq4_nl: by llama.cpp's own attention
@@ -55,8 +57,7 @@ class SlowFastLlama(Llama):
                 sfi_local.load; params with an auto_depth of their own keep it
     sfi_params: budget, schedule and selector; None: the defaults, made smaller where n_ctx is, and of policy frozen where a
                 device of the model lacks the operations of the default one
-    fidelity:   as in sfi_local.load: nats from dense, or ``floor``, for the tolerance in modes ``auto`` and ``sfi``; None without
-                sfi_params: ``floor``, if the model is calibrated
+    quality:    how close to dense, as in sfi_local.load
     samplers:   fields of sfi_local.Sampling that llama-cpp-python has no argument for, for all answers: ``dry``, ``top_n_sigma``,
                 ``xtc_probability`` ...; may be changed between answers
     Everything else is as in llama_cpp.Llama, except that flash attention is always on, that n_threads is one per physical core
@@ -68,23 +69,26 @@ class SlowFastLlama(Llama):
     notes:      what was decided on the caller's behalf, in sentences
     why_stock:  why decoding is llama.cpp's own, "" if it is not: mode ``stock``, a model that cannot be sparse (in mode
                 ``auto``), or a draft model, which needs the logits of every token
-    Raises ArgumentError (embedding, fidelity, a number out of range), InputError (no calibration for a fidelity), ModelFileError,
+    Raises ArgumentError (embedding, quality, a number out of range), InputError (no calibration for nats), ModelFileError,
     KvTypeError, and in modes ``sfi``, ``dense`` and ``exact`` ModelError, BackendError.
 
     One answer at a time: a second one, and any other use of the cache by another thread, gets BusyError before anything changes.
     close() from any thread ends what is running and waits for it, and every method raises DetachedError afterwards.
     """
 
-    def __init__(self, model_path: str, *, mode: str = "auto", sfi_params: SfiParams | None = None,
-                 fidelity: float | str | None = None, samplers: Mapping[str, Any] | None = None, **kwargs: Any):
+    def __init__(self, model_path: str, *, mode: str = "auto", sfi_params: SfiParams | Mapping[str, Any] | None = None,
+                 quality: Quality | None = None, samplers: Mapping[str, Any] | None = None, **kwargs: Any):
         wanted = mode_of(mode)
         _check(wanted, kwargs)
         file = read_gguf(model_path)
-        self.mode, self._given_params, self._given_fidelity = wanted.name, sfi_params, fidelity
+        self._given_params, self._given_quality = sfi_params, quality
         self.samplers = dict(samplers or {})
         self._types = _type_name(kwargs.get("type_k")), _type_name(kwargs.get("type_v"))
-        params, note = params_for_mode(file, wanted, *self._types, sfi_params, fidelity)
-        self.auto_found, self.notes = "", [note] if note else []
+        asked = Settings(wanted.name, type_k=self._types[0], type_v=self._types[1], params=sfi_params, quality=quality).check_choices()
+        taken = taken_for(file, asked)
+        wanted, params = mode_of(taken.mode), taken.params
+        self.mode, self.quality = wanted.name, taken.quality
+        self.auto_found, self.notes = "", list(taken.notes)
         self.last_step: StepInfo | None = None
         self._stop_tokens: set[int] = set()
         self._logit_bias: dict[int, float] = {}
@@ -96,7 +100,7 @@ class SlowFastLlama(Llama):
         self._weights = Access("model", self._free)
         super().__init__(os.fspath(model_path), **kwargs)
         self._vocabulary = Vocabulary(self._model, self._weights)
-        self._slot = self._new_slot(STOCK if self.draft_model else wanted, params)
+        self._slot = self._new_slot(STOCK if self.draft_model else wanted, taken)
         self._tell(wanted, file, params)
 
     @property
@@ -290,16 +294,16 @@ class SlowFastLlama(Llama):
 
     # ---- loading and freeing ---------------------------------------------------------------------------------------
 
-    def _new_slot(self, mode: Mode, params: SfiParams) -> Slot:
+    def _new_slot(self, mode: Mode, taken: Taken) -> Slot:
         """On llama-cpp-python's context."""
         def params_for(n_ctx: int) -> SfiParams:
             if not mode.attaches:
-                return params
-            fitting = params if self._given_params else params.fit_context(n_ctx)
+                return taken.params
+            fitting = taken.params.fit_context(n_ctx) if taken.fits_budget else taken.params
             fitting.check_context(n_ctx)
             return fitting
 
-        portable = None if self._given_params else SfiParams.of(PORTABLE_POLICY).fit_context(self._n_ctx)
+        portable = taken.portable and (taken.portable.fit_context(self._n_ctx) if taken.fits_budget else taken.portable)
         return Slot(lambda n_ctx: self._ctx, self._n_ctx, mode, params_for, portable=portable, weights=self._weights)
 
     def _tell(self, mode: Mode, file: GgufFile, params: SfiParams) -> None:
@@ -328,7 +332,7 @@ class SlowFastLlama(Llama):
         return self._vocabulary.tokenize_bytes(text, add_bos, special)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "mode": self.mode, "sfi_params": self._given_params, "fidelity": self._given_fidelity,
+        return {**super().__getstate__(), "mode": self.mode, "sfi_params": self._given_params, "quality": self._given_quality,
                 "samplers": self.samplers}
 
 

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import os
-from typing import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Callable, Mapping
 
 from sfi_local.binding import gpu
 from sfi_local.binding.context import load_weights
+from sfi_local.binding.devices import all_native
 from sfi_local.binding.library import log, open_library
-from sfi_local.errors import ArgumentError, ModelFileError
+from sfi_local.errors import ModelFileError
 from sfi_local.machine import physical_cores
-from sfi_local.params import PORTABLE_POLICY, SfiParams
+from sfi_local.params import SfiParams
 from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
 from sfi_local.runtime.model import Model
-from sfi_local.runtime.modes import Mode, mode_of
+from sfi_local.runtime.settings import Lora, Quality, Settings, Yarn
 from sfi_local.store import layout, stretch
 from sfi_local.store.gguf_file import GgufFile, read_gguf
 from sfi_local.store.pull import resolve
 from sfi_local.tuning.auto_depth import auto_depth_of
-from sfi_local.tuning.tolerance import DEFAULT, params_for
+from sfi_local.tuning.quality import Taken, take
+from sfi_local.tuning.tolerance import expired, recall
 
-MAX_THREADS = 512    # of ggml
-MAX_LAYERS = 9999    # more than any model has: all of them
+Progress = Callable[[float, float], None]
 
 
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
-         type_k: str = "f16", type_v: str = "f16", params: SfiParams | None = None, fit_budget: bool = False,
-         portable_params: SfiParams | None = None, fidelity: float | str | None = None, gpu_layers: int | None = None,
-         yarn: float | tuple[float, int] | None = None,
-         lora: str | os.PathLike | Sequence[tuple[str | os.PathLike, float]] = (), force: bool = False, verbose: bool = False,
-         progress: Callable[[float, float], None] | None = None) -> "Model":
+         type_k: str = "f16", type_v: str = "f16", params: SfiParams | Mapping[str, Any] | None = None,
+         quality: Quality | None = None, gpu_layers: int | None = None, yarn: Yarn | None = None,
+         lora: Lora = (), force: bool = False, verbose: bool = False, progress: Progress | None = None) -> Model:
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
     mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see runtime/modes.py
     n_ctx:     cells of the context; None: grows as needed, up to what the model was trained on and memory allows
     n_threads: None: one per physical core
     type_k, type_v: f16, bf16, q8_0, q4_0 or f32
-    params:    budget, schedule and selector; None: the defaults, with fit_budget, and of policy frozen as portable_params
-    fit_budget: make the budget smaller where the context is, instead of refusing it
-    portable_params: take these instead where a device of the model lacks the operations of the params' policy
-    fidelity:  nats from dense, or ``floor``: takes the place of the params' tolerance in modes ``auto`` and ``sfi``, see
-               tuning/tolerance.py; None without params: ``floor``, if the model is calibrated
+    params:    budget, schedule and selector: an SfiParams is taken as it is; of a mapping of its fields these are kept, and the
+               others adapted: the budget to a small context, the policy to a device that lacks its operations
+    quality:   how close to dense. ``close``, the default: within the noise of the model's own rounding where it is calibrated, else
+               by the tolerance of SfiParams; ``fast``: five times that; ``same``: mode exact, where the model can have it; nats
     gpu_layers: layers that a GPU holds and computes, the output being one more; None: all, where the build has a GPU backend
     yarn:      stretch the trained context by YaRN: so many times, or (times, tokens that the model was trained on)
     lora:      a LoRA adapter as GGUF, or several with their scales
@@ -48,55 +47,49 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     progress:  called with (done, total) while the weights are read; what it raises ends the loading
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
-    mode = mode_of(mode)
-    _check_options(n_ctx, n_threads, type_k, type_v, params, gpu_layers)
+    return load_as(model, Settings(str(mode), n_ctx, n_threads, type_k, type_v, gpu_layers, params, quality, yarn, lora, force), verbose,
+                   progress)
+
+
+def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, progress: Progress | None = None) -> Model:
+    """Load a model with settings; see load()."""
+    asked.check()
     file, stretched = read_gguf(resolve(os.fspath(model))), None
-    if yarn is not None:
-        file, stretched = stretch.yarn(file, *(yarn if isinstance(yarn, tuple) else (yarn,)))
-    gpus, no_gpu = gpu.usable(gpu_layers)
+    if asked.yarn is not None:
+        file, stretched = stretch.yarn(file, *(asked.yarn if isinstance(asked.yarn, tuple) else (asked.yarn,)))
+    gpus, no_gpu = gpu.usable(asked.gpu_layers)
     layers = layout.layers(file)
-    settled, note = params_for_mode(file, mode, type_k, type_v, params, fidelity)
-    portable = portable_params if params else SfiParams.of(PORTABLE_POLICY)
+    taken = taken_for(file, asked, any(layer.sparse for layer in layers) and all_native(asked.asked_params, bool(gpus)))
     _check_generates(file)
-    share = gpu.share_of(len(layers), gpu_layers, gpus)
-    cost = cost_of(by_metadata(file, layers, type_k, type_v), layers, mode.name, type_k, type_v, settled, portable or settled, bool(gpus))
-    cost = exact_cost(file, cost, n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, gpu_layers)
-    room = check_memory(file, cost, n_ctx or MIN_CTX, share, gpus, force)
+    share = gpu.share_of(len(layers), asked.gpu_layers, gpus)
+    cost = cost_of(by_metadata(file, layers, asked.type_k, asked.type_v), layers, taken.mode, asked.type_k, asked.type_v, taken.params,
+                   taken.portable or taken.params, bool(gpus))
+    cost = exact_cost(file, cost, asked.n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, asked.gpu_layers)
+    room = check_memory(file, cost, asked.n_ctx or MIN_CTX, share, gpus, asked.force)
     native = open_library()
     log.verbose = verbose
-    weights = load_weights(native.llama_cpp, file.path, gpu_layers, progress, room.mapped_only, stretched)
-    model = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=mode, n_ctx=n_ctx, n_threads=n_threads or physical_cores(), type_k=type_k,
-                  type_v=type_v, params=settled, fit_budget=fit_budget or params is None, gpu_layers=gpu_layers,
-                  portable_params=portable, adapters=_adapters(lora), find_auto_depth=auto_depth_of)
-    for sentence in filter(None, (note, no_gpu, *room.notes)):
+    weights = load_weights(native.llama_cpp, file.path, asked.gpu_layers, progress, room.mapped_only, stretched)
+    model = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
+                  n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
+                  fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
+                  adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of)
+    for sentence in filter(None, (*taken.notes, no_gpu, *room.notes)):
         model._note(sentence)
     return model
 
 
-def params_for_mode(file: GgufFile, mode: Mode, type_k: str, type_v: str, params: SfiParams | None,
-           fidelity: float | str | None) -> tuple[SfiParams, str]:
-    """(parameters, note), see tolerance.params_for; without fast steps there is nothing to settle."""
-    if not mode.fast or mode.verifies:
-        return params or SfiParams(), ""
-    if fidelity is None and params is None:
-        fidelity = DEFAULT
-    return params_for(params or SfiParams(), file.path, type_k, type_v, fidelity)
+def taken_for(file: GgufFile, asked: Settings, exact_works: bool = True) -> Taken:
+    """What settings come to for a model file, with what was measured for it; see quality.take."""
+    if not asked.chooses_tolerance:
+        return take(asked, file.path, None, exact_works)
+    known = file.path, asked.type_k, asked.type_v, asked.asked_params
+    found = recall(*known)
+    taken = take(asked, file.path, found, exact_works)
+    old = "" if found else expired(*known)
+    return replace(taken, notes=(*taken.notes, old)) if old else taken
 
 
-def _check_options(n_ctx: int | None, n_threads: int | None, type_k: str, type_v: str,
-                   params: SfiParams | None, gpu_layers: int | None) -> None:
-    for name, value, least, most in (("n_ctx", n_ctx, 1, 1 << 30), ("n_threads", n_threads, 1, MAX_THREADS),
-                                     ("gpu_layers", gpu_layers, 0, MAX_LAYERS)):
-        if value is not None and not least <= value <= most:
-            raise ArgumentError(f"{name} is {value}: give a number from {least} to {most}.")
-    for kv_type in (type_k, type_v):
-        if kv_type not in layout.KV_TYPES:
-            raise ArgumentError(f"The KV type is {kv_type!r}: choose one of {', '.join(layout.KV_TYPES)}.")
-    if params:
-        params.validate()
-
-
-def _adapters(lora: str | os.PathLike | Sequence[tuple[str | os.PathLike, float]]) -> list[tuple[str, float]]:
+def _adapters(lora: Lora) -> list[tuple[str, float]]:
     """(path, scale) of each. Raises ModelFileError where there is no file."""
     several = [(lora, 1.0)] if isinstance(lora, (str, os.PathLike)) else lora
     for path, _ in several:

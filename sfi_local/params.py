@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from sfi_local.errors import ArgumentError
+from sfi_local.errors import ArgumentError, Remedy
 
 POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
@@ -135,8 +135,8 @@ class SfiParams:
         if self.budget > n_ctx:
             raise ArgumentError(
                 f"The budget of {self.budget} cells (n_sink {self.n_sink} + n_recent {self.n_recent} + n_selected "
-                f"{self.n_selected}) is larger than the context of {n_ctx} cells: lower --n-selected to "
-                f"{max(1, n_ctx - self.n_sink - self.n_recent)} or less, or raise --ctx.")
+                f"{self.n_selected}) is larger than the context of {n_ctx} cells",
+                Remedy("take {} or less", "n_selected", max(1, n_ctx - self.n_sink - self.n_recent)), Remedy("raise {}", "n_ctx"))
 
     def fit_context(self, n_ctx: int) -> "SfiParams":
         """A copy whose budget fits a context of n_ctx cells, made smaller at n_selected first, then n_recent."""

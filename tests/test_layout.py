@@ -40,7 +40,7 @@ def imports_of(tree):
 GRAPH = {name: {other for other in imports_of(tree) if other not in BUILT} for name, tree in SOURCES.items()}
 
 
-GROUND = ("errors", "params", "fields", "machine", "cgroup", "cpus", "whole_file", "catalogue")  # one room without a folder
+GROUND = ("errors", "params", "fields", "environment", "machine", "cgroup", "cpus", "whole_file", "catalogue")  # one room without a folder
 
 
 def room(name):

@@ -42,7 +42,7 @@ def test_budget_is_the_sum_of_the_three_parts():
 
 
 def test_a_budget_larger_than_the_context_is_refused_with_a_value_that_fits():
-    with pytest.raises(ArgumentError, match="--n-selected to 764 or less"):
+    with pytest.raises(ArgumentError, match="take n_selected=764 or less, or raise n_ctx"):
         SfiParams.of("frozen").check_context(1024)
     SfiParams.of("frozen", n_selected=764).check_context(1024)
 

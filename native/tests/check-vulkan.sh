@@ -46,8 +46,8 @@ sfi pull smollm2-135m > /dev/null
 "$python" -c 'import pydoc_data.topics as t; print(open(t.__file__).read()[4000:16000])' > "$build/text.txt"
 # a driver in software prefills four tokens a second
 for kv_type in f16 q8_0; do
-    sfi eval smollm2-135m --text "$build/text.txt" --depth 300 -n 16 --modes dense,stock,sfi --policy frozen --n-selected 64 \
-        --n-recent 32 --kv-type "$kv_type"
+    sfi eval smollm2-135m --text "$build/text.txt" --depth 300 -n 16 --modes dense,stock,sfi \
+        --set policy=frozen,n_selected=64,n_recent=32 --kv-type "$kv_type"
 done
 sfi run smollm2-135m -f "$build/text.txt" --max-prompt-tokens 300 -p "What is this text about?" -n 24 --temp 0 --mode sfi \
-    --n-selected 64 --n-recent 32
+    --set n_selected=64,n_recent=32

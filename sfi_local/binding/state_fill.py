@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Iterator
 
 from sfi_local.binding.library import open_library
-from sfi_local.errors import DecodeError, InputError
+from sfi_local.errors import DecodeError, InputError, Remedy
 
+READ = Remedy("take {}", "fill", "prefill")
 MAX_MAPPINGS = 1 << 13  # Linux allows 65530 per process
 
 _HEADER = struct.Struct("<IiII")   # magic, sequence, streams, cells
@@ -55,7 +56,7 @@ def fill(context: int, depth: int) -> None:
     with laid_out(whole) as (address, size):
         pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
         if llama.llama_state_seq_set_data(context, pointer, size, 0) != size:
-            raise DecodeError(f"llama.cpp refused a state of {depth} cells: use --fill prefill.")
+            raise DecodeError(f"llama.cpp refused a state of {depth} cells", READ)
 
 
 def parts(state: bytes, depth: int) -> list[Part]:
@@ -64,7 +65,7 @@ def parts(state: bytes, depth: int) -> list[Part]:
         return _parts(state, depth)
     except (struct.error, ValueError):
         raise InputError("The state of this model is not that of one plain KV cache, so it cannot be filled by repeating "
-                         "cells: use --fill prefill.") from None
+                         "cells", READ) from None
 
 
 def _parts(state: bytes, depth: int) -> list[Part]:

@@ -11,9 +11,10 @@ from typing import Any, Sequence
 from sfi_local.cli import saved_chat
 from sfi_local.cli.ask import Lines, lines
 from sfi_local.cli.chat_commands import help_text, parse
-from sfi_local.cli.options import meant
+from sfi_local.cli.options import SAMPLERS
 from sfi_local.cli.progress import Progress, erase_drawn
 from sfi_local.cli.report import short_statistics, statistics
+from sfi_local.cli.spelling import spelled
 from sfi_local.cli.stream import Screen, stream
 from sfi_local.cli.terminal import tell, tell_notes
 from sfi_local.cli.text_input import Source, open_text
@@ -21,13 +22,16 @@ from sfi_local.cli.thinking import no_answer
 from sfi_local.cli.turns import fit
 from sfi_local.cli.window import height_of, width_of
 from sfi_local.errors import InputError, SfiError
+from sfi_local.fields import meant
+from sfi_local.fields import parse as parse_fields
+from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.step import Tally
 from sfi_local.runtime.template import Message, beginning
 
 HELLO = "A pasted text is one message; end a line with \\ to write another. /help lists the commands."
-# name: (field of the request, its type, how None is shown)
-SETTINGS = {"temp": ("temp", float, ""), "top-k": ("top_k", int, ""), "top-p": ("top_p", float, ""), "min-p": ("min_p", float, ""),
-            "seed": ("seed", int, "random"), "n": ("n", int, "no limit")}
+# field of the request: (its type, how None is shown); beside the samplers
+SETTINGS = {"temp": (float, ""), "seed": (int, "random"), "n": (int, "no limit")}
+SHOWN = ("top_k", "top_p", "min_p")  # samplers that /set shows unasked
 THINK = {"on": True, "off": False}
 ROOMY = 20   # rows
 ROOM = 1024  # tokens that an answer finds room for, or a quarter of the context
@@ -77,7 +81,7 @@ class Chat:
             except Leave:
                 return
             except SfiError as error:
-                tell(str(error))
+                tell(error.told(spelled))
             except KeyboardInterrupt:
                 if warned:
                     raise
@@ -206,7 +210,9 @@ class Chat:
     def do_set(self, text: str) -> None:
         if text:
             self.request = changed(self.request, text)
-        tell(", ".join(f"{name} {shown(getattr(self.request, field), none)}" for name, (field, _, none) in SETTINGS.items()))
+        samplers = {**{name: getattr(Sampling, name) for name in SHOWN}, **self.request.samplers}
+        tell(", ".join([*(f"{name} {shown(getattr(self.request, name), none)}" for name, (_, none) in SETTINGS.items()),
+                        *(f"{name} {shown(value, '')}" for name, value in samplers.items())]))
 
     def do_think(self, text: str) -> None:
         """... for the answers that follow; without a word: say how it is."""
@@ -267,20 +273,27 @@ def space() -> None:
 def changed(request: Any, text: str) -> Any:
     """The request with KEY=VALUE. Raises InputError."""
     key, sign, value = (piece.strip() for piece in text.partition("="))
-    name = key.lower().replace("_", "-")
-    if name not in SETTINGS:
-        raise InputError(f"There is no setting {key!r}:{meant(name, SETTINGS)} There are {', '.join(SETTINGS)}.")
+    name = key.lower().replace("-", "_")
+    if name not in (*SETTINGS, *SAMPLERS):
+        raise InputError(f"There is no setting {key!r}:{meant(name, (*SETTINGS, *SAMPLERS))} There are {', '.join((*SETTINGS, *SAMPLERS))}.")
     if not sign or not value:
-        raise InputError(f"/set {key} needs a value: write e.g. /set {name}={shown(getattr(request, SETTINGS[name][0]), '1')}.")
-    field, kind, none = SETTINGS[name]
-    try:
-        new = replace(request, **{field: None if none and value == none else kind(value)})
-    except ValueError:
-        raise InputError(f"{value!r} is no number: write e.g. /set {name}=1.") from None
+        raise InputError(f"/set {key} needs a value: write e.g. /set {name}=1.")
+    if name in SAMPLERS:
+        new = replace(request, samplers={**request.samplers, **parse_fields(f"{name}={value}", SAMPLERS, "/set")})
+    else:
+        new = replace(request, **{name: _setting(name, value)})
     new.sampling().validate()
     if new.n == 0 or new.n is not None and new.n < -1:
         raise InputError(f"n is {new.n}: give 1 or more, or -1 for no limit.")
     return new
+
+
+def _setting(name: str, text: str) -> Any:
+    kind, none = SETTINGS[name]
+    try:
+        return None if none and text == none else kind(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no number: write e.g. /set {name}=1.") from None
 
 
 def shown(value: Any, none: str) -> str:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Sequence
 
-from sfi_local.cli.options import meant
 from sfi_local.errors import InputError
+from sfi_local.fields import meant
 
 
 @dataclass(frozen=True)

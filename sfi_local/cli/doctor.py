@@ -168,7 +168,7 @@ def _auto() -> dict[str, Any]:
 
 
 def _fidelity() -> dict[str, Any]:
-    """The calibrations that --fidelity chooses from."""
+    """The calibrations that --quality chooses from."""
     return {"file": str(tolerance.fidelity_file()),
             "calibrated": [f"{Path(e['key']['model']).name}, {e['key']['type_k']}: floor {e['floor']:.2g} nats"
                            for e in tolerance.known()]}

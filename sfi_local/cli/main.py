@@ -10,6 +10,7 @@ import click
 
 from sfi_local.cli import streams
 from sfi_local.binding.library import source_id
+from sfi_local.cli.spelling import spelled
 from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
 
 # name: (module, function, short help); the short help is here so that --help imports nothing
@@ -21,9 +22,10 @@ COMMANDS = {
     "rm": ("cli.models", "rm_command", "Remove a fetched model from the cache."),
     "bench": ("lab.bench.command", "command", "Measure modes side by side at several depths."),
     "eval": ("lab.eval.command", "command", "Measure fidelity: how close modes and policies are to dense decoding."),
-    "calibrate": ("lab.eval.calibrate", "command", "Measure once how close to dense a model stays, for --fidelity."),
+    "calibrate": ("lab.eval.calibrate", "command", "Measure once what modes auto and sfi take for a model."),
     "make-model": ("lab.make_model", "command", "Write a model with random weights, to measure speed."),
     "inspect": ("cli.show", "command", "Show a model's layers and the cost of its KV cache."),
+    "help": ("cli.help", "command", "Explain what can be set: knobs, environment, statistics."),
     "doctor": ("cli.doctor", "command", "Report on the installation and this machine."),
 }
 
@@ -97,7 +99,7 @@ def main() -> int:
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except SfiError as error:
-        click.echo(f"sfi-local: {error}", err=True)
+        click.echo(f"sfi-local: {error.told(spelled)}", err=True)
         return exit_code(error)
 
 

@@ -1,69 +1,100 @@
-"""Options that several subcommands share, and what they become."""
+"""Options that several subcommands share, and what they become: the few that a person sets often, -o for samplers, --set for experts."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Callable, NamedTuple
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator
 
 import click
 
+from sfi_local.cli.moved import moved_parameters, moved_samplers
+from sfi_local.cli.spelling import spelled
 from sfi_local.errors import ArgumentError, UsageError
-from sfi_local.fields import meant
-from sfi_local.params import BUDGET, POLICIES, PORTABLE_POLICY, SELECTORS, SKETCH_BITS, SfiParams
+from sfi_local.fields import MAX_INT, kinds, meant, parse
+from sfi_local.params import SfiParams
+from sfi_local.runtime.modes import MODES
+from sfi_local.runtime.sampling import Sampling
+from sfi_local.runtime.settings import MAX_CTX, MAX_LAYERS, MAX_THREADS, Quality, Settings, parse_quality
 from sfi_local.store.layout import KV_TYPES
-from sfi_local.tuning.tolerance import DEFAULT, parse
 
-_DEFAULT = SfiParams()
+OWN_OPTIONS = ("temp", "seed")  # fields of Sampling that have an option of their own
+SAMPLERS = kinds(Sampling, without=OWN_OPTIONS)
+PARAMETERS = kinds(SfiParams)
+SET_ONLY = {"draft": int}  # of run and view, beside PARAMETERS
+COUNT = click.IntRange(1, MAX_INT)
+
+
+class BriefCommand(click.Command):
+    """Help in which an option has one line where that is possible: a narrow first column, and no ranges, which refusals name."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        with formatter.section("Options"):
+            formatter.write_dl([(name, _without_range(text)) for name, text in filter(None, (o.get_help_record(ctx) for o in options))],
+                               col_max=24)
+
+
+def _without_range(text: str) -> str:
+    """Without click's ``[1<=x<=9]``, alone or behind a default."""
+    return re.sub(r"; [-\d.<=>]*x[-\d.<=>]*]$", "]", re.sub(r"  \[[-\d.<=>]*x[-\d.<=>]*]$", "", text))
 
 
 def answer_options(n: int | None, mode: str) -> Callable:
     """Options of a prompt and of how it is answered, with the defaults of -n and --mode."""
+    return _all(
+        click.option("-p", "--prompt", metavar="TEXT", help="The question or instruction."),
+        click.option("-f", "--file", "file", metavar="FILE", help="Text that it is about; - reads stdin."),
+        click.option("--system", metavar="TEXT", help="System prompt."),
+        click.option("-n", "--n", "n", type=click.IntRange(-1, MAX_INT), default=n, metavar="N",
+                     help=f"At most N tokens, -1: any [default: {n or '512; chat: -1'}]"),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+        click.option("--temp", type=click.FloatRange(0), default=Sampling.temp, metavar="X",
+                     help=f"Temperature; 0: the likeliest token [default: {Sampling.temp}]"),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Seed of the sampler [default: random]"),
+        click.option("-o", "--option", "samplers", multiple=True, metavar="KEY=VALUE", callback=_samplers,
+                     help="A sampler, e.g. -o top_k=40; see `help knobs`."),
+        click.option("--raw", is_flag=True, help="The text as it is, without the chat template."),
+        click.option("--truncate", is_flag=True, help="Cut the file to what the context holds."),
+        click.option("--max-prompt-tokens", type=COUNT, metavar="N", help="Cut the file to a prompt of N tokens."),
+        click.option("--mode", type=click.Choice(list(MODES)), default=mode, metavar="MODE",
+                     help="auto: slow-fast where that pays; sfi: always; exact: slow-fast, with the text of dense; dense; stock: "
+                          f"llama.cpp's own [default: {mode}]"),
+        quality_option, set_options(**SET_ONLY), moved_samplers)
+
+
+def model_options(command: Callable) -> Callable:
+    """Options of loading a model."""
+    return _all(
+        click.option("--ctx", type=click.IntRange(16, MAX_CTX), metavar="N", help="Cells of the context [default: as needed]"),
+        threads_option,
+        click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default=Settings.type_k, metavar="TYPE",
+                     help=f"{', '.join(KV_TYPES)} [default: {Settings.type_k}]"),
+        click.option("--yarn", callback=_yarn, metavar="TIMES[:N]", help="Stretch the trained context of N tokens by YaRN."),
+        gpu_option,
+        force_option,
+        click.option("--verbose", is_flag=True, help="Say more, and show llama.cpp's log on stderr."))(command)
+
+
+def _all(*options: Callable) -> Callable:
+    """One decorator of several, in the order in which help shows them."""
     def add(command: Callable) -> Callable:
-        for option in reversed((
-            click.option("-f", "--file", "file", metavar="FILE", help="Text the question is about; - reads stdin."),
-            click.option("-p", "--prompt", metavar="TEXT", help="The question or instruction."),
-            click.option("-n", "--n", "n", type=click.IntRange(-1), default=n, show_default=True if n else "512; in a chat no limit",
-                         metavar="N", help="Tokens to generate at most; -1: until the answer ends or the context is full."),
-            click.option("--mode", type=click.Choice(["auto", "sfi", "exact", "dense", "stock"]), default=mode, show_default=True,
-                         help="sfi: slow-fast; exact: slow-fast drafts, verified: the text of dense; dense: every step dense; stock: "
-                              "llama.cpp's own path; auto: sfi where it pays."),
-            click.option("--draft", type=click.IntRange(0, 32), metavar="N",
-                         help="Mode exact: tokens drafted per span [default: as many as pay]."),
-            click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Seed of the sampler [default: random]."),
-            click.option("--temp", type=click.FloatRange(0), default=0.8, show_default=True, metavar="X",
-                         help="Temperature; 0 takes the most likely token."),
-            click.option("--top-k", type=click.IntRange(0), default=40, show_default=True, metavar="N", help="0: all tokens."),
-            click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, metavar="X"),
-            click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, metavar="X"),
-            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given several times."),
-            click.option("--system", metavar="TEXT", help="System prompt."),
-            click.option("--raw", is_flag=True, help="Give the text to the model as it is, without its chat template."),
-            click.option("--max-prompt-tokens", type=click.IntRange(1), metavar="N",
-                         help="Take only the head of the file, so that the whole prompt has N tokens at most."),
-            click.option("--truncate", is_flag=True, help="Take only the head of the file, as much as the context holds."),
-        )):
+        for option in reversed(options):
             command = option(command)
         return command
     return add
 
 
-def model_options(command: Callable) -> Callable:
-    """Options of loading a model."""
-    for option in reversed((
-        click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core]."),
-        click.option("--ctx", type=click.IntRange(16), metavar="N",
-                     help="Cells of the context [default: as needed, up to what the model was trained on]."),
-        click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True,
-                     help="Type of K and V in the cache."),
-        click.option("--yarn", callback=_yarn, metavar="TIMES[:TRAINED]",
-                     help="Stretch the trained context by YaRN, as e.g. Qwen2.5 and Qwen3 need beyond 32768 tokens: 4 makes it four "
-                          "times as long, 4:32768 if the file says more than the model was trained on. Short texts suffer a little."),
-        gpu_option,
-        force_option,
-        click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr."),
-    )):
-        command = option(command)
-    return command
+def threads_option(command: Callable) -> Callable:
+    """--threads."""
+    return click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
+                        help="Threads [default: one per core]")(command)
+
+
+def gpu_option(command: Callable) -> Callable:
+    """--gpu-layers."""
+    return click.option("--gpu-layers", type=click.IntRange(0, MAX_LAYERS), metavar="N",
+                        help="Layers on a GPU; 0: none [default: all]")(command)
 
 
 def _yarn(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[float, int] | float | None:
@@ -76,131 +107,86 @@ def _yarn(ctx: click.Context, option: click.Parameter, text: str | None) -> tupl
     return (float(match[1]), int(match[2])) if match[2] else float(match[1])
 
 
-def gpu_option(command: Callable) -> Callable:
-    """--gpu-layers."""
-    return click.option("--gpu-layers", type=click.IntRange(0, 9999), metavar="N",
-                        help="Layers that a GPU holds and computes, the output being one more; 0: none "
-                             "[default: all, where the build has a GPU backend].")(command)
-
-
 def force_option(command: Callable) -> Callable:
     """--force."""
     return click.option("--force", is_flag=True, help="Go on where the memory is too small.")(command)
 
 
-def sfi_options(command: Callable) -> Callable:
-    """Options of the support and the schedule; None where not given."""
-    for option in reversed((
-        click.option("--policy", type=click.Choice(list(POLICIES)),
-                     help="How fast steps choose their cells: sketch (anew at every step) [default], frozen (on slow steps), "
-                          "window (only the latest), oracle (exactly, as slow as dense)."),
-        click.option("--selector", type=click.Choice(list(SELECTORS)),
-                     help="topk (pooled evidence of the last queries) or paper (arXiv 2603.12038)."),
-        _count("--n-sink", 0, "First cells of the text, always attended to."),
-        _count("--n-recent", 1, "Latest cells, always attended to."),
-        _count("--n-selected", 1, "Cells chosen per layer and KV head."),
-        _count("--max-span", 0, "Fast steps between two slow steps at most; 0: no slow steps."),
-        _count("--min-span", 0, "Fast steps before a boundary may make a step slow."),
-        click.option("--boundary/--no-boundary", default=None,
-                     help="Slow step after the end of a sentence [default: on for frozen and window]."),
-        _count("--n-queries", 1, "Evidence of the last N queries at the end of the prompt, 64 at most."),
-        _count("--pool-after", 0, "An important cell brings N cells after it ..."),
-        _count("--pool-before", 0, "... and N cells before it."),
-        click.option("--tolerance", type=click.FloatRange(0), metavar="X",
-                     help=f"Policy sketch: cells are attended to exactly if their share of the attention times the error of their "
-                          f"logit is larger, --n-selected at most; 0: always so many [default: {_DEFAULT.tolerance:g}]."),
-        sketch_options,
-    )):
-        command = option(command)
-    return command
+def quality_option(command: Callable) -> Callable:
+    """--quality, and --fidelity as what experts call it; see take_settings."""
+    hidden = click.option("--fidelity", metavar="NATS", callback=_quality, hidden=True)
+    return click.option("--quality", metavar="NAME", callback=_quality,
+                        help="How close to dense: same (mode exact), close [default], fast (5 times as far), or nats.")(hidden(command))
 
 
-def sketch_options(command: Callable) -> Callable:
-    """--sketch-bits: the fields of SfiParams that differ, and --second-look; each None where not given."""
-    command = click.option("--second-look", type=click.FloatRange(0), metavar="X",
-                           help="Policy sketch, --sketch-bits with N: the rest of a cell's sketch is read if that gives it X times "
-                                f"the mean share of the attention [default: {_DEFAULT.second_look:g}].")(command)
-    return click.option("--sketch-bits", callback=_sketch_bits, metavar="K4,K2,K1:V4,V2[:N]",
-                        help="Components of the sketch: of K with 4, 2 and 1 bits, of V with 4 and 2 "
-                             "[default: 8,48,0:0,16:2, for heads of 128 values 8,80,0:0,32:3]. "
-                             "With N, N times 4 bytes of K are read of every cell, the rest only of cells that seem to matter.")(command)
+def set_options(**own: type) -> Callable:
+    """--set, and what had an option of its own once. own: fields beside those of SfiParams"""
+    def typed(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
+        return _parsed(texts, {**PARAMETERS, **own}, "--set")
+
+    return _all(click.option("--set", "set_fields", multiple=True, metavar="KEY=VALUE", callback=typed,
+                             help="A parameter, e.g. n_selected=512; see `help knobs`."),
+                moved_parameters)
 
 
-def fidelity_option(command: Callable) -> Callable:
-    """--fidelity, beside sfi_options; see take_params."""
-    return click.option("--fidelity", callback=_fidelity, metavar="X",
-                        help="Take the largest tolerance with which the model stays within X nats of dense, or within the noise "
-                             "of two dense implementations (floor), as `sfi-local calibrate` measured "
-                             "[default: floor, where the model is calibrated].")(command)
+def _samplers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
+    for text in texts:
+        name = text.partition("=")[0].strip()
+        if name in OWN_OPTIONS:
+            raise UsageError(f"-o {text}: {name} has an option of its own: use --{name}.")
+    given = _parsed(texts, SAMPLERS, "-o")
+    with usage():
+        Sampling(**given).validate()
+    return given
 
 
-def _count(name: str, least: int, text: str) -> Callable:
-    field = name[2:].replace("-", "_")
-    default, frozen = getattr(_DEFAULT, field), getattr(SfiParams.of("frozen"), field)
-    other = f"; {frozen} for frozen and window" if frozen != default else ""
-    return click.option(name, type=click.IntRange(least), metavar="N", help=f"{text} [default: {default}{other}]")
+def _parsed(texts: tuple[str, ...], allowed: dict[str, type], source: str) -> dict[str, Any]:
+    return {name: value for text in texts for name, value in parse(text, allowed, source).items()}
 
 
-def _sketch_bits(ctx: click.Context, option: click.Parameter, text: str | None) -> dict[str, int] | None:
-    """The fields of SfiParams that K4,K2,K1:V4,V2 names. Raises UsageError."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3}):(\d{1,3}),(\d{1,3})(?::(\d{1,2}))?", text.strip())
-    if not match:
-        raise UsageError(f"--sketch-bits {text!r} is not understood: write e.g. 4,12,24:0,16 or 8,48,0:0,16:2 (components of K with "
-                         f"4, 2 and 1 bits, of V with 4 and 2, and how many times 4 bytes of K are read of every cell).")
-    return dict(zip(SKETCH_BITS, (int(n or 0) for n in match.groups())))
+def _quality(ctx: click.Context, option: click.Parameter, text: str | None) -> Quality | None:
+    """One of QUALITIES, ``floor`` or nats. Raises UsageError."""
+    with usage():
+        return None if text is None else parse_quality(text.strip())
 
 
-def _fidelity(ctx: click.Context, option: click.Parameter, text: str | None) -> float | str | None:
-    """Nats or ``floor``. Raises UsageError."""
-    if text is None:
-        return None
-
+@contextmanager
+def usage() -> Iterator[None]:
+    """What the library refuses of what was typed is a wrong use of the command."""
     try:
-        return parse(text.strip())
+        yield
     except ArgumentError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(error.told(spelled)) from None
 
 
-class Fit(NamedTuple):
-    """What may be adapted because it was not typed: the budget to a small context, the policy to a device that lacks it.
+def take_settings(options: dict[str, Any]) -> Settings:
+    """Remove the options of answer_options and model_options that say how to load and decode. Raises UsageError.
 
-    portable: the same choices under the policy that every device has; None: the policy was typed
+    ``draft`` is left among the options.
     """
-
-    budget: bool
-    portable: SfiParams | None
-
-
-def take_params(options: dict[str, Any]) -> tuple[SfiParams, Fit]:
-    """Remove the options of sfi_options from a dict; returns the parameters and what of them may be adapted.
-
-    What was typed is kept or refused. Of fidelity_option,
-    where the command has it, stays ``fidelity``: what tolerance.params_for takes. Raises ArgumentError, UsageError.
-    """
-    names = ("policy", "selector", *BUDGET, "max_span", "min_span", "boundary", "n_queries", "pool_after",
-             "pool_before", "tolerance", "second_look")
-    given = {name: value for name in names if (value := options.pop(name)) is not None}
-    given.update(options.pop("sketch_bits") or {})
-    portable = None if "policy" in given else SfiParams.of(PORTABLE_POLICY, **given)
-    fit = Fit(not any(name in given for name in BUDGET), portable)
-    params = SfiParams.of(given.pop("policy", _DEFAULT.policy), **given).validate()
-    if "fidelity" in options:
-        options["fidelity"] = _settled_by(options["fidelity"], params, "tolerance" in given)
-    return params, fit
+    given = options.pop("set_fields")
+    options["draft"] = given.pop("draft", None)
+    kv_type = options.pop("kv_type")
+    return _checked(Settings(mode=options.pop("mode"), n_ctx=options.pop("ctx"), n_threads=options.pop("threads"), type_k=kv_type,
+                             type_v=kv_type, gpu_layers=options.pop("gpu_layers"), params=given, quality=_take_quality(options), yarn=options.pop("yarn"),
+                             force=options.pop("force")))
 
 
-def _settled_by(fidelity: float | str | None, params: SfiParams, has_tolerance: bool) -> float | str | None:
-    """The fidelity that decides the tolerance; None: it stays. Raises UsageError where two things decide it."""
-    if fidelity is None:
-        return None if has_tolerance or params.policy != "sketch" else DEFAULT
-    if has_tolerance:
-        raise UsageError("--fidelity chooses the tolerance: leave out --tolerance, or --fidelity.")
-    if params.policy != "sketch":
-        raise UsageError(f"--fidelity chooses the tolerance of policy sketch: leave out --policy {params.policy}, or "
-                         f"--fidelity.")
-    return fidelity
+def take_params(options: dict[str, Any]) -> Settings:
+    """Remove the options of set_options and, where they are there, of quality_option; the mode is sfi. Raises UsageError."""
+    return _checked(Settings(mode="sfi", params=options.pop("set_fields"), quality=_take_quality(options)))
+
+
+def _take_quality(options: dict[str, Any]) -> Quality | None:
+    quality, fidelity = options.pop("quality", None), options.pop("fidelity", None)
+    if None not in (quality, fidelity):
+        raise UsageError("--fidelity is another name of --quality: leave out one of them.")
+    return fidelity if quality is None else quality
+
+
+def _checked(settings: Settings) -> Settings:
+    with usage():
+        return settings.check()
 
 
 def name_list(allowed: tuple[str, ...], what: str) -> Callable:
@@ -220,8 +206,11 @@ def depth_list(ctx: click.Context, option: click.Parameter, text: str) -> tuple[
     """A callback that parses depths, in ascending order; 32k is 32768. Raises UsageError."""
     found = set()
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(k?)\s*", item, re.I)
+        match = re.fullmatch(r"\s*(\d+)(k?)\s*", item, re.I)
         if not match:
             raise UsageError(f"{item.strip()!r} is not a depth: write e.g. --depth 0,2000,8000 or --depth 32k (32768).")
-        found.add(int(match[1]) * (1024 if match[2] else 1))
+        depth = int(match[1]) * (1024 if match[2] else 1)
+        if depth > MAX_CTX:
+            raise UsageError(f"A depth of {item.strip()} is more than a context can have: give at most {MAX_CTX}.")
+        found.add(depth)
     return tuple(sorted(found))

@@ -29,16 +29,18 @@ def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dic
         "reasons": dict(tally.reasons),
         "kv_read_share": kv_read_share(model),
         "mode": request.mode,
+        **decided(model, tally),
         "model": request.model,
         "source_id": source_id(),
         "policy": model.session.params.policy,
         "support": model.session.params.policy,  # what policy was called in earlier versions
-        "path": path(model),
+        "kernels": kernels(model),
+        "path": kernels(model),  # what kernels was called in earlier versions
         "budget": model.session.params.budget,
         "tolerance": model.session.params.tolerance,
         "n_ctx": model.session.n_ctx,
         "n_threads": model.n_threads,
-        "kv_type": request.kv_type,
+        "kv_type": request.settings.type_k,
         "temp": sampling.temp,
         "seed": sampling.seed,
         "notes": model.notes,
@@ -58,11 +60,11 @@ def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
     written = f"{len(tally.tokens)} written at {tally.decode_tps:.1f}/s" if steps else f"{len(tally.tokens)} written"
     end = [_end(tally)] if tally.finish in ENDS else []
     read, share = f"{tally.n_prefilled} token{'' if tally.n_prefilled == 1 else 's'} read", f"KV read {100 * kv_read_share(model):.0f} %"
-    long = "; ".join([f"{read} at {tally.prefill_tps:.0f}/s, {written}" + (f" ({kinds})" if kinds else ""), share, *end])
+    whole = [f"{read} at {tally.prefill_tps:.0f}/s, {written}" + (f" ({kinds})" if kinds else ""), share]
     short = f"{tally.n_prefilled} read, {len(tally.tokens)} written, {tally.decode_tps:.1f}/s"
-    return first_that_fits([long, *("; ".join(parts) for parts in ([f"{read}, {written}", share, *end], [short, share, *end],
-                                                                    [short, share.replace(" read", ""), *end], [short, *end],
-                                                                    [f"{len(tally.tokens)} written", *end]))], width)
+    forms = ([*whole, *taken(model, tally), *end], [*whole, *end], [f"{read}, {written}", share, *end], [short, share, *end],
+             [short, share.replace(" read", ""), *end], [short, *end], [f"{len(tally.tokens)} written", *end])
+    return first_that_fits(["; ".join(parts) for parts in forms], width)
 
 
 def statistics(model: Any, tally: Any) -> str:
@@ -76,8 +78,11 @@ def statistics(model: Any, tally: Any) -> str:
     if tally.n_drafted:
         parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted}, ties {tally.n_ties}")
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
-    if path(model) not in ("native", "stock"):
-        parts.append(f"{path(model)} path")
+    if kernels(model) not in ("native", "stock"):
+        parts.append(f"{kernels(model)} kernels")
+    parts += taken(model, tally)
+    found = decided(model, tally)["why"]
+    parts += [found] if found else []
     return "; ".join(parts + [_end(tally)] if tally.finish in ENDS else parts)
 
 
@@ -85,7 +90,41 @@ def _end(tally: Any) -> str:
     return ENDS[tally.finish] + (" inside the thought" if tally.in_thought else "")
 
 
-def path(model: Any) -> str:
+def decided(model: Any, tally: Any) -> dict[str, Any]:
+    """What was decided for the user, and why.
+
+    mode_taken: ``sfi``, ``dense``, ``stock`` or ``exact``; of mode auto ``dense, then sfi`` where both took steps
+    auto_depth: cells from which mode auto is slow-fast; None in other modes, and where it is stock
+    why:        how that depth was found, or why decoding is stock; ""
+    quality:    how close to dense the fast steps are, see tuning/quality.py; "" where nothing says it
+    """
+    engine = model.session.engine if model.session else None
+    depth = engine.params.auto_depth if engine and model.mode == "auto" else None
+    why = model.session.why_stock if model.session else ""
+    if depth is not None and not why:
+        why = model.auto_found or ("given" if model.session.params.auto_depth else "by rule, for the text is not longer than the budget")
+    return {"mode_taken": _mode_taken(model.mode, engine, tally.steps), "auto_depth": depth, "why": why, "quality": model.quality}
+
+
+def _mode_taken(mode: str, engine: Any, steps: Any) -> str:
+    if mode != "auto":
+        return mode
+    kinds = ["dense"] * bool(steps["dense"]) + ["sfi"] * bool(steps["slow"] or steps["fast"])
+    return ", then ".join(kinds) or "dense" if engine else "stock"
+
+
+def taken(model: Any, tally: Any) -> list[str]:
+    """What mode auto and the quality came to, in a few words each."""
+    found = decided(model, tally)
+    words = []
+    if model.mode == "auto":
+        words.append(f"auto: {found['mode_taken']}" + (f" (sfi from {found['auto_depth']})" if found["auto_depth"] else ""))
+    if found["quality"] and tally.steps["fast"]:
+        words.append(f"quality {found['quality']}")
+    return words
+
+
+def kernels(model: Any) -> str:
     """Whose operations made the supports, see Engine.path; ``stock`` where sfi is not attached."""
     engine = model.session.engine if model.session else None
     return engine.path if engine else "stock"

@@ -15,56 +15,47 @@ from sfi_local.cli.terminal import resolve_noted, say
 from sfi_local.cli.text_input import from_argument
 from sfi_local.cli.thinking import Thinking
 from sfi_local.errors import InputError, UsageError
-from sfi_local.loading import load
+from sfi_local.loading import load_as
 from sfi_local.runtime.sampling import Sampling
+from sfi_local.runtime.settings import SAME, Settings
 from sfi_local.runtime.template import Message, fit_document, too_long
 
 
 @dataclass
 class PromptRequest:
-    """The options of options.answer_options, sfi_options, fidelity_option and model_options by their names, in their units."""
+    """The options of options.answer_options and model_options by their names, in their units. samplers: fields of Sampling"""
 
     model: str
+    settings: Settings
     file: str | None
     prompt: str | None
     n: int
-    mode: str
     draft: int | None
     seed: int | None
     temp: float
-    top_k: int
-    top_p: float
-    min_p: float
+    samplers: dict[str, Any]
     stop: tuple[str, ...]
     system: str | None
     raw: bool
     max_prompt_tokens: int | None
     truncate: bool
-    threads: int | None
-    ctx: int | None
-    kv_type: str
-    gpu_layers: int | None
-    yarn: float | tuple[float, int] | None
-    force: bool
     verbose: bool
     thinking: Thinking
-    params: Any
-    fit_budget: bool
-    portable_params: Any
-    fidelity: float | str | None
+
+    @property
+    def mode(self) -> str:
+        return self.settings.mode
 
     def check(self) -> None:
         """Refuse combinations that cannot be meant, and texts that are none."""
         if self.n == 0:
             raise UsageError("-n 0 generates nothing: give 1 or more, or -1 for no limit.")
-        if self.draft is not None and self.mode != "exact":
-            raise UsageError("--draft is for mode exact: add --mode exact, or leave it out.")
+        if self.draft is not None and self.mode != "exact" and self.settings.quality != SAME:
+            raise UsageError("--set draft is for mode exact: add --mode exact, or leave it out.")
         if (self.max_prompt_tokens or self.truncate) and self.file is None:
             raise UsageError("--max-prompt-tokens and --truncate take the head of a file: give one with -f.")
         if self.raw and self.system is not None:
             raise UsageError("--raw leaves out the chat template, so there is no place for --system: put it into -p.")
-        if self.mode in ("dense", "stock") and self.fidelity not in (None, "default"):
-            raise UsageError(f"--fidelity is about fast steps, and mode {self.mode} has none: leave it out, or take --mode sfi.")
         self.thinking.check(self.raw)
         for name, text in (("--system", self.system or ""), *(("--stop", text) for text in self.stop)):
             from_argument(text, name)
@@ -91,17 +82,14 @@ class PromptRequest:
         with Progress("fetching", "bytes") as fetching:
             path = resolve_noted(self.model, fetching)
         with Progress("loading", "%") as loading:
-            model = load(path, mode=self.mode, n_ctx=self.ctx, n_threads=self.threads, type_k=self.kv_type,
-                         type_v=self.kv_type, params=self.params, fit_budget=self.fit_budget, portable_params=self.portable_params,
-                         fidelity=self.fidelity, gpu_layers=self.gpu_layers, yarn=self.yarn, force=self.force,
-                         verbose=self.verbose, progress=loading)
+            model = load_as(path, self.settings, self.verbose, loading)
         if not self.raw:
             self.thinking.apply(model)
         return model
 
     def sampling(self) -> Any:
         seed = {} if self.seed is None else {"seed": self.seed}
-        return Sampling(temp=self.temp, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, **seed)
+        return Sampling(temp=self.temp, **seed, **self.samplers)
 
     @property
     def n_limit(self) -> int | None:

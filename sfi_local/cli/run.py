@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from sfi_local.cli.ask import NO_HISTORY
 from sfi_local.cli.chat import chat
-from sfi_local.cli.options import answer_options, fidelity_option, model_options, sfi_options, take_params
+from sfi_local.cli.options import BriefCommand, answer_options, model_options, take_settings
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.report import report, short_statistics, statistics
 from sfi_local.cli.request import PromptRequest
@@ -25,7 +24,7 @@ WHEN = ("auto", "always", "never")
 N_ANSWER = 512  # tokens of an answer at most, where -n is not given; in a chat as many as there is room for
 
 
-class RunCommand(click.Command):
+class RunCommand(BriefCommand):
     """``--color`` may stand alone: a word after it that is not one of WHEN is not its value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -37,39 +36,27 @@ class RunCommand(click.Command):
 @click.command("run", cls=RunCommand, short_help="Answer a prompt, about a file if one is given; chat on a terminal.")
 @click.argument("model")
 @answer_options(n=None, mode="auto")
-@sfi_options
-@fidelity_option
 @model_options
 @template_options
 @thought_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object in the place of the answer.")
 @click.option("--quiet", is_flag=True, help="No line of statistics after an answer.")
-@click.option("--no-history", is_flag=True, help=f"Chat: keep nothing of what is typed for another day; {NO_HISTORY}=1 too.")
-@click.option("--color", type=click.Choice(WHEN), default="never", show_default=True,
-              help="Mark each token by the kind of its step, slow ones in bold; auto, or --color alone: on a terminal, "
-                   "unless NO_COLOR is set.")
+@click.option("--no-history", is_flag=True, help="Chat: keep nothing of what is typed.")
+@click.option("--color", type=click.Choice(WHEN), default="never", metavar="WHEN",
+              help="Mark tokens by their steps: auto, always, never.")
 def command(**options: Any) -> None:
-    """Generate with MODEL: a name that `sfi-local models` lists (fetched on first use), hf:USER/REPO:QUANT, or a path.
+    """Answer with MODEL: a name from `sfi-local models`, hf:USER/REPO:QUANT, or a path.
 
     \b
+    sfi-local run smollm2-135m
     sfi-local run smollm2-135m -p "Name three rivers."
     sfi-local run smollm2-135m -f report.txt -p "What does the report conclude?"
-    cat report.txt | sfi-local run smollm2-135m -f - -p "Summarise this."
-    sfi-local run ./model.gguf --mode sfi --n-selected 1024 --temp 0 -f report.txt -p "Who wrote it?" --json
-    sfi-local run smollm2-135m
-    sfi-local run smollm2-135m -f report.txt
+    cat report.txt | sfi-local run smollm2-135m -f - -p "Summarise this." --json
 
-    With -f and -p the model gets one user message in its own chat template: the file's text first, then the question.
-    Without -p it is a chat on a terminal, about the file if there is one (/help lists what can be typed there); where stdin
-    is no terminal the prompt is read from it.
-
-    The answer alone goes to stdout; progress goes to stderr and, after the answer, a line of statistics: tokens and
-    speed of prefill and decode (steps only), how many steps were slow, dense or fast, and the share of KV bytes read
-    compared with dense decoding. With --verbose also why steps were slow or dense, and in mode exact how many tokens were
-    drafted and how many of them kept, and ties: tokens that rounding might have decided otherwise.
+    Without -p it is a chat on a terminal, about the file if there is one; elsewhere the prompt is read from stdin. The answer
+    alone goes to stdout. `sfi-local help statistics` explains the line that follows it on stderr.
     """
-    params, fit = take_params(options)
-    request = RunRequest(thinking=take_thinking(options), **options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
+    request = RunRequest(settings=take_settings(options), thinking=take_thinking(options), **options)
     if request.n is None:
         request.n = -1 if request.is_chat() else N_ANSWER
     request.check()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sfi_local.cli.options import sfi_options, take_params
+from sfi_local.cli.options import set_options, take_params
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.terminal import resolve_noted
 from sfi_local.errors import LibraryError
@@ -21,16 +21,16 @@ DEPTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 
 @click.command("inspect", short_help="Show a model's layers and the cost of its KV cache.")
 @click.argument("model")
-@sfi_options
+@set_options()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def command(model: str, as_json: bool, **options: Any) -> None:
     """Describe MODEL (name, hub name or path) from its metadata; the weights are not loaded. What a cache takes is asked of llama.cpp.
 
     \b
     sfi-local inspect smollm2-135m
-    sfi-local inspect ./model.gguf --n-selected 1024 --json
+    sfi-local inspect ./model.gguf --set n_selected=512 --json
     """
-    params, _ = take_params(options)
+    params = take_params(options).asked_params
     with Progress("fetching", "bytes") as fetching:
         path = resolve_noted(model, fetching)
     facts = describe(read_gguf(path), params)

@@ -9,6 +9,7 @@ from typing import Any, Callable
 import click
 
 from sfi_local.errors import UsageError
+from sfi_local.fields import MAX_INT
 
 HIDE = "hide"
 
@@ -36,10 +37,10 @@ class Thinking:
 def template_options(command: Callable) -> Callable:
     """What a prompt is made with; take_thinking takes them."""
     for option in reversed((
-        click.option("--think/--no-think", "think", default=None, help="Switch the model's thoughts on or off, if its template can."),
-        click.option("--think-budget", type=click.IntRange(0), metavar="N", help="End a thought after N tokens, so that the answer begins."),
-        click.option("--template-arg", "template_args", multiple=True, metavar="NAME=VALUE", callback=_arguments,
-                     help="A variable of the chat template, JSON or text; may be repeated."),
+        click.option("--think/--no-think", "think", default=None, help="Thoughts, if the template can switch them."),
+        click.option("--think-budget", type=click.IntRange(0, MAX_INT), metavar="N", help="End a thought after N tokens."),
+        click.option("--template-arg", "template_args", multiple=True, metavar="K=VALUE", callback=_arguments,
+                     help="A variable of the template, JSON or text."),
     )):
         command = option(command)
     return command
@@ -49,8 +50,8 @@ def thought_options(command: Callable) -> Callable:
     """What becomes of thoughts; take_thinking takes them."""
     for option in reversed((
         click.option("--thoughts", type=click.Choice(["show", HIDE]), default="show", metavar="HOW",
-                     help="show them on stderr, or hide them [default: show]"),
-        click.option("--drop-thoughts", is_flag=True, help="Chat: earlier thoughts leave the prompt, as the template does it."),
+                     help="show [default] on stderr, or hide."),
+        click.option("--drop-thoughts", is_flag=True, help="Chat: earlier thoughts leave the prompt."),
     )):
         command = option(command)
     return command

@@ -16,8 +16,10 @@ from sfi_local.cli.text_input import from_file
 from sfi_local.errors import InputError
 from sfi_local.machine import cpu_name, physical_cores
 from sfi_local.params import SfiParams
+from sfi_local.runtime.settings import Settings
 from sfi_local.store.gguf_file import read_gguf
-from sfi_local.tuning.tolerance import params_for
+from sfi_local.tuning.quality import with_quality
+from sfi_local.tuning.tolerance import recall
 
 DEFAULT_TEXT = "pydoc_data.topics"  # English prose that every Python carries
 BUFFER_BYTES = 320 << 20  # larger than the caches of most machines
@@ -29,9 +31,11 @@ def fetch(name: str) -> Any:
         return resolve_noted(name, fetching)
 
 
-def params_with_tolerance(params: SfiParams, path: Any, kv_type: str, fidelity: float | str | None) -> SfiParams:
-    """The parameters with the tolerance for a fidelity, see tolerance.params_for; a note goes to stderr."""
-    params, note = params_for(params, path, kv_type, kv_type, fidelity)
+def params_with_quality(params: SfiParams, path: Any, kv_type: str, asked: Settings | None) -> SfiParams:
+    """The parameters with the tolerance for the quality that was asked for, see quality.with_quality; notes go to stderr."""
+    if asked is None or not asked.chooses_tolerance:
+        return params
+    params, _, note = with_quality(params, asked.quality, path, kv_type, recall(path, kv_type, kv_type, params))
     if note:
         say(note)
     return params

@@ -66,7 +66,7 @@ def _known_shape(ctx: click.Context, option: click.Parameter, name: str) -> str:
 @click.option("--shape", required=True, callback=_known_shape, metavar="NAME", help=f"One of {', '.join(SHAPES)}.")
 @click.option("--type", "kind", type=click.Choice(TYPES), default="q4_0", show_default=True, help="Type of the weights.")
 @click.option("-o", "--output", required=True, metavar="FILE", help="The file to write, FILE.gguf.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="N")
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 def command(shape: str, kind: str, output: str, seed: int, force: bool) -> None:
     """Write a GGUF model of a known shape with random weights.

@@ -69,9 +69,10 @@ class Model:
     def __init__(self, file: GgufFile, weights: Any, n_fit: int | None, *, mode: str | Mode, n_ctx: int | None, n_threads: int,
                  type_k: str, type_v: str, params: SfiParams, fit_budget: bool, gpu_layers: int | None = None,
                  portable_params: SfiParams | None = None, adapters: Sequence[tuple[str, float]] = (),
-                 find_auto_depth: FindDepth | None = None):
+                 quality: str = "", find_auto_depth: FindDepth | None = None):
         self.file, self.n_threads, self.gpu_layers = file, n_threads, gpu_layers
         self._mode = mode_of(mode)
+        self.quality = quality  # how close to dense it is, in words, or ""
         self.notes: list[str] = []  # what was decided on the caller's behalf, in sentences
         self._n_notes_read = 0
         self.weights, self._n_fit, self._n_ctx = weights, n_fit, n_ctx

@@ -57,14 +57,17 @@ class _CannotMeasure(Exception):
     """Why the rule is used instead; a clause."""
 
 
-def auto_depth_of(model: "Model", params: SfiParams, type_k: str, type_v: str) -> tuple[int, str]:
-    """(depth in cells, how it was found), from the environment, the user's cache, a measurement or a rule. Never raises."""
+def auto_depth_of(model: "Model", params: SfiParams, type_k: str, type_v: str, anew: bool = False) -> tuple[int, str]:
+    """(depth in cells, how it was found), from the environment, the user's cache, a measurement or a rule. Never raises.
+
+    anew: whatever the cache holds
+    """
     try:
         given = os.environ.get(ENV, "")
         if given.isdigit():
             return int(given) or _rule(model, params), f"{ENV} is {given}"
         key = _key(model, params, type_k, type_v)
-        entry = remembered.entries(calibration_file(), _is_entry).get(remembered.spelled(key))
+        entry = None if anew else remembered.entries(calibration_file(), _is_entry).get(remembered.spelled(key))
         if entry and entry["timings"]:
             return entry["auto_depth"], "measured before"
         if entry and entry["date"] == _today():
@@ -209,6 +212,11 @@ def remember(key: dict[str, Any], depth: int, timings: list[Timing], why: str = 
     """Add an entry; without timings ``why`` says why there are none. Raises SfiError where it cannot be written."""
     remembered.store(calibration_file(), {"key": key, "auto_depth": depth, "date": _today(), "why": why,
                                           "timings": [asdict(t) for t in timings]}, _is_entry)
+
+
+def forget(path: Path | None) -> int:
+    """Remove what was measured for a model file, None: for all; how many entries. Raises SfiError where the file cannot be written."""
+    return remembered.forget(calibration_file(), path, _is_entry)
 
 
 def _is_entry(e: dict[str, Any]) -> bool:

@@ -42,13 +42,26 @@ def entries(path: Path, is_entry: Callable[[Any], bool]) -> Entries:
 def store(path: Path, entry: dict[str, Any], is_entry: Callable[[Any], bool]) -> None:
     """Add an entry as the latest, in place of one with its key. Raises SfiError where the file cannot be written."""
     kept = [e for key, e in entries(path, is_entry).items() if key != spelled(entry["key"])]
+    _write(path, [*kept, entry][-MAX_ENTRIES:])
+
+
+def forget(path: Path, model: Path | None, is_entry: Callable[[Any], bool]) -> int:
+    """Remove the entries of a model file, None: of all models; how many there were. Raises SfiError."""
+    known = entries(path, is_entry).values()
+    kept = [] if model is None else [e for e in known if e["key"].get("model") != str(model.resolve())]
+    if len(kept) < len(known):
+        _write(path, kept)
+    return len(known) - len(kept)
+
+
+def _write(path: Path, items: list[dict[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SfiError(f"{path.parent} cannot be made ({error.strerror}): set SFI_LOCAL_CACHE to a directory that you may "
                        f"write to.") from None
     with written_whole(path) as part:
-        part.write_text(json.dumps([*kept, entry][-MAX_ENTRIES:], indent=1), encoding="utf-8")
+        part.write_text(json.dumps(items, indent=1), encoding="utf-8")
 
 
 def _holds(entry: Any, is_entry: Callable[[Any], bool]) -> bool:

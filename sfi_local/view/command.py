@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sfi_local.binding.library import source_id
-from sfi_local.cli.options import answer_options, fidelity_option, model_options, sfi_options, take_params
+from sfi_local.cli.options import BriefCommand, answer_options, model_options, take_settings
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.report import kv_read_share, statistics
 from sfi_local.cli.request import PromptRequest
@@ -23,11 +23,9 @@ from sfi_local.view.png import draw
 from sfi_local.whole_file import check_matplotlib, check_writable, written_whole
 
 
-@click.command("view", short_help="Show where each generated token looked, as an HTML page.")
+@click.command("view", cls=BriefCommand, short_help="Show where each generated token looked, as an HTML page.")
 @click.argument("model")
 @answer_options(n=100, mode="sfi")
-@sfi_options
-@fidelity_option
 @model_options
 @template_options
 @click.option("--html", metavar="FILE", default="view.html", show_default=True, help="Where the page is written.")
@@ -38,7 +36,7 @@ def command(**options: Any) -> None:
     \b
     sfi-local view smollm2-135m -f report.txt -p "What does the report conclude?"
     sfi-local view smollm2-135m -f report.txt -p "Who wrote it?" -n 50 --html who.html --png who.png
-    sfi-local view smollm2-135m -f report.txt -p "Who wrote it?" --n-selected 256 --temp 0
+    sfi-local view smollm2-135m -f report.txt -p "Who wrote it?" --set n_selected=256 --temp 0
 
     The page is one file that loads nothing: it can be sent to others, and holds the text. For each token of the answer it
     shows the places that were read, the slow steps and why they were slow, how much of the attention the chosen
@@ -46,8 +44,7 @@ def command(**options: Any) -> None:
 
     The paths of what was written go to stdout.
     """
-    params, fit = take_params(options)
-    request = ViewRequest(thinking=take_thinking(options), **options, params=params, fit_budget=fit.budget, portable_params=fit.portable)
+    request = ViewRequest(settings=take_settings(options), thinking=take_thinking(options), **options)
     request.check()
     view(request)
 

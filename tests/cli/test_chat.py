@@ -13,7 +13,7 @@ pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
 from support.tiny_model import CHATML, write_tiny  # noqa: E402
 from support.window import PASTE, Window  # noqa: E402
 
-OPTIONS = ("--mode", "sfi", "-t", 1, "--temp", 0, "--n-recent", 32, "--n-selected", 40)
+OPTIONS = ("--mode", "sfi", "-t", 1, "--temp", 0, "--set", "n_recent=32,n_selected=40")
 SIZES = pytest.mark.parametrize("rows, columns", [(24, 80), (12, 40)])
 READY = r"\n>$"
 
@@ -143,7 +143,7 @@ def test_the_system_message_can_be_changed_shown_and_removed(chat):
 
 def test_settings(chat):
     one = chat()
-    for typed, said in (("/set", "temp 0, top-k 40, top-p 0.95, min-p 0.05, seed random, n 6"), ("/set temp=0.5", "temp 0.5"),
+    for typed, said in (("/set", "temp 0, seed random, n 6, top_k 40, top_p 0.95, min_p 0.05"), ("/set temp=0.5", "temp 0.5"),
                         ("/set n=-1", "n no limit"), ("/set top-p=2", "give a value from 0 to 1"), ("/set tmp=1", "did you mean temp?"),
                         ("/set temp", "needs a value"), ("/set seed=x", "no number"), ("/set n=0", "give 1 or more"), ("/set seed=7", "seed 7")):
         one.type(typed + "\r")
@@ -277,7 +277,7 @@ def test_ctrl_c_while_the_prompt_is_read_keeps_what_was_read(window, smollm2, tm
 # ---- a full context --------------------------------------------------------------------------------------------------
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(chat):
-    one = chat("--ctx", 400, "--system", "s" * 50, "--n-recent", 16, "--n-selected", 16)
+    one = chat("--ctx", 400, "--system", "s" * 50, "--set", "n_recent=16,n_selected=16")
     for _ in range(7):
         shown = one.answer_to("q" * 40)
         if "forgotten" in shown:
@@ -288,7 +288,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(chat):
 
 
 def test_a_message_too_long_for_the_context_is_refused_and_the_conversation_goes_on(chat):
-    one = chat("--ctx", 256, "--n-recent", 16, "--n-selected", 16)
+    one = chat("--ctx", 256, "--set", "n_recent=16,n_selected=16")
     one.answer_to("Hello")
     one.type("y" * 300 + "\r")
     one.wait_for(r"has \d+ tokens")

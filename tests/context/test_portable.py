@@ -360,9 +360,9 @@ def test_run_takes_the_policy_that_works_unless_one_was_typed(cli, tiny):
     out = json.loads(cli(*words, SFI_PORTABLE_PATH="1").stdout)
     assert (out["path"], out["support"]) == ("portable", "frozen") and out["steps"]["fast"] > 5
     assert any("frozen" in note and "sketch" in note for note in out["notes"])
-    small = json.loads(cli(*words, "--n-selected", 64, "--n-recent", 32, SFI_PORTABLE_PATH="1").stdout)
+    small = json.loads(cli(*words, "--set", "n_selected=64,n_recent=32", SFI_PORTABLE_PATH="1").stdout)
     assert small["budget"] == 4 + 32 + 64  # what was typed, even where it is the other policy's default
-    typed = cli(*words, "--policy", "sketch", SFI_PORTABLE_PATH="1")
+    typed = cli(*words, "--set", "policy=sketch", SFI_PORTABLE_PATH="1")
     assert typed.returncode == 1 and b"policy frozen" in typed.stderr
     plain = json.loads(cli(*words).stdout)
     assert (plain["path"], plain["support"], plain["notes"]) == ("native", "sketch", [])

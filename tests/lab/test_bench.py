@@ -20,7 +20,7 @@ from sfi_local.lab.checks import CheckError, compare, slow_and_fast
 from support.command_line import cli_command, cli_env, interrupted, sentence
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
-OPTIONS = ("--policy", "frozen", "--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1,
+OPTIONS = ("--set", "policy=frozen,n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1,
            "--reps", 2, "-n", 20)
 FIELDS = {"mode", "depth", "decode_tps", "ms_slow", "ms_fast", "steps", "kv_read_share", "ratio_to_stock", "ratio_to_dense",
           "ceiling", "kv_type", "spread", "gbps", "read_bandwidth", "model", "threads", "n", "reps", "source_id", "machine",
@@ -29,8 +29,7 @@ FIELDS = {"mode", "depth", "decode_tps", "ms_slow", "ms_fast", "steps", "kv_read
 
 def request(tiny, **changes):
     given = dict(model=str(tiny), depths=(0, 300), modes=("stock", "dense", "sfi"), kv_types=("f16",), n=20, reps=2,
-                 threads=1, text=None, random_tokens=False, fill="prefill", slow_every=None, verbose=False, params=SMALL,
-                 fit_budget=True)
+                 threads=1, text=None, random_tokens=False, fill="prefill", slow_every=None, verbose=False, params=SMALL)
     return bench.BenchPlan(**{**given, **changes})
 
 
@@ -237,7 +236,7 @@ def test_a_state_of_another_kind_is_refused():
     from sfi_local.errors import InputError
 
     for state in (b"", bytes(40), bytes(16) + b"\1" * 100):
-        with pytest.raises(InputError, match="--fill prefill"):
+        with pytest.raises(InputError, match="take fill='prefill'"):
             state_fill.parts(state, 100)
 
 

@@ -21,7 +21,7 @@ from sfi_local.lab.trunk import SwitchSession
 from support.command_line import cli_command, cli_env, interrupted, sentence
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
-OPTIONS = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1, "-n", 20)
+OPTIONS = ("--set", "n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1, "-n", 20)
 FIELDS = {"mode", "depth", "n", "kld_mean", "kld_median", "kld_p99", "top1", "delta_nll", "kv_read_share", "kv_bytes", "name",
           "kv_type", "steps", "reasons", "params", "budget", "model", "machine", "source_id", "date", "command", "threads", "text"}
 DENSE, SFI = Row("dense", "dense"), Row("sfi", "sfi")

@@ -23,7 +23,7 @@ from sfi_local.lab.trunk import Sessions
 from support.command_line import sentence
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
-OPTIONS = ("--policy", "frozen", "--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1)
+OPTIONS = ("--set", "policy=frozen,n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1)
 FIELDS = {"mode", "depth", "n_prompts", "n", "n_tokens", "n_equal", "n_ties", "verdict", "complaint", "differences", "noise", "draft",
           "n_spans", "n_drafted", "n_accepted", "kept_per_span", "n_dense", "temp", "seed", "kv_read_share", "steps", "reasons", "params",
           "model", "machine", "source_id", "command", "text"}
@@ -206,7 +206,7 @@ def test_answers_of_mode_exact_that_are_not_dense_are_not_shown(request_of, monk
     (("--exact", 2, "--passkey", 3), "leave out"), (("--exact", 2, "--greedy", 3), "leave out"), (("--exact", 2, "--reference"), "leave out"),
     (("--exact", 2, "--plot", "x.png"), "leave out"), (("--exact", 2, "--modes", "sfi"), "leave out"), (("--temp", 0.5), "are of --exact"),
     (("--seed", 3), "are of --exact"), (("--exact", 2, "--row", "x:n_selected=9"), "mode=exact"),
-    (("--exact", 2, "--fidelity", 0.1), "leave it out")])
+    (("--exact", 2, "--quality", 0.1), "leave it out")])
 def test_what_cannot_be_meant_is_refused(cli, tiny, options, said):
     assert said in sentence(cli("eval", tiny, *options), code=2)
 

@@ -15,7 +15,7 @@ from sfi_local.lab.trunk import SwitchSession
 from support.command_line import sentence
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
-OPTIONS = ("--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1)
+OPTIONS = ("--set", "n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1)
 DENSE, SFI, WINDOW = Row("dense", "dense"), Row("sfi", "sfi"), Row("window", "sfi", {"policy": "window", "n_recent": 32})
 LINES = {"random_idx": ["odd-cat", 1], "expected_number": 2416, "num_lines": 2, "correct_line": "line odd-cat: ... <2416>\n",
          "prompt": "line even-dog: REGISTER_CONTENT is <17>\nline odd-cat: REGISTER_CONTENT is <2416>\n\nWhat is in odd-cat?"}

@@ -57,6 +57,6 @@ def test_a_model_that_is_split_between_gpu_and_cpu_is_as_close(gpu, cli, model):
 
 def test_mode_exact_gives_the_text_of_dense(gpu, cli, model, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
-    said = {mode: cli("run", model, "-f", "text.txt", "-p", "Go on.", "-n", 64, "--temp", 0, "--mode", mode, "--n-selected", 64).stdout
+    said = {mode: cli("run", model, "-f", "text.txt", "-p", "Go on.", "-n", 64, "--temp", 0, "--mode", mode, "--set", "n_selected=64").stdout
             for mode in ("dense", "exact")}
     assert said["dense"] and said["exact"] == said["dense"]

@@ -174,13 +174,13 @@ def test_the_environment_overrules_a_measurement(llama, measured, monkeypatch):
 def test_a_calibrated_tolerance_is_taken_and_what_was_given_is_kept(llama, measured, tiny):
     given, options = SfiParams(n_selected=40, tolerance=0.3), {"n_ctx": 512, "sfi_params": None}
     with pytest.raises(InputError, match="sfi-local calibrate"):
-        llama(fidelity="floor", **options)
+        llama(quality="floor", **options)
     remember(tiny, "f16", SfiParams(), 0.005, [Setting(4e-3, 0.02, 0.1), Setting(1e-3, 0.004, 0.2), Setting(1e-4, 0.001, 0.3)])
     tolerance = lambda **more: llama(**{**options, **more}).engine.params.tolerance
-    assert tolerance() == tolerance(mode="auto") == tolerance(fidelity="floor") == 1e-3 and tolerance(fidelity=0.03) == 4e-3
-    assert tolerance(sfi_params=given) == 0.3 and tolerance(sfi_params=given, fidelity=0.002) == 1e-4
-    assert "No calibrated tolerance" in llama(fidelity=1e-9, **options).notes[0]
-    copy = pickle.loads(pickle.dumps(llama(fidelity=0.03, **options)))
+    assert tolerance() == tolerance(mode="auto") == tolerance(quality="floor") == 1e-3 and tolerance(quality=0.03) == 4e-3
+    assert tolerance(sfi_params=given) == 0.3 and tolerance(sfi_params=given, quality=0.002) == 1e-4
+    assert "No calibrated tolerance" in llama(quality=1e-9, **options).notes[0]
+    copy = pickle.loads(pickle.dumps(llama(quality=0.03, **options)))
     assert copy.engine.params.tolerance == 4e-3
     copy.close()
 

@@ -209,8 +209,7 @@ def test_more_threads_than_cpus_do_not_look_like_a_busy_program(model, monkeypat
 
 
 def test_a_run_that_calibrates_says_so_on_stderr_once(cli, tiny):
-    options = ("run", tiny, "-p", "The quick brown fox. " * 12, "-n", 10, "--temp", 0, "-t", 1, "--n-recent", 32,
-               "--n-selected", 40)
+    options = ("run", tiny, "-p", "The quick brown fox. " * 12, "-n", 10, "--temp", 0, "-t", 1, "--set", "n_recent=32,n_selected=40")
     runs = [cli(*options, "--json"), cli(*options)]
     assert [r.returncode for r in runs] == [0, 0] and calibration_file().exists()
     notes, why = json.loads(runs[0].stdout)["notes"], json.loads(calibration_file().read_text())[0]["why"]

@@ -1,4 +1,4 @@
-"""The tolerance for a fidelity: the largest within the bound, of what was measured for this very model, or a sentence."""
+"""What was calibrated: the largest tolerance within a bound, for this very model; kept, shown and forgotten."""
 
 import json
 import math
@@ -6,10 +6,9 @@ import math
 import pytest
 
 from sfi_local import SfiParams
-from sfi_local.cli.options import take_params
-from sfi_local.errors import ArgumentError, InputError, SfiError, UsageError
+from sfi_local.errors import SfiError
 from sfi_local.tuning import tolerance
-from sfi_local.tuning.tolerance import DEFAULT, FLOOR, TOLERANCES, Setting, choose, fidelity_file, parse, recall, remember, params_for
+from sfi_local.tuning.tolerance import TOLERANCES, Setting, choose, command_for, expired, fidelity_file, forget, recall, remember
 from support.command_line import sentence
 
 SETTINGS = [Setting(4e-3, 0.02, 0.05), Setting(1e-3, 0.004, 0.1), Setting(5e-4, 0.001, 0.2)]
@@ -35,10 +34,6 @@ def calibrated(file):
     return file
 
 
-def tolerance_of(path, wanted, params=SKETCH, kv_type="f16"):
-    return params_for(params, path, kv_type, kv_type, wanted)[0].tolerance
-
-
 # ---- choosing --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bound, chosen", [(1.0, 4e-3), (0.02, 4e-3), (0.0199, 1e-3), (0.004, 1e-3), (0.001, 5e-4)])
@@ -52,43 +47,41 @@ def test_where_none_is_within_it_is_the_smallest():
     assert choose(SETTINGS, 1e-4) == (SETTINGS[-1], False)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "roof", "", "default"])
-def test_what_is_no_fidelity_is_refused(text):
-    with pytest.raises(ArgumentError, match="floor"):
-        parse(text)
-    assert parse("0.004") == 0.004 and parse("floor") == FLOOR
-
-
-def test_a_bound_a_floor_and_nothing(calibrated):
-    assert tolerance_of(calibrated, 0.02) == 4e-3
-    assert tolerance_of(calibrated, FLOOR) == tolerance_of(calibrated, DEFAULT) == 1e-3
-    assert tolerance_of(calibrated, None, SKETCH.replace(tolerance=7.0)) == 7.0
-
-
-def test_only_what_was_asked_for_gets_a_note(calibrated):
-    params, note = params_for(SKETCH, calibrated, "f16", "f16", 1e-4)
-    assert params.tolerance == 5e-4 and "0.0005" in note and "0.001;" in note and note.endswith(".")
-    assert params_for(SKETCH, calibrated, "f16", "f16", 0.02)[1] == params_for(SKETCH, calibrated, "f16", "f16", DEFAULT)[1] == ""
-    assert "budget of 4 + 32 + 1024" in params_for(SKETCH.replace(n_selected=64), calibrated, "f16", "f16", FLOOR)[1]
-
-
 def test_another_file_kv_type_sketch_or_build_is_not_calibrated(calibrated, tmp_path, monkeypatch):
     bits = SKETCH.replace(sketch_k4=4, sketch_k2=16, sketch_k1=16)
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     assert recall(calibrated, "f16", "f16", SKETCH.replace(tolerance=1.0)).floor == 0.005
     assert recall(tmp_path / "other.gguf", "f16", "f16", SKETCH) is recall(calibrated, "f16", "q8_0", SKETCH) is None
     assert recall(calibrated, "f16", "f16", bits) is None
-    with pytest.raises(InputError, match="calibrate .*model.gguf --kv-type q8_0 --sketch-bits 4,16,16:0,0:0` once"):
-        tolerance_of(calibrated, FLOOR, bits, "q8_0")
     monkeypatch.setattr("sfi_local.tuning.remembered.source_id", lambda: "another build")
-    assert recall(calibrated, "f16", "f16", SKETCH) is None and tolerance_of(calibrated, DEFAULT) == SKETCH.tolerance
+    assert recall(calibrated, "f16", "f16", SKETCH) is None
 
 
-def test_a_policy_without_tolerance_has_no_fidelity(calibrated):
-    frozen = SfiParams.of("frozen")
-    assert params_for(frozen, calibrated, "f16", "f16", DEFAULT) == (frozen, "")
-    with pytest.raises(ArgumentError, match="frozen"):
-        params_for(frozen, calibrated, "f16", "f16", FLOOR)
+def test_the_command_that_makes_a_calibration():
+    from pathlib import Path
+
+    assert command_for(Path("/m/a b.gguf"), "f16", SKETCH) == "sfi-local calibrate '/m/a b.gguf'"
+    assert command_for(Path("m.gguf"), "q8_0", SKETCH.replace(sketch_k4=4, second_look=0.25, n_selected=9)) == (
+        "sfi-local calibrate m.gguf --kv-type q8_0 --set sketch_k4=4,second_look=0.25")
+
+
+def test_one_of_another_build_is_said_once(calibrated, monkeypatch):
+    assert expired(calibrated, "f16", "f16", SKETCH.replace(second_look=0.1)) == ""
+    for build in ("another build", "a third"):
+        monkeypatch.setattr("sfi_local.tuning.remembered.source_id", lambda: build)
+        said = expired(calibrated, "f16", "f16", SKETCH)
+        assert "another build of the library" in said and "`sfi-local calibrate" in said and said.endswith(".")
+        assert expired(calibrated, "f16", "f16", SKETCH) == ""
+    monkeypatch.setattr("sfi_local.tuning.remembered.source_id", lambda: "one build")
+    assert recall(calibrated, "f16", "f16", SKETCH).floor == 0.005
+
+
+def test_forgetting_one_model_or_all(calibrated, tmp_path):
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    remember(tmp_path / "other.gguf", "f16", SKETCH, 0.1, SETTINGS)
+    remember(calibrated, "q8_0", SKETCH, 0.1, SETTINGS)
+    assert forget(calibrated) == 2 and forget(calibrated) == 0
+    assert [e["floor"] for e in tolerance.known()] == [0.1] and forget(None) == 1 and tolerance.known() == []
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -118,32 +111,6 @@ def test_a_damaged_entry_counts_as_none(calibrated, change):
     assert recall(calibrated, "f16", "f16", SKETCH) is None
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("given, left", [({}, DEFAULT), ({"fidelity": 0.01}, 0.01), ({"tolerance": 0.1}, None),
-                                         ({"policy": "frozen"}, None)])
-def test_what_is_typed_decides_the_tolerance(given, left):
-    options = typed(given)
-    take_params(options)
-    assert options == {"fidelity": left}
-
-
-@pytest.mark.parametrize("other", [{"tolerance": 0.0}, {"policy": "window"}])
-def test_two_that_decide_are_refused(other):
-    with pytest.raises(UsageError, match="leave out"):
-        take_params(typed({"fidelity": FLOOR, **other}))
-
-
-def typed(given):
-    """The options of a command as click gives them."""
-    import click
-
-    from sfi_local.cli.options import fidelity_option, sfi_options
-
-    command = click.command()(sfi_options(fidelity_option(lambda **_: None)))
-    return {**{p.name: None for p in command.params}, **given}
-
-
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 def test_calibrate_then_run_and_load_take_what_it_chose(cli, tiny):
@@ -160,17 +127,29 @@ def test_calibrate_then_run_and_load_take_what_it_chose(cli, tiny):
     assert chosen == choose(found.settings, found.floor)[0].tolerance
 
     run = ("run", tiny, "-p", "x", "-n", 2, "-t", 1, "--mode", "sfi", "--json")
-    assert [json.loads(cli(*run, *more).stdout)["tolerance"] for more in ((), ("--fidelity", 99), ("--tolerance", 0.5))] == [
+    assert [json.loads(cli(*run, *more).stdout)["tolerance"] for more in ((), ("--fidelity", 99), ("--set", "tolerance=0.5"))] == [
         chosen, max(TOLERANCES), 0.5]
-    with load(tiny, mode="sfi", n_threads=1, fidelity=1e-30) as model:
+    with load(tiny, mode="sfi", n_threads=1, quality=1e-30) as model:
         assert model._params.tolerance == choose(found.settings, 1e-30)[0].tolerance and model.notes
+        assert model.quality.startswith("within 1e-30 nats (calibrated 2")
+
+
+    from click.testing import CliRunner
+
+    from sfi_local.cli.main import cli as group
+
+    said = [CliRunner().invoke(group, ["calibrate", *words]).output for words in (
+        ["--show"], [str(tiny), "--show"], [str(tiny), "--forget"], ["--show"], ["--forget"])]
+    assert said[0] == said[1] and f"tiny.gguf, f16: quality close is tolerance {chosen:g}, fast " in said[0]
+    assert "Forgotten: 1 measurement of tiny.gguf. From now on quality close is tolerance 0.0003" in said[2]
+    assert "Nothing was measured" in said[3] and "nothing to forget" in said[4] and recall(tiny, "f16", "f16", SKETCH) is None
 
 
 @pytest.mark.parametrize("command, code, words", [
     (("run", "-p", "x", "--fidelity", "floor"), 1, "sfi-local calibrate"), (("eval", "--fidelity", "0.1"), 1, "sfi-local calibrate"),
     (("bench", "--fidelity", "0.1"), 1, "sfi-local calibrate"), (("run", "-p", "x", "--fidelity", "-1"), 2, "nats"),
-    (("run", "-p", "x", "--fidelity", "1", "--tolerance", "1"), 2, "leave out"),
-    (("run", "-p", "x", "--fidelity", "1", "--mode", "dense"), 2, "fast steps"), (("calibrate", "--depth", "99999"), 1, "--depth"),
+    (("run", "-p", "x", "--fidelity", "1", "--set", "tolerance=1"), 2, "leave out"),
+    (("run", "-p", "x", "--quality", "fast", "--mode", "dense"), 2, "fast steps"), (("calibrate", "--depth", "99999"), 1, "--depth"),
 ])
 def test_bad_input_is_a_sentence_and_leaves_no_file(cli, tiny, command, code, words):
     assert words in sentence(cli(command[0], tiny, *command[1:]), code)

@@ -18,7 +18,7 @@ from sfi_local.view.sentences import read_most
 from support.command_line import cli_env, sentence
 from support.tiny_model import SEED
 
-SMALL = ("--policy", "frozen", "--n-recent", 32, "--n-selected", 40, "--max-span", 12, "--min-span", 2, "-t", 1, "--temp", 0, "--seed", 1)
+SMALL = ("--set", "policy=frozen,n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1, "--temp", 0, "--seed", 1)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 NASTY = '</script><script>alert(1)</script> & &amp; <!-- ]]> "\' \u2028 \\u003c __DATA__ \U0001f98a'
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -326,7 +326,7 @@ def test_dense_steps_choose_nothing_and_the_page_says_so(cli, tiny, tmp_path):
 
 def test_a_policy_that_chooses_nothing_has_a_page_too(cli, tiny, document, tmp_path):
     pytest.importorskip("matplotlib")
-    done = cli("view", tiny, "-f", document, "-n", 20, *SMALL, "--policy", "window", "--png", "w.png")
+    done = cli("view", tiny, "-f", document, "-n", 20, *SMALL, "--set", "policy=window", "--png", "w.png")
     assert done.returncode == 0 and b"No step was fast" not in done.stderr, done.stderr
     data = data_of((tmp_path / "view.html").read_text(encoding="utf-8"))
     assert data["n_choices"] == 0 and data["kind"].count("fast") > 10

@@ -9,19 +9,20 @@ from typing import Any
 
 import click
 
-from sfi_local.cli.options import depth_list, fidelity_option, force_option, gpu_option, name_list, sfi_options, take_params
+from sfi_local.cli.options import COUNT, depth_list, force_option, gpu_option, name_list, quality_option, set_options, take_params, threads_option
 from sfi_local.cli.progress import Runs
 from sfi_local.cli.window import width_of
 from sfi_local.lab import checks
 from sfi_local.lab.bench import report as bench_report
 from sfi_local.lab.bench.session import PIECE, BenchSession, Decoded
 from sfi_local.lab.checks import compare
-from sfi_local.lab.facts import (DEFAULT_TEXT, check_depth, facts, fetch, measured_text, params_facts, params_with_tolerance,
+from sfi_local.lab.facts import (DEFAULT_TEXT, check_depth, facts, fetch, measured_text, params_facts, params_with_quality,
                                  read_bandwidth, text_tokens)
 from sfi_local.lab.other_work import OtherWork
 from sfi_local.lab.tables import FORMATS, check_plot
 from sfi_local.loading import load
 from sfi_local.params import SfiParams
+from sfi_local.runtime.settings import Settings
 from sfi_local.store.layout import KV_TYPES
 from sfi_local.tuning.auto_depth import auto_depth_of
 
@@ -36,21 +37,21 @@ MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in 
               help=f"Of {', '.join(MODES)}.")
 @click.option("--kv-type", "kv_types", default="f16", show_default=True, callback=name_list(tuple(KV_TYPES), "KV type"),
               metavar="A,B", help=f"Types of K and V, of {', '.join(KV_TYPES)}.")
-@click.option("-n", "--n", "n", type=click.IntRange(1), default=128, show_default=True, metavar="N",
+@click.option("-n", "--n", "n", type=COUNT, default=128, show_default=True, metavar="N",
               help="Steps per repetition.")
-@click.option("--reps", type=click.IntRange(1), default=5, show_default=True, metavar="R",
+@click.option("--reps", type=COUNT, default=5, show_default=True, metavar="R",
               help="Repetitions of each mode, which take turns.")
-@click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core].")
+@threads_option
 @gpu_option
 @force_option
 @click.option("--text", metavar="FILE", help="The text that is decoded; - reads stdin [default: Python's own help topics].")
 @click.option("--random", "random_tokens", is_flag=True, help="Random tokens instead of text, where boundaries mean nothing.")
 @click.option("--fill", type=click.Choice(["prefill", "state"]), default="prefill", show_default=True,
               help="How the cache gets to its depth: a real prefill, or a short one whose cells are repeated.")
-@click.option("--slow-every", type=click.IntRange(1), metavar="N",
+@click.option("--slow-every", type=COUNT, metavar="N",
               help="Every Nth step is slow, the first included, instead of the schedule.")
-@sfi_options
-@fidelity_option
+@set_options()
+@quality_option
 @click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
 @click.option("--plot", metavar="FILE", help="Draw tokens/s against depth into FILE.png, .svg or .pdf.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log on stderr.")
@@ -73,9 +74,9 @@ def command(**options: Any) -> None:
     too narrow for all columns the least telling ones are left out; -o md, json and csv have all. GB/s counts weights and the K and V that were read once per step; KV GB/s, for stock and
     dense, is K and V over the time that a step takes beyond one of stock at depth 0.
     """
-    params, fit = take_params(options)
+    asked = take_params(options)
     output, plot = options.pop("output"), options.pop("plot")
-    request = BenchPlan(**options, params=params, fit_budget=fit.budget)
+    request = BenchPlan(**options, params=asked.asked_params, asked=asked)
 
     if plot:
         check_plot(plot)
@@ -102,8 +103,7 @@ class BenchPlan:
     slow_every: int | None
     verbose: bool
     params: SfiParams
-    fit_budget: bool
-    fidelity: float | str | None = None
+    asked: Settings | None = None
     gpu_layers: int | None = None
     force: bool = False
 
@@ -127,7 +127,7 @@ def measure(request: BenchPlan) -> list[dict[str, Any]]:
     """All rows, see row(). Raises InputError, CheckError, and what loading a model raises."""
     path = fetch(request.model)
     check_depth(path, request.depths[-1], request.n)
-    settled = {kv_type: with_tolerance(request, path, kv_type) for kv_type in request.kv_types}
+    settled = {kv_type: with_quality(request, path, kv_type) for kv_type in request.kv_types}
     widest = max(request.kv_types, key=KV_TYPES.get)
     with Runs(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, gpu_layers=request.gpu_layers,
@@ -140,9 +140,9 @@ def measure(request: BenchPlan) -> list[dict[str, Any]]:
         return rows
 
 
-def with_tolerance(request: BenchPlan, path: Any, kv_type: str) -> BenchPlan:
-    """With the tolerance for the fidelity. Raises InputError where the model is not calibrated."""
-    return replace(request, params=params_with_tolerance(request.params, path, kv_type, request.fidelity))
+def with_quality(request: BenchPlan, path: Any, kv_type: str) -> BenchPlan:
+    """With the tolerance for the quality. Raises InputError where the model is not calibrated."""
+    return replace(request, params=params_with_quality(request.params, path, kv_type, request.asked))
 
 
 def measure_kv_type(request: BenchPlan, model: Any, kv_type: str, tokens: list[int], facts: dict, bar: Any) -> list[dict]:
@@ -173,7 +173,7 @@ def measure_kv_type(request: BenchPlan, model: Any, kv_type: str, tokens: list[i
 def fit_params(request: BenchPlan, model: Any, kv_type: str) -> SfiParams:
     """The parameters of the run: a budget that fits the context, spans as long as --slow-every, the depth of auto."""
     params = request.params
-    if request.fit_budget:
+    if request.asked is None or request.asked.fits_budget:
         params = params.fit_context(request.need)
     elif "sfi" in request.modes:
         params.check_context(request.need)

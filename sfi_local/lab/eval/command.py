@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from sfi_local.cli.options import depth_list, fidelity_option, gpu_option, name_list, sfi_options, take_params
+from sfi_local.cli.options import COUNT, depth_list, gpu_option, name_list, quality_option, set_options, take_params, threads_option
 from sfi_local.cli.progress import Runs
 from sfi_local.cli.text_input import from_file
+from sfi_local.fields import MAX_INT
 from sfi_local.lab import tables
 from sfi_local.lab.eval import answers as eval_answers
 from sfi_local.lab.eval import exact as eval_exact
@@ -18,7 +19,7 @@ from sfi_local.lab.eval import report as eval_report
 from sfi_local.lab.eval import text as eval_text
 from sfi_local.lab.eval.prompts import Prompt, excerpts
 from sfi_local.lab.eval.request import DEFAULT_MODES, MODES, EvalPlan
-from sfi_local.lab.facts import check_depth, fetch, measured_text, params_with_tolerance, text_tokens
+from sfi_local.lab.facts import check_depth, fetch, measured_text, params_with_quality, text_tokens
 from sfi_local.lab.tables import FORMATS
 from sfi_local.loading import load
 from sfi_local.params import SfiParams
@@ -33,34 +34,33 @@ from sfi_local.whole_file import check_writable
               "[default: Python's own help topics].")
 @click.option("--depth", "depths", default="2000", show_default=True, callback=depth_list, metavar="A,B",
               help="Tokens in the KV cache before the first step; length of the prompts with --passkey, --copy and --exact.")
-@click.option("-n", "--n", "n", type=click.IntRange(1), default=256, show_default=True, metavar="N",
+@click.option("-n", "--n", "n", type=COUNT, default=256, show_default=True, metavar="N",
               help="Tokens of the text that are decoded at each depth; with --exact tokens that are generated for each prompt.")
 @click.option("--modes", default=",".join(DEFAULT_MODES), show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
               help=f"Of {', '.join(MODES)}; dense is measured in any case, exact on prompts.")
 @click.option("--reference", is_flag=True, help="Also the rows a policy is judged against: stock, the policies, frozen as in "
               "the paper and with a fixed period, sink + recent of the same bytes, the oracle, KV in q8_0 and q4_0.")
 @click.option("--row", "own_rows", multiple=True, metavar="NAME:FIELD=VALUE,...",
-              help="A row of your own: mode, kv_type, slow_every, draft (mode exact: tokens per span), and what --policy to "
-              "--pool-before set.")
-@click.option("--greedy", "n_greedy", type=click.IntRange(1), metavar="N",
+              help="A row of your own: mode, kv_type, slow_every, draft (mode exact: tokens per span), and what --set takes.")
+@click.option("--greedy", "n_greedy", type=COUNT, metavar="N",
               help="Also compare with N tokens of dense's own greedy output.")
-@click.option("--exact", "n_exact", type=click.IntRange(1), metavar="N",
+@click.option("--exact", "n_exact", type=COUNT, metavar="N",
               help="Compare mode exact with dense, token by token, on N prompts cut from the text at even distances.")
 @click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X",
               help="Temperature of --exact; the other settings of the sampler are those of a run.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, metavar="N",
               help="Seed of --exact for the first prompt, N + 1 for the second and so on; the same in both modes.")
-@click.option("--passkey", type=click.IntRange(1), metavar="N", help="N prompts with a pass key at ten places in a text.")
-@click.option("--copy", "copy_length", type=click.IntRange(2), metavar="N", help="Copy passages of N tokens from ten places.")
+@click.option("--passkey", type=COUNT, metavar="N", help="N prompts with a pass key at ten places in a text.")
+@click.option("--copy", "copy_length", type=click.IntRange(2, MAX_INT), metavar="N", help="Copy passages of N tokens from ten places.")
 @click.option("--tasks", metavar="FILE", help="Prompts of a JSONL file: LongEval lines, key-value retrieval, or prompt and "
               "answer.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N tasks of the file.")
+@click.option("--limit", type=COUNT, metavar="N", help="Only the first N tasks of the file.")
 @click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True,
               help="Type of K and V, of dense too.")
-@click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads [default: one per core].")
+@threads_option
 @gpu_option
-@sfi_options
-@fidelity_option
+@set_options()
+@quality_option
 @click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
 @click.option("--save", metavar="FILE", help="Also write the rows into FILE, as JSON.")
 @click.option("--plot", metavar="FILE", help="Draw KL against the bytes read into FILE.png, .svg or .pdf.")
@@ -88,9 +88,9 @@ def command(**options: Any) -> None:
     drafts per span that verification kept. A difference that rounding does not explain is said in the row, and the exit code is 1:
     one that is no tie, and that the same dense passes without drafts do not give.
     """
-    params, fit = take_params(options)
+    asked = take_params(options)
     output, save, plot = options.pop("output"), options.pop("save"), options.pop("plot")
-    request = EvalPlan(**options, params=params, fit_budget=fit.budget)
+    request = EvalPlan(**options, params=asked.asked_params, asked=asked)
     request.check(plot)
 
     if plot:
@@ -110,7 +110,7 @@ def measure(request: EvalPlan) -> list[dict[str, Any]]:
     """All rows, see report.py. Raises InputError, CheckError, and what loading a model raises."""
     path = fetch(request.model)
     if not request.n_exact:
-        request = replace(request, params=params_with_tolerance(request.params, path, request.kv_type, request.fidelity))
+        request = replace(request, params=params_with_quality(request.params, path, request.kv_type, request.asked))
     if not request.tasks or request.passkey or request.copy_length:
         check_depth(path, request.depths[-1], 0 if request.is_tasks else max(request.n, request.n_greedy or 0))
     if request.n_exact:

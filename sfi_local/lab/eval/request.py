@@ -9,6 +9,7 @@ from sfi_local.lab.eval import rows as eval_rows
 from sfi_local.lab.eval.rows import Row
 from sfi_local.params import SfiParams
 from sfi_local.runtime.sampling import Sampling
+from sfi_local.runtime.settings import Settings
 
 MODES = ("dense", "stock", "sfi", "exact", "auto")  # in the order in which they are shown
 DEFAULT_MODES = ("dense", "stock", "sfi")
@@ -38,12 +39,16 @@ class EvalPlan:
     gpu_layers: int | None = None
     verbose: bool = False
     params: SfiParams = SfiParams()
-    fit_budget: bool = True
-    fidelity: float | str | None = None
+    asked: Settings | None = None
 
     def sampling(self, number: int) -> "Sampling":
         """Of a prompt of --exact, by its number from 0."""
         return Sampling(temp=self.temp, seed=self.seed + number)
+
+    @property
+    def fit_budget(self) -> bool:
+        """Whether the budget may be made smaller where the context is."""
+        return self.asked is None or self.asked.fits_budget
 
     @property
     def is_tasks(self) -> bool:
@@ -71,8 +76,8 @@ class EvalPlan:
         if self.is_tasks or self.n_greedy or self.reference or plot or self.modes not in (DEFAULT_MODES, ("exact",)):
             raise UsageError("--exact compares mode exact with dense and nothing else: leave out --passkey, --copy, --tasks, --greedy, "
                              "--reference, --plot and --modes.")
-        if self.fidelity not in (None, "default"):
-            raise UsageError("--fidelity is about the fast steps of modes auto and sfi; those of mode exact are verified: leave it out.")
+        if self.asked and self.asked.quality is not None:
+            raise UsageError("--quality is about the fast steps of modes auto and sfi; those of mode exact are verified: leave it out.")
         if any(not row.decodes.verifies for row in self.rows()[1:]):
             raise UsageError("--exact compares rows of mode exact with dense: give every --row mode=exact.")
 

@@ -1,0 +1,44 @@
+"""What is said about an answer: what mode auto decided and why, and how close to dense it is."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from sfi_local import SfiParams
+from sfi_local.cli.report import decided, short_statistics, statistics
+
+STATS = SimpleNamespace(kv_read_share=0.25)
+
+
+def model(mode="auto", depth=1024, found="measured before", why_stock="", quality="close (not calibrated)", given=0):
+    engine = None if why_stock or mode == "stock" else SimpleNamespace(params=SfiParams(auto_depth=depth), path="native", stats=lambda: STATS)
+    session = SimpleNamespace(engine=engine, why_stock=why_stock, params=SfiParams(auto_depth=given))
+    return SimpleNamespace(mode=mode, session=session, auto_found=found, quality=quality)
+
+
+def tally(**steps):
+    return SimpleNamespace(steps=Counter(steps), tokens=[1] * 5, decode_tps=9.0, prefill_tps=99.0, n_prefilled=7, finish="end",
+                           reasons=Counter(), n_drafted=0, n_accepted=0, n_ties=0)
+
+
+@pytest.mark.parametrize("one, steps, mode, depth, why", [
+    (model(), {"dense": 4}, "dense", 1024, "measured before"), (model(), {"dense": 1, "fast": 3}, "dense, then sfi", 1024, "measured before"),
+    (model(), {"slow": 1, "fast": 3}, "sfi", 1024, "measured before"), (model(), {}, "dense", 1024, "measured before"),
+    (model(found=""), {"dense": 4}, "dense", 1024, "by rule, for the text is not longer than the budget"),
+    (model(found="", given=1024), {"fast": 4}, "sfi", 1024, "given"),
+    (model(why_stock="head size 24"), {"stock": 4}, "stock", None, "head size 24"),
+    (model("sfi", depth=0), {"fast": 4}, "sfi", None, ""), (model("exact"), {"dense": 4}, "exact", None, ""),
+    (model("stock"), {"stock": 4}, "stock", None, "")])
+def test_what_was_decided_and_why(one, steps, mode, depth, why):
+    found = decided(one, tally(**steps))
+    assert (found["mode_taken"], found["auto_depth"], found["why"]) == (mode, depth, why)
+
+
+def test_the_last_line_says_it_in_a_few_words_where_there_is_room():
+    line = short_statistics(model(), tally(fast=4))
+    assert line.endswith("KV read 25 %; auto: sfi (sfi from 1024); quality close (not calibrated)")
+    assert "quality" not in short_statistics(model(), tally(dense=4)) and "auto: dense (sfi from 1024)" in short_statistics(model(), tally(dense=4))
+    assert "auto" not in short_statistics(model("sfi"), tally(fast=4))
+    assert len(short_statistics(model(), tally(fast=4), 60)) <= 60
+    assert "measured before" in statistics(model(), tally(dense=4))
