@@ -63,10 +63,9 @@ class Layers:
             group = range(h_kv * self.n_head // self.n_head_kv, (h_kv + 1) * self.n_head // self.n_head_kv)
             logits = [[ref.sketch_logits(self.form, basis, codes, self.q[i].astype(float), self.skip, self.n_list, self.n_list, self.scale,
                                          first=first) for i in group] for first in (True, False)]
-            first, x, others = np.array(logits[0]), logits[1][h - group[0]], -np.inf
-            if self.form.n_first:
-                looked = ref.sketch_looked(first, self.second_look, self.n_list)
-                x[~looked], others = -np.inf, ref.log_sum_exp(first[h - group[0]][~looked])
+            first, x = np.array(logits[0]), logits[1][h - group[0]]
+            looked = ref.sketch_looked(first, self.second_look, self.n_list)
+            x[~looked], others = -np.inf, ref.log_sum_exp(first[h - group[0]][~looked])
             expected = ref.sketch_tail(self.form, basis, codes, x, selected[h_kv][selected[h_kv] >= 0], others)
             np.testing.assert_allclose(tail[h], expected, rtol=0, atol=2e-3)
 
@@ -131,7 +130,7 @@ def main():
         bandwidth = read_bandwidth(args.threads)
         print(f"{args.shape}: {a.n_list} cells, {a.n_head_kv} KV heads, {a.n_head} query heads, form {args.form}, "
               f"{np.mean(selected >= 0) * a.n_selected:.0f} selected, {args.threads} threads, reading {bandwidth / 1e9:.1f} GB/s"
-              + (f", {100 * np.mean(g.read(scans[0][2])[..., 1]) / a.n_list:.0f} % looked at again" if form.n_first else ""))
+              f", {100 * np.mean(g.read(scans[0][2])[..., 1]) / a.n_list:.0f} % looked at again")
         wall, cpu = timed(g, graph_of(g, [scan[0] for scan in scans]), args.reps, args.threads)
         cells = a.n_list * a.n_head_kv * a.n
         gbps = form.cell_bytes * cells / wall / 1e9

@@ -2,9 +2,11 @@
 # (the tests run it on a CPU), sfi-metal-text.h has it as a string.
 
 function(sfi_write_metal_text folder)
-    set(sources args.h gpu.metal top-k.metal sparse-attn.metal support.metal sketch-encode.metal sketch-scan.metal
-        sketch-looks.metal)
-    list(TRANSFORM sources PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/ggml/metal/")
+    set(sources sketch-layout.h gpu/args.h metal/kernels.h)
+    foreach (name gpu top-k sparse-attn evidence select stability sketch-encode sketch-scan)
+        list(APPEND sources metal/${name}.metal)
+    endforeach()
+    list(TRANSFORM sources PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/ggml/")
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources})
     set(all "")
     foreach (source IN LISTS sources)

@@ -6,6 +6,9 @@ set(SFI_PROGRAMS "")
 add_executable(test-backend-ops "${SFI_TREE}/tests/test-backend-ops.cpp")
 target_include_directories(test-backend-ops PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests")
 target_link_libraries(test-backend-ops PRIVATE ggml ggml-base Threads::Threads)
+if (UNIX)
+    target_compile_options(test-backend-ops PRIVATE -O1) # what is tested lies in the libraries, and these are many lines
+endif()
 list(APPEND SFI_PROGRAMS test-backend-ops)
 
 file(GLOB examples CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/examples/*.c")

@@ -3,6 +3,23 @@
 #include "ggml-sfi.h"
 
 #include "ggml-impl.h"
+#include "sfi-params.h"
+
+enum ggml_sfi_op ggml_get_sfi_op(const struct ggml_tensor * node) {
+    GGML_ASSERT(node->op == GGML_OP_SFI);
+    return (enum ggml_sfi_op) ggml_get_op_params_i32(node, 0);
+}
+
+const char * ggml_sfi_op_desc(const struct ggml_tensor * node) {
+    static const char * names[] = {
+        "SPARSE_ATTN", "SUPPORT_EVIDENCE", "SUPPORT_SELECT", "SUPPORT_STABILITY", "SKETCH_ENCODE", "SKETCH_SCAN",
+    };
+    return node->op == GGML_OP_SFI ? names[ggml_get_sfi_op(node)] : ggml_op_desc(node);
+}
+
+static bool is_sparse_attn(const struct ggml_tensor * node) {
+    return node->op == GGML_OP_SFI && ggml_get_sfi_op(node) == GGML_SFI_OP_SPARSE_ATTN;
+}
 
 static bool has_rows(const struct ggml_tensor * t) {
     return t->nb[0] == ggml_type_size(t->type);
@@ -66,10 +83,10 @@ struct ggml_tensor * ggml_sparse_attn(
     const int64_t ne[4] = { v->ne[0], n_head, n_tokens, n_stream };
     struct ggml_tensor * result = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne);
 
-    const float params[] = { scale, logit_softcap };
-    ggml_set_op_params(result, params, sizeof(params));
+    const struct sfi_attn_params params = { GGML_SFI_OP_SPARSE_ATTN, scale, logit_softcap };
+    ggml_set_op_params(result, &params, sizeof(params));
 
-    result->op     = GGML_OP_SPARSE_ATTN;
+    result->op     = GGML_OP_SFI;
     result->src[0] = q;
     result->src[1] = k;
     result->src[2] = v;
@@ -86,7 +103,7 @@ void ggml_sparse_attn_set_visible(
         struct ggml_tensor * visible) {
     const struct ggml_tensor * q = attn->src[0], * always = attn->src[3];
 
-    GGML_ASSERT(attn->op == GGML_OP_SPARSE_ATTN);
+    GGML_ASSERT(is_sparse_attn(attn));
     GGML_ASSERT(always && always->ne[1] == 1 && !attn->src[4]);
     assert_cells(visible);
     GGML_ASSERT(visible->ne[0] == q->ne[1]);
@@ -96,7 +113,7 @@ void ggml_sparse_attn_set_visible(
 }
 
 void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass) {
-    GGML_ASSERT(result->op == GGML_OP_SPARSE_ATTN);
+    GGML_ASSERT(is_sparse_attn(result));
     GGML_ASSERT(mass->type == GGML_TYPE_F32 && has_rows(mass));
     GGML_ASSERT(mass->ne[0] == 2 && mass->ne[1] == result->ne[1]);
     GGML_ASSERT(result->ne[2] == 1 && result->ne[3] == 1);
@@ -127,11 +144,10 @@ struct ggml_tensor * ggml_support_evidence(
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cells->ne[0], k->ne[2]);
 
-    const float params[] = { scale, logit_softcap, alpha };
-    ggml_set_op_params(result, params, sizeof(params));
-    ggml_set_op_params_i32(result, 3, (int32_t) over);
+    const struct sfi_evidence_params params = { GGML_SFI_OP_SUPPORT_EVIDENCE, scale, logit_softcap, alpha, over };
+    ggml_set_op_params(result, &params, sizeof(params));
 
-    result->op     = GGML_OP_SUPPORT_EVIDENCE;
+    result->op     = GGML_OP_SFI;
     result->src[0] = q;
     result->src[1] = k;
     result->src[2] = cells;
@@ -167,7 +183,7 @@ struct ggml_tensor * ggml_sparse_attn_evidence(
 }
 
 bool ggml_sparse_attn_has_evidence(const struct ggml_tensor * node) {
-    return node->op == GGML_OP_SPARSE_ATTN && node->src[8] != NULL;
+    return is_sparse_attn(node) && node->src[8] != NULL;
 }
 
 static void assert_evidence(
@@ -203,9 +219,10 @@ struct ggml_tensor * ggml_support_select(
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, evidence->ne[1]);
 
-    ggml_set_op_params(result, selector, sizeof(*selector));
+    const struct sfi_select_params params = { GGML_SFI_OP_SUPPORT_SELECT, *selector };
+    ggml_set_op_params(result, &params, sizeof(params));
 
-    result->op     = GGML_OP_SUPPORT_SELECT;
+    result->op     = GGML_OP_SFI;
     result->src[0] = evidence;
     result->src[1] = cells;
     result->src[2] = plan;
@@ -229,7 +246,10 @@ struct ggml_tensor * ggml_support_stability(
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 4, evidence->ne[1]);
 
-    result->op     = GGML_OP_SUPPORT_STABILITY;
+    const struct sfi_stability_params params = { GGML_SFI_OP_SUPPORT_STABILITY };
+    ggml_set_op_params(result, &params, sizeof(params));
+
+    result->op     = GGML_OP_SFI;
     result->src[0] = evidence;
     result->src[1] = cells;
     result->src[2] = plan;

@@ -10,10 +10,26 @@
 #pragma once
 
 #include "ggml.h"
+#include "sketch-layout.h"
 
 #ifdef  __cplusplus
 extern "C" {
 #endif
+
+// All are nodes of GGML_OP_SFI; which of them a node is, its parameters say.
+enum ggml_sfi_op {
+    GGML_SFI_OP_SPARSE_ATTN,
+    GGML_SFI_OP_SUPPORT_EVIDENCE,
+    GGML_SFI_OP_SUPPORT_SELECT,
+    GGML_SFI_OP_SUPPORT_STABILITY,
+    GGML_SFI_OP_SKETCH_ENCODE,
+    GGML_SFI_OP_SKETCH_SCAN,
+
+    GGML_SFI_OP_COUNT,
+};
+
+GGML_API enum ggml_sfi_op ggml_get_sfi_op (const struct ggml_tensor * node); // of a GGML_OP_SFI
+GGML_API const char *     ggml_sfi_op_desc(const struct ggml_tensor * node); // "SPARSE_ATTN"; of another operation ggml_op_desc()
 
 // Attention of each query over its support.
 //
@@ -101,7 +117,7 @@ GGML_API struct ggml_tensor * ggml_support_evidence(
 // The first part of the result is ggml_sparse_attn() with always = cells: [n_embd_v, n_head]. The second, [n_list,
 // n_head_kv], is ggml_support_evidence() with alpha = 1 over every visible cell of q, which sees them all.
 //
-// The node is a GGML_OP_SPARSE_ATTN with the plan in src[8]. A backend that has only the plain operation must refuse it:
+// The node is a SPARSE_ATTN with the plan in src[8]. A backend that has only the plain operation must refuse it:
 // ggml_sparse_attn_has_evidence().
 GGML_API struct ggml_tensor * ggml_sparse_attn_evidence(
         struct ggml_context * ctx,
@@ -184,29 +200,12 @@ GGML_API struct ggml_tensor * ggml_support_stability(
 // A row x of K (or V) has n components: code_j = clamp(round(enc_j . (x - mean) + centre_j), 0, 2^bits_j - 1), with
 // centre_j = (2^bits_j - 1)/2, and stands for x' = mean + sum_j (code_j - centre_j) dec_j.
 //
-// Components are ordered by their bits, the 4-bit ones first. Codes lie in blocks of 16 cells, cell c in block c/16 as
-// its i = c%16, so that one 64-byte plane holds the same components of 16 cells (K), or 16 components of the same cells
-// (V):
-//   * K planes come first. Components are taken four at a time, and each four get `bits` bits of a byte, from the lowest
-//     bit upwards; a byte that is full ends the plane. Component 4g + r lies in byte 4*i + r of its plane.
-//   * V planes follow. For each 16 components of 4 bits two planes, a = 0 and 1: byte 4*d + r has component d of cell
-//     8*a + r in its low and of cell 8*a + 4 + r in its high half. For each 16 components of 2 bits one plane: byte
-//     4*d + r has component d of the cells r, 4 + r, 8 + r, 12 + r, from the lowest bits upwards.
-//
-// A sketch with n_first > 0 is looked at twice: the first n_first planes of K of every cell, the rest only of cells that seem
-// to matter. The first planes of all blocks lie one block after the other; behind them each cell has a record: its four bytes
-// of each further plane of K, then for each 16 components of V 8 bytes (4 bits) or 4 (2 bits), from the lowest bits upwards.
-struct ggml_sketch_format {
-    int32_t n_k4, n_k2, n_k1; // components of K with 4, 2 and 1 bits; multiples of 4; 4*n_k4 + 2*n_k2 + n_k1 is one of 32
-    int32_t n_v4, n_v2;       // components of V with 4 and 2 bits; multiples of 16
-    int32_t n_first;          // planes of K, fewer than there are; 0: one look at everything
-};
+// The first planes of K are looked at for every cell, the rest only for cells that seem to matter, as are the codes of V. How the
+// codes lie in memory: sketch-layout.h, which also has struct ggml_sketch_format.
 
 GGML_API int64_t ggml_sketch_cell_bytes (const struct ggml_sketch_format * format); // codes of one cell and KV head
 
-// The basis of one KV head, in this order, F32 but for dec, which every step reads: F16, two values in the place of one
-//   mean_k [n_embd_k], enc_k [n_k, n_embd_k], dec_k [n_k, n_embd_k], mean_v [n_embd_v], enc_v [n_v, n_embd_v], dec_v [n_v, n_embd_v]
-// Its size is counted in floats.
+// The basis of one KV head: its size in floats
 GGML_API int64_t ggml_sketch_basis_size(const struct ggml_sketch_format * format, int64_t n_embd_k, int64_t n_embd_v);
 
 // Writes the codes of some cells.
@@ -242,17 +241,19 @@ GGML_API struct ggml_tensor * ggml_sketch_encode(
 // logit(c) = scale*(q . mean_k + s * sum_j W_j (code_j - centre_j)), soft-capped as in ggml_sparse_attn(). A cell's share in
 // a head is the softmax of these, over the cells that are not left out; its score is the mean share over the heads of its group.
 //
-// selected: the n_selected cells of the best scores, without those whose share is below least(h_kv) in every head of the
-// group. Equal logits in all heads: the lower cell wins. A share or score may be off by 1e-4 of itself.
-// result: the sketched V of the cells that were not selected, weighted by the softmax of their logits, then the log-sum-exp of
-// these. Without such cells: zeros and -INFINITY; also if their share is below 2^-20. Weights may be rounded to 2^-21 of
-// the largest among 256 cells, be it selected or not, and to 2^-15 of it for V. A format without components of V gives its mean.
+// The first look takes the sum over the components of the first planes alone. A cell is looked at again if its share by that is at
+// least second_look/min(n_used, 8192) in one head of the group. All others keep their logits of the first look, in shares as in the
+// tail. A soft cap needs a first look at all planes.
 //
-// With n_first > 0 only cells that are looked at again can be selected. The first look takes the same sum over the components of the
-// first planes alone; a cell is looked at again if its share by that is at least second_look/min(n_used, 8192) in one head of the
-// group. All others keep their logits of the first look, in shares as in the tail. With u their share of the tail, their V is taken to be
-// 1 - u times that of the rest of the tail and u times the mean of the basis. Their sum may be off by 2^-18 of that of all
-// weights of the first look. There is no soft cap then.
+// selected: of the cells that are looked at again the n_selected best scores, without those whose share is below least(h_kv) in every
+// head of the group. Equal logits in all heads: the lower cell wins. A share or score may be off by 1e-4 of itself.
+// result: the sketched V of the cells that were not selected, weighted by the softmax of their logits, then the log-sum-exp of
+// these. Without such cells: zeros and -INFINITY; also if their share is below 2^-20. With u the share of the tail that was looked at
+// once, the V of these is taken to be 1 - u times that of the rest of the tail and u times the mean of the basis; the sum of their
+// weights may be off by 2^-18 of that of all weights of the first look. A format without components of V gives its mean.
+//
+// What is not finite spreads no further than it must: a query head whose projection is not finite has no logits, that is no share in
+// any cell, and no tail; a `least` that is not a number selects nothing.
 GGML_API struct ggml_tensor * ggml_sketch_scan(
         struct ggml_context             * ctx,
         struct ggml_tensor              * q,

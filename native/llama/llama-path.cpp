@@ -36,7 +36,7 @@ static std::string lacking(ggml_backend_dev_t dev, const std::vector<ggml_tensor
     std::set<std::string> names;
     for (const ggml_tensor * op : ops) {
         if (!ggml_backend_dev_supports_op(dev, op)) {
-            names.insert(ggml_op_name(op->op));
+            names.insert(ggml_sfi_op_desc(op));
         }
     }
     std::string text;
@@ -49,7 +49,7 @@ static std::string lacking(ggml_backend_dev_t dev, const std::vector<ggml_tensor
 // Chosen by the divergence from dense decoding at equal bytes: of the bits of K many go to weak components, those of V hardly matter,
 // and exact cells are worth more than either. Two looks: K has 2 bits for each value of a head of 64, of which every step reads half; with
 // less, cells were missed where code repeats itself. Larger heads have 3/2 bits: no trained model of theirs was at hand, and longer records
-// of single cells took more time than they saved. One look: K has a bit for each value. All: V half a bit.
+// of single cells took more time than they saved. A look at all: K has a bit for each value. V has half a bit.
 ggml_sketch_format llama_path_format(const llama_path_shape & s, const llama_support_params & p) {
     ggml_sketch_format format = p.format;
     if (format.n_k4 + format.n_k2 + format.n_k1 == 0) {
@@ -57,9 +57,11 @@ ggml_sketch_format llama_path_format(const llama_path_shape & s, const llama_sup
         if (p.tolerance > 0.0f && !s.softcap) {
             return n_k == 1 ? ggml_sketch_format { 8, 48, 0, 0, 16*n_v, 2 } : ggml_sketch_format { 4*n_k, 40*n_k, 0, 0, 16*n_v, (3*n_k + 1)/2 };
         }
-        return { 4*n_k, 12*n_k, 24*n_k, 0, 16*n_v, 0 };
+        return { 4*n_k, 12*n_k, 24*n_k, 0, 16*n_v, 2*n_k };
     }
-    format.n_first = s.softcap ? 0 : format.n_first;
+    if (s.softcap || format.n_first == 0) {
+        format.n_first = sketch_k_planes(format);
+    }
     return format;
 }
 

@@ -15,6 +15,6 @@ std::vector<std::string> llama_path_native(ggml_backend_dev_t dev);
 // The device that computes on a buffer; null if there is none.
 ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer);
 
-// The chosen format of a layer's sketch, or the default one. Soft-capped logits are looked at once, and where none was chosen, so is
-// everything without a tolerance.
+// The chosen format of a layer's sketch, or the default one. With soft-capped logits the first look is at all of K, and where no format
+// was chosen, so is that without a tolerance.
 ggml_sketch_format llama_path_format(const llama_path_shape & shape, const llama_support_params & params);

@@ -671,9 +671,9 @@ static ggml_tensor * scan_sketch(const llm_graph_context & g, const llama_suppor
     ggml_tensor * codes = llama_support_heads(ctx, layer.codes, 2, n_head_kv, key.stream);
     ggml_tensor * basis = llama_support_heads(ctx, layer.basis, 1, n_head_kv, key.stream);
     ggml_tensor * least = nullptr;
-    float second_look = 0.0f; // without a tolerance any cell may be one of the n_selected best
+    float second_look = 0.0f; // without a tolerance any cell may be one of the n_selected best; where K was seen as a whole nothing is saved
     if (inp->support->get_params().tolerance > 0.0f) {
-        second_look = inp->support->get_params().second_look;
+        second_look = layer.format.n_first < sketch_k_planes(layer.format) ? inp->support->get_params().second_look : 0.0f;
         least = ggml_view_1d(ctx, layer.least, n_head_kv, key.stream*layer.least->nb[1]);
     }
     ggml_tensor * tail = ggml_sketch_scan(ctx, q, codes, basis, inp->skip, inp->scan, least, stream_of(ctx, layer.selected, key.stream),

@@ -55,7 +55,7 @@ static int64_t decoding_bytes(const llama_support_layer & layer) {
 
 // Of every cell that is scanned: the codes of the first look, or all if there is one look.
 static int64_t first_bytes(const ggml_sketch_format & format) {
-    return format.n_first > 0 ? 4*format.n_first : ggml_sketch_cell_bytes(&format);
+    return 4*format.n_first;
 }
 
 int64_t llama_support::sketch_bytes(uint32_t s) const {

@@ -61,7 +61,7 @@ std::vector<float> codes_of(const std::vector<float> & x, int64_t n_embd, int64_
     for (int64_t j = 0; j < n_components; ++j) {
         float * code = &codes[j*n];
         combine(enc + j*n_embd, x.data(), n_embd, n, code);
-        const float centre = 0.5f*(float) ((1 << sfi::sketch_bits(j, n4, n2)) - 1);
+        const float centre = 0.5f*(float) ((1 << sketch_bits(j, n4, n2)) - 1);
         for (int64_t r = 0; r < n; ++r) {
             code[r] = std::clamp(std::nearbyint(code[r] + centre), 0.0f, 2.0f*centre) - centre;
         }
@@ -97,7 +97,7 @@ float llama_sketch_output_error(const llama_sketch_rows & k, const llama_sketch_
     if (n == 0 || q.n == 0) {
         return 0.0f;
     }
-    const auto of_k = sfi::sketch_basis::at(basis, n_k, n_embd_k), of_v = sfi::sketch_basis::at(basis + sfi::sketch_basis::size(n_k, n_embd_k), n_v, n_embd_v);
+    const auto of_k = sfi::sketch_basis::at(basis, n_k, n_embd_k), of_v = sfi::sketch_basis::at(basis + sketch_half_size(n_k, n_embd_k), n_v, n_embd_v);
     const auto dec_k = floats(of_k.dec, n_k*n_embd_k), dec_v = floats(of_v.dec, n_v*n_embd_v);
     const auto k_columns = transposed(centred(k, n_embd_k, of_k.mean), n, n_embd_k), v_rows = centred(v, n_embd_v, of_v.mean);
     const auto k_codes = codes_of(k_columns, n_embd_k, n, of_k.enc, n_k, format.n_k4, format.n_k2);

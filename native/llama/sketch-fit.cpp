@@ -305,8 +305,8 @@ float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v,
             error += std::max(values[j], 0.0);
             continue;
         }
-        const double step = step_of(values[j], values[0], sfi::sketch_bits(j, format.n_k4, format.n_k2));
-        error += quantiser_of(sfi::sketch_bits(j, format.n_k4, format.n_k2)).error*std::max(values[j], 0.0);
+        const double step = step_of(values[j], values[0], sketch_bits(j, format.n_k4, format.n_k2));
+        error += quantiser_of(sketch_bits(j, format.n_k4, format.n_k2)).error*std::max(values[j], 0.0);
         const double * uj = &u[j*n];
         std::vector<double> x(uj, uj + n);  // solves L^T x = u_j
         for (int64_t i = n - 1; i >= 0; --i) {
@@ -328,7 +328,7 @@ float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v,
     const auto mean_v = mean_of(v, n_embd_v);
     matrix c_v = moment_of(v, n_embd_v, mean_v);
     llama_symmetric_eigen(c_v, n_embd_v, u, values);
-    mean = basis + sfi::sketch_basis::size(n_k, n);
+    mean = basis + sketch_half_size(n_k, n);
     enc  = mean + n_embd_v;
     dec  = (ggml_fp16_t *) (enc + n_v*n_embd_v);
     std::copy(mean_v.begin(), mean_v.end(), mean);

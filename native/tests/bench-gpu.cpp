@@ -26,7 +26,7 @@ constexpr int64_t n_head = 32, n_head_kv = 8, d = 128; // Qwen3-4B, Llama-3-8B
 constexpr int64_t n_always = 260, n_selected = 2048;
 constexpr double  least_bytes = 1.5e9;  // of K and V together
 constexpr float   logit_scale = 0.4f/16;   // of a scan
-constexpr ggml_sketch_format one_look = { 8, 24, 48, 0, 32, 0 }, two_looks = { 8, 80, 0, 0, 32, 3 }; // defaults without a tolerance, and with one
+constexpr ggml_sketch_format one_look = { 8, 24, 48, 0, 32, 4 }, two_looks = { 8, 80, 0, 0, 32, 3 }; // defaults without a tolerance, and with one
 
 ggml_backend_t backend;
 std::mt19937   gen(2603);
@@ -304,7 +304,7 @@ measured sketch_step(ggml_type type, int64_t depth, const ggml_sketch_format & f
 
     const double us = time_of(g.graph)/n_layer*1e6;
     const auto [n_selected_cells, n_again] = total(counts);
-    const double first_bytes = format.n_first > 0 ? 4*format.n_first : ggml_sketch_cell_bytes(&format);
+    const double first_bytes = 4*format.n_first;
     const double scanned = first_bytes*n_head_kv*depth + (ggml_sketch_cell_bytes(&format) - first_bytes)*n_again/n_layer;
     const double attended = 2.0*ggml_row_size(type, d)*(n_head_kv*n_always + n_selected_cells/n_layer);
     char note[64];

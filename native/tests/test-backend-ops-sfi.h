@@ -49,6 +49,10 @@ struct test_sfi : public test_case {
         return t;
     }
 
+    std::string op_desc(ggml_tensor * t) override {
+        return ggml_sfi_op_desc(t);
+    }
+
     ggml_tensor * result(ggml_tensor * t) {
         out = named(t, "out");
         return t;
@@ -119,7 +123,7 @@ struct test_sfi : public test_case {
     }
 };
 
-// GGML_OP_SPARSE_ATTN
+// SPARSE_ATTN
 struct test_sparse_attn : public test_sfi {
     const ggml_type type_K;
     const ggml_type type_V;
@@ -249,7 +253,7 @@ struct test_sparse_attn : public test_sfi {
     }
 };
 
-// GGML_OP_SPARSE_ATTN that says where the attention went, which no backend's result shows
+// SPARSE_ATTN that says where the attention went, which no backend's result shows
 struct test_sparse_attn_mass : public test_sparse_attn {
     ggml_tensor * mass = nullptr;
 
@@ -316,7 +320,7 @@ struct test_support : public test_sfi {
     }
 };
 
-// GGML_OP_SUPPORT_EVIDENCE
+// SUPPORT_EVIDENCE
 struct test_support_evidence : public test_support {
     const ggml_type type_K;
     const int64_t hsk;   // K head size
@@ -380,7 +384,7 @@ struct test_support_evidence : public test_support {
     }
 };
 
-// GGML_OP_SPARSE_ATTN that makes evidence on the way
+// SPARSE_ATTN that makes evidence on the way
 struct test_sparse_attn_evidence : public test_support {
     const ggml_type type_K;
     const ggml_type type_V;
@@ -452,7 +456,7 @@ struct test_sparse_attn_evidence : public test_support {
     }
 };
 
-// GGML_OP_SUPPORT_SELECT
+// SUPPORT_SELECT
 struct test_support_select : public test_support {
     const int64_t n_selected;
     const int64_t nh_kv;
@@ -574,7 +578,7 @@ struct test_support_select : public test_support {
     }
 };
 
-// GGML_OP_SUPPORT_STABILITY
+// SUPPORT_STABILITY
 struct test_support_stability : public test_support {
     const int64_t n_selected;
     const int64_t nh_kv;
@@ -696,16 +700,13 @@ struct test_sketch : public test_sfi {
         }
         const int bits = of_v ? bits_v(j) : bits_k(j), i = (int) (cell % 16);
         const auto f = format();
-        if (form[5] > 0 && (of_v || bit/8 >= form[5])) { // in the cell's record
+        if (of_v || bit/8 >= form[5]) { // in the cell's record
             const int64_t record_bytes = ggml_sketch_cell_bytes(&f) - 4*form[5];
             const uint8_t * record = head + 64*form[5]*codes->ne[1] + record_bytes*cell;
             const int at = of_v ? 32*(plane - form[5]) + 4*bit + bits*(j % 16) : 32*(bit/8 - form[5]) + 8*(j % 4) + bit % 8;
             return record[at/8] >> at % 8 & ((1 << bits) - 1);
         }
-        bit += of_v ? bits*(i/4) : 0;
-        const int64_t block_bytes = form[5] > 0 ? 64*form[5] : 16*ggml_sketch_cell_bytes(&f);
-        const int64_t byte = cell/16*block_bytes + 64*(plane + bit/8) + (of_v ? 4*(j % 16) + i % 4 : 4*i + j % 4);
-        return head[byte] >> bit % 8 & ((1 << bits) - 1);
+        return head[cell/16*64*form[5] + 64*(bit/8) + 4*i + j % 4] >> bit % 8 & ((1 << bits) - 1);
     }
 
     std::vector<uint8_t> bytes_of(const ggml_tensor * t) const {
@@ -728,6 +729,9 @@ struct test_sketch : public test_sfi {
     double distance(const float * a, const float * b, size_t n) override {
         double diff = 0.0, size = 1e-30;
         for (size_t i = 0; i < n; i++) {
+            if (std::isnan(b[i])) { // nobody knows to the cell what is looked at again
+                continue;
+            }
             if (a[i] != b[i]) {
                 diff += ((double) a[i] - b[i])*((double) a[i] - b[i]);
             }
@@ -737,7 +741,7 @@ struct test_sketch : public test_sfi {
     }
 };
 
-// GGML_OP_SKETCH_ENCODE
+// SKETCH_ENCODE
 struct test_sketch_encode : public test_sketch {
     const int64_t n_listed;
     const ggml_type type_K;
@@ -751,7 +755,7 @@ struct test_sketch_encode : public test_sketch {
         return VARS_TO_STR8(form, nh_kv, hs, n_list, n_listed, type_K, type_V, view);
     }
 
-    test_sketch_encode(std::array<int32_t, 6> form = { 16, 0, 0, 16, 0, 0 }, int64_t n_listed = 50, int64_t hs = 64, ggml_type type_K = GGML_TYPE_F16,
+    test_sketch_encode(std::array<int32_t, 6> form = { 16, 0, 0, 16, 0, 2 }, int64_t n_listed = 50, int64_t hs = 64, ggml_type type_K = GGML_TYPE_F16,
             ggml_type type_V = GGML_TYPE_F16, int64_t nh_kv = 2, bool view = true)
         : test_sketch(form, nh_kv, 1, hs, 100), n_listed(n_listed), type_K(type_K), type_V(type_V), view(view) {}
 
@@ -819,25 +823,31 @@ struct test_sketch_encode : public test_sketch {
     }
 };
 
-// GGML_OP_SKETCH_SCAN. What is selected shows in the tail, which is all the rest; what is written as selected is looked at too.
+// SKETCH_SCAN. What is selected shows in the tail, which is all the rest; what is written as selected is looked at too.
 struct test_sketch_scan : public test_sketch {
     const int64_t n_used;
     const int64_t n_skip;
     const int64_t n_selected;
     const float least;  // 0: NULL
     const float logit_softcap;
+    const float second_look;
+    const bool broken;  // the query of head 1 is not finite, nor is `least` of the last KV head
 
     ggml_tensor * q = nullptr, * skip = nullptr, * plan = nullptr, * t_least = nullptr, * selected = nullptr, * counts = nullptr;
 
     std::string vars() override {
-        return VARS_TO_STR10(form, nh_kv, nr, hs, n_list, n_used, n_skip, n_selected, least, logit_softcap);
+        return VARS_TO_STR12(form, nh_kv, nr, hs, n_list, n_used, n_skip, n_selected, least, logit_softcap, second_look, broken);
     }
 
-    test_sketch_scan(std::array<int32_t, 6> form = { 16, 0, 0, 16, 0, 0 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 1040,
-            int64_t n_used = 1029, int64_t n_skip = 20, int64_t n_selected = 64, float least = 0.0f, float logit_softcap = 0.0f)
-        : test_sketch(form, nh_kv, nr, hs, n_list), n_used(n_used), n_skip(n_skip), n_selected(n_selected), least(least), logit_softcap(logit_softcap) {}
+    test_sketch_scan(std::array<int32_t, 6> form = { 16, 0, 0, 16, 0, 2 }, int64_t nh_kv = 2, int64_t nr = 3, int64_t hs = 64, int64_t n_list = 1040,
+            int64_t n_used = 1029, int64_t n_skip = 20, int64_t n_selected = 64, float least = 0.0f, float logit_softcap = 0.0f,
+            float second_look = 0.0f, bool broken = false)
+        : test_sketch(form, nh_kv, nr, hs, n_list), n_used(n_used), n_skip(n_skip), n_selected(n_selected), least(least), logit_softcap(logit_softcap),
+          second_look(second_look), broken(broken) {}
 
     float scale() const { return 1.0f/hs; }
+    bool  has_query(int64_t h) const { return !broken || h != 1; }
+    float least_of(int64_t kv) const { return broken && least > 0.0f && kv == nh_kv - 1 ? NAN : least; }
 
     // A weight between two integers may be rounded to either, and of near ties either may be selected. On the CPU, which cells
     // are selected is tested to the cell in tests/ops/test_sketch_ops.py.
@@ -853,8 +863,8 @@ struct test_sketch_scan : public test_sketch {
         selected = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_selected, nh_kv), "selected");
         t_least  = least > 0.0f ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh_kv) : nullptr;
         counts   = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, nh_kv), "counts");
-        const auto f = format(); // where there are two looks, both are at all cells; the others are tested in tests/ops/test_sketch_ops.py
-        return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, counts, n_list, hs, scale(), logit_softcap, 0.0f, &f));
+        const auto f = format();
+        return result(ggml_sketch_scan(ctx, q, codes, basis, skip, plan, t_least, selected, counts, n_list, hs, scale(), logit_softcap, second_look, &f));
     }
 
     void init_list(ggml_tensor * t) override {
@@ -869,9 +879,13 @@ struct test_sketch_scan : public test_sketch {
 
     void initialize_tensors(ggml_context * ctx) override {
         test_sketch::initialize_tensors(ctx);
-        if (t_least) {
-            const std::vector<float> values(nh_kv, least);
-            ggml_backend_tensor_set(t_least, values.data(), 0, nh_kv*sizeof(float));
+        for (int64_t kv = 0; kv < nh_kv && t_least; kv++) {
+            const float value = least_of(kv);
+            ggml_backend_tensor_set(t_least, &value, kv*sizeof(float), sizeof(float));
+        }
+        if (broken) {
+            const float value = INFINITY;
+            ggml_backend_tensor_set(q, &value, (hs + 3)*sizeof(float), sizeof(float));
         }
     }
 
@@ -897,7 +911,7 @@ struct test_sketch_scan : public test_sketch {
         for (int64_t h = kv*nr; h < (kv + 1)*nr; h++) {
             double s;
             for (const double w : weights(h, b, &qf[h*hs], s)) {
-                if (fabs(fabs(w - nearbyint(w)) - 0.5) < 2e-4) {
+                if (has_query(h) && fabs(fabs(w - nearbyint(w)) - 0.5) < 2e-4) {
                     return true;
                 }
             }
@@ -905,49 +919,83 @@ struct test_sketch_scan : public test_sketch {
         return false;
     }
 
-    // of one head; -INFINITY where a cell is left out
-    std::vector<double> logits(int64_t h) const {
+    // Of one head, by the first look and by both; -INFINITY where a cell is left out.
+    std::array<std::vector<double>, 2> logits(int64_t h) const {
         const auto b = tensor_to_float(basis), qf = tensor_to_float(q);
         const auto bytes = bytes_of(codes);
-        const auto list = get(skip);
         const float * x = &qf[h*hs];
-        std::vector<double> res(n_list, -INFINITY);
+        std::array<std::vector<double>, 2> res = { std::vector<double>(n_list, -INFINITY), std::vector<double>(n_list, -INFINITY) };
         double s = 0.0, base = 0.0;
         for (int64_t i = 0; i < hs; i++) {
             base += (double) x[i]*mean(b, h/nr, false)[i];
         }
         const auto w = weights(h, b, x, s);
-        for (int64_t c = 0; c < n_used; c++) {
-            double sum = 0.0;
-            for (int j = 0; j < n_k(); j++) {
-                sum += s*nearbyint(w[j])*(code(&bytes[h/nr*bytes.size()/nh_kv], false, j, c) - 0.5*((1 << bits_k(j)) - 1));
+        for (int64_t c = 0; c < n_used && has_query(h); c++) {
+            double sum[2] = { 0.0, 0.0 };
+            for (int j = 0, bit = 0; j < n_k(); bit += j % 4 == 3 ? bits_k(j) : 0, j++) {
+                const double x = s*nearbyint(w[j])*(code(&bytes[h/nr*bytes.size()/nh_kv], false, j, c) - 0.5*((1 << bits_k(j)) - 1));
+                sum[0] += bit/8 < form[5] ? x : 0.0;
+                sum[1] += x;
             }
-            const double y = scale()*(base + sum);
-            res[c] = logit_softcap > 0 ? logit_softcap*tanh(y/logit_softcap) : y;
+            for (int look : { 0, 1 }) {
+                const double y = scale()*(base + sum[look]);
+                res[look][c] = logit_softcap > 0 ? logit_softcap*tanh(y/logit_softcap) : y;
+            }
         }
-        for (int32_t c : list) {
+        for (int32_t c : get(skip)) {
             if (c >= 0 && c < n_list) {
-                res[c] = -INFINITY;
+                res[0][c] = res[1][c] = -INFINITY;
             }
         }
         return res;
     }
 
-    // of the heads of a KV head, [nr, n_list], and the sum of the exponentials of each
-    std::vector<std::vector<double>> shares(int64_t kv, std::vector<double> & all) const {
-        std::vector<std::vector<double>> share;
-        all.assign(nr, 0.0);
+    // What a KV head sees: shares of its heads, and which cells are looked at again.
+    struct sight {
+        std::vector<std::vector<double>> share; // [nr, n_list]
+        std::vector<double>  all;               // [nr]: sums of the exponentials
+        std::vector<bool>    again;             // [n_list]
+        bool doubtful = false;                  // in single precision other cells may be looked at again
+    };
+
+    static double sum_of_exp(std::vector<double> & x) {
+        double sum = 0.0;
+        for (double & y : x) {
+            y = exp(y);
+            sum += y;
+        }
+        return sum;
+    }
+
+    sight see(int64_t kv) const {
+        sight res;
+        res.again.assign(n_list, false);
+        std::vector<std::array<std::vector<double>, 2>> looks;
+        const double edge = second_look/std::min<double>(std::max<int64_t>(n_used, 1), 8192);
         for (int64_t g = 0; g < nr; g++) {
-            share.push_back(logits(kv*nr + g));
-            for (double & x : share[g]) {
-                x = exp(x);
-                all[g] += x;
-            }
-            for (double & x : share[g]) {
-                x /= all[g];
+            looks.push_back(logits(kv*nr + g));
+            const double sum = sum_of_exp(looks[g][0]);
+            sum_of_exp(looks[g][1]);
+            for (int64_t c = 0; c < n_list && sum > 0.0; c++) {
+                const double share = looks[g][0][c]/sum;
+                res.again[c] = res.again[c] || (share > 0.0 && share >= edge);
+                res.doubtful = res.doubtful || (edge > 0.0 && fabs(share/edge - 1.0) < 2e-4);
             }
         }
-        return share;
+        for (int64_t g = 0; g < nr; g++) {
+            std::vector<double> x(n_list);
+            double all = 0.0;
+            for (int64_t c = 0; c < n_list; c++) {
+                x[c] = looks[g][res.again[c]][c];
+                all += x[c];
+            }
+            for (double & y : x) {
+                y = all > 0.0 ? y/all : 0.0;
+            }
+            res.share.push_back(x);
+            res.all.push_back(all);
+        }
+        return res;
     }
 
     struct candidate {
@@ -955,16 +1003,16 @@ struct test_sketch_scan : public test_sketch {
         int64_t cell;
     };
 
-    // the cells that are not left out, the best first
-    static std::vector<candidate> ranking(const std::vector<std::vector<double>> & share) {
+    // the cells that may be selected, the best first
+    static std::vector<candidate> ranking(const sight & s) {
         std::vector<candidate> res;
-        for (int64_t c = 0; c < (int64_t) share[0].size(); c++) {
+        for (int64_t c = 0; c < (int64_t) s.again.size(); c++) {
             candidate x = { 0.0, 0.0, c };
-            for (const auto & row : share) {
+            for (const auto & row : s.share) {
                 x.score += row[c];
                 x.most   = std::max(x.most, row[c]);
             }
-            if (x.most > 0.0) {
+            if (s.again[c] && x.most > 0.0) {
                 res.push_back(x);
             }
         }
@@ -974,9 +1022,9 @@ struct test_sketch_scan : public test_sketch {
         return res;
     }
 
-    static std::set<int64_t> best(const std::vector<std::vector<double>> & share, int64_t n, double least) {
+    static std::set<int64_t> best(const sight & s, int64_t n, double least) {
         std::set<int64_t> cells;
-        for (const candidate & c : ranking(share)) {
+        for (const candidate & c : ranking(s)) {
             if (c.most >= least && (int64_t) cells.size() < n) {
                 cells.insert(c.cell);
             }
@@ -987,21 +1035,21 @@ struct test_sketch_scan : public test_sketch {
     // Did the backend write the best of each KV head? Shares and scores may be off by 1e-4 of themselves, so those of cells at
     // the edge by twice that.
     bool wrote_the_best() const {
-        const auto written = get(selected);
+        const auto written = get(selected), counted = get(counts);
         for (int64_t kv = 0; kv < nh_kv; kv++) {
-            if (has_doubtful_weight(kv)) {
+            const sight s = see(kv);
+            if (has_doubtful_weight(kv) || s.doubtful) {
                 continue;
             }
-            std::vector<double> all;
-            const auto ranked = ranking(shares(kv, all));
+            const auto ranked = ranking(s);
+            const double least = least_of(kv);
             std::set<int32_t> cells(&written[kv*n_selected], &written[kv*n_selected] + n_selected);
             const size_t n_pads = std::count(&written[kv*n_selected], &written[kv*n_selected] + n_selected, -1);
             cells.erase(-1);
             if (cells.size() + n_pads != (size_t) n_selected) {
                 return false; // twice the same
             }
-            const auto counted = get(counts); // looked at again is all that is not left out
-            if (counted[2*kv] != (int32_t) cells.size() || counted[2*kv + 1] != (form[5] > 0 ? (int32_t) ranked.size() : 0)) {
+            if (counted[2*kv] != (int32_t) cells.size() || counted[2*kv + 1] != (int32_t) ranked.size()) {
                 return false;
             }
             size_t n_found = 0, n_sure = 0;
@@ -1033,39 +1081,37 @@ struct test_sketch_scan : public test_sketch {
         const auto bytes = bytes_of(codes);
         std::vector<float> res;
         for (int64_t kv = 0; kv < nh_kv; kv++) {
-            std::vector<double> all;
-            const auto share = shares(kv, all);
-            const auto taken = best(share, n_selected, least);
+            const sight s = see(kv);
+            const auto taken = best(s, n_selected, least_of(kv));
             for (int64_t g = 0; g < nr; g++) {
-                const auto row = tail(b, &bytes[kv*bytes.size()/nh_kv], kv, share[g], all[g], taken);
+                const auto row = tail(b, &bytes[kv*bytes.size()/nh_kv], kv, s, g, taken);
                 res.insert(res.end(), row.begin(), row.end());
             }
         }
         return res;
     }
 
-    std::vector<float> tail(const std::vector<float> & b, const uint8_t * head, int64_t kv, const std::vector<double> & share, double all,
+    std::vector<float> tail(const std::vector<float> & b, const uint8_t * head, int64_t kv, const sight & s, int64_t g,
             const std::set<int64_t> & taken) const {
         std::vector<double> z(n_v(), 0.0);
-        double sum = 0.0;
+        double known = 0.0, others = 0.0; // weights of the cells that were looked at again, and of those that were not
         for (int64_t c = 0; c < n_list; c++) {
-            if (share[c] == 0.0 || taken.count(c)) {
-                continue;
-            }
-            sum += share[c];
-            for (int j = 0; j < n_v(); j++) {
-                z[j] += share[c]*(code(head, true, j, c) - 0.5*((1 << bits_v(j)) - 1));
+            const double share = taken.count(c) ? 0.0 : s.share[g][c];
+            (s.again[c] ? known : others) += share;
+            for (int j = 0; j < n_v() && s.again[c] && share > 0.0; j++) {
+                z[j] += share*(code(head, true, j, c) - 0.5*((1 << bits_v(j)) - 1));
             }
         }
-        std::vector<float> res(hs, 0.0f);
-        for (int64_t i = 0; i < hs && sum > 0.0; i++) {
+        const double sum = known + others, of_others = sum > 0.0 ? others/sum : 0.0;
+        std::vector<float> res(hs, s.doubtful ? NAN : 0.0f);
+        for (int64_t i = 0; i < hs && sum > 0.0 && !s.doubtful; i++) {
             double y = mean(b, kv, true)[i];
-            for (int j = 0; j < n_v(); j++) {
-                y += z[j]/sum*dec(b, kv, true, j, i);
+            for (int j = 0; j < n_v() && known > 0.0; j++) {
+                y += (1.0 - of_others*of_others)*z[j]/known*dec(b, kv, true, j, i);
             }
             res[i] = y;
         }
-        res.push_back(log(sum*all));
+        res.push_back(s.doubtful ? NAN : log(sum*s.all[g]));
         return res;
     }
 };
@@ -1192,9 +1238,9 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     test_cases.emplace_back(new test_support_stability(5000, 4200, 2));  // more cells than Metal's sets on chip take at a time,
     test_cases.emplace_back(new test_support_stability(200000, 300, 1)); // a larger cache than CUDA's do
 
-    // the sketch
-    for (std::array<int32_t, 6> form : { std::array<int32_t, 6>{ 16, 0, 0, 16, 0, 0 }, { 4, 16, 16, 16, 0, 0 }, { 8, 0, 0, 16, 0, 0 }, { 16, 16, 32, 32, 0, 0 },
-            { 16, 32, 0, 0, 32, 0 }, { 4, 4, 8, 16, 16, 0 }, { 0, 0, 32, 0, 16, 0 }, { 12, 4, 40, 64, 16, 0 },
+    // the sketch; the last number of a form is that of the planes of the first look: in the first eight all
+    for (std::array<int32_t, 6> form : { std::array<int32_t, 6>{ 16, 0, 0, 16, 0, 2 }, { 4, 16, 16, 16, 0, 2 }, { 8, 0, 0, 16, 0, 1 }, { 16, 16, 32, 32, 0, 4 },
+            { 16, 32, 0, 0, 32, 4 }, { 4, 4, 8, 16, 16, 1 }, { 0, 0, 32, 0, 16, 1 }, { 12, 4, 40, 64, 16, 3 },
             { 4, 40, 0, 0, 16, 1 }, { 8, 48, 0, 0, 16, 2 }, { 8, 80, 0, 0, 32, 3 }, { 4, 24, 32, 16, 0, 1 }, { 4, 4, 40, 16, 16, 1 } }) {
         test_cases.emplace_back(new test_sketch_encode(form));
         for (int nr : { 1, 2, 3, 4, 5, 8 }) {
@@ -1202,27 +1248,42 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
         }
     }
     for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
-        test_cases.emplace_back(new test_sketch_encode({ 4, 16, 16, 16, 0, 0 }, 33, 128, type, type, 3, type != F16));
+        test_cases.emplace_back(new test_sketch_encode({ 4, 16, 16, 16, 0, 2 }, 33, 128, type, type, 3, type != F16));
     }
     for (int n_listed : { 1, 16, 17, 100 }) {
-        test_cases.emplace_back(new test_sketch_encode({ 16, 0, 0, 16, 0, 0 }, n_listed));
+        test_cases.emplace_back(new test_sketch_encode({ 16, 0, 0, 16, 0, 2 }, n_listed));
     }
     for (int n_list : { 16, 256, 272, 2064 }) {
         for (int hs : { 64, 80, 128 }) {
             for (int n_selected : { 1, n_list/4, n_list }) {
-                test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 0 }, 3, 3, hs, n_list, n_list - 5, 7, n_selected));
+                test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 2 }, 3, 3, hs, n_list, n_list - 5, 7, n_selected));
             }
-            test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 0 }, 3, 3, hs, n_list, n_list, 3, 100, 0.01f));
+            test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 2 }, 3, 3, hs, n_list, n_list, 3, 100, 0.01f));
         }
     }
-    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 0 }, 2, 3, 64, 272, 261, 20, 40, 0.0f, 2.0f));
-    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 0 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
-    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 0 }, 2, 2, 64, 272, 0, 20, 40));
-    test_cases.emplace_back(new test_sketch_scan({ 8, 24, 48, 0, 32, 0 }, 2, 4, 128, 9216, 9100, 20, 64, 0.0003f));
+    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 2 }, 2, 3, 64, 272, 261, 20, 40, 0.0f, 2.0f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 2 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
+    test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 2 }, 2, 2, 64, 272, 0, 20, 40));
     test_cases.emplace_back(new test_sketch_scan({ 8, 80, 0, 0, 32, 2 }, 2, 4, 128, 9216, 9100, 20, 64, 0.0003f));
     test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 2, 3, 64, 4112, 4100, 20, 1000, 0.002f));
     test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 2, 2, 64, 272, 0, 20, 40));
-    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 0 }, 1, 2, 64, 33008, 33001, 20, 300)); // large chunks of cells
-    test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 1, 2, 64, 33008, 33001, 20, 300));
+    test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 2 }, 1, 2, 64, 33008, 33001, 20, 300)); // large chunks of cells
     test_cases.emplace_back(new test_sketch_scan({ 16, 32, 0, 64, 64, 1 }, 2, 8, 128)); // as many components of V as a GPU's kernel takes
+
+    // what is looked at again is a part
+    for (float second_look : { 0.5f, 1.0f, 2.0f, 1000.0f }) {
+        for (int nr : { 1, 2, 3, 8 }) {
+            test_cases.emplace_back(new test_sketch_scan({ 8, 48, 0, 0, 16, 2 }, 2, nr, 64, 1040, 1029, 20, 200, 0.002f, 0.0f, second_look));
+        }
+        test_cases.emplace_back(new test_sketch_scan({ 8, 80, 0, 0, 32, 3 }, 2, 4, 128, 9216, 9100, 20, 64, 0.0003f, 0.0f, second_look));
+        test_cases.emplace_back(new test_sketch_scan({ 4, 40, 0, 0, 16, 1 }, 1, 2, 64, 33008, 33001, 20, 300, 0.0001f, 0.0f, second_look));
+        test_cases.emplace_back(new test_sketch_scan({ 4, 12, 24, 0, 16, 2 }, 2, 3, 64, 1040, 1029, 20, 200, 0.002f, 5.0f, second_look));
+    }
+    // what is not finite
+    for (float least : { 0.0f, 0.002f }) {
+        for (int nr : { 1, 3, 8 }) {
+            test_cases.emplace_back(new test_sketch_scan({ 16, 0, 0, 16, 0, 2 }, 2, nr, 64, 1040, 1029, 20, 64, least, 0.0f, 0.0f, true));
+            test_cases.emplace_back(new test_sketch_scan({ 8, 48, 0, 0, 16, 2 }, 3, nr, 64, 4112, 4100, 20, 200, least, 0.0f, 0.5f, true));
+        }
+    }
 }

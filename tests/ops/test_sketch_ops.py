@@ -13,7 +13,7 @@ from support import reference as ref
 from support.ggml_ops import POISON, Graph, SketchFormat, encode, library
 from support.op_cases import EPS32, SEED, TYPES, Case, pass_on_path, simd_paths
 
-FORMATS = [ref.SketchFormat(*f) for f in (
+FORMATS = [ref.one_look(*f) for f in (
     (16, 0, 0, 16, 0), (4, 16, 16, 16, 0), (8, 0, 0, 16, 0), (16, 16, 32, 32, 0), (16, 32, 0, 0, 32), (4, 4, 8, 16, 16),
     (0, 0, 32, 0, 16), (0, 16, 0, 64, 16), (12, 4, 40, 16, 0), (32, 0, 0, 0, 0))]
 DEFAULT = FORMATS[0]
@@ -148,7 +148,8 @@ class ScanCase(Case):
     n_selected: int = 50
     least: float = 0.0  # > 0: cells of a smaller share are not selected, in the n-th KV head an n-th of it
     logit_softcap: float = 0.0
-    second_look: float = 0.5  # if the format has two looks
+    second_look: float = None  # None: 0.5 of two looks, 0 where the first is at all of K
+    broken: bool = False  # the query of head 0 is not finite, nor is `least` of the last KV head
     largest: float = 8.0  # roughly: size of the largest logits
     n_different: int = 0  # > 0: so many blocks of codes, over and over, so that there are ties
     n_threads: int = 2
@@ -169,6 +170,9 @@ class Scan:
         for pad in (-1, -1, -1, 2**31 - 1):
             self.skip = np.insert(self.skip, rng.integers(0, len(self.skip) + 1), pad)
         self.least = (c.least / np.arange(1, c.n_head_kv + 1)).astype(np.float32)
+        self.second_look = c.second_look if c.second_look is not None else 0.5 if c.form in TWICE else 0.0
+        if c.broken:
+            self.q[0, 5], self.least[-1] = np.nan, np.nan
 
     def run(self, n_threads=None):
         """(tail [n_head, n_embd_v + 1], selected [n_head_kv, n_selected])"""
@@ -177,16 +181,15 @@ class Scan:
             store = g.tensor(np.full((c.n_head_kv, c.n_selected + 3), 7, np.int32))  # 7: to be overwritten; but not the last three
             selected = g.lib.ggml_view_4d(g.ctx, store, c.n_selected, c.n_head_kv, 1, 1, *store.contents.nb[1:], 0)
             counts = g.tensor(np.full((c.n_head_kv, 2), -7, np.int32))
-            out = g.sketch_scan(g.strided(self.q), g.tensor(self.codes), g.tensor(flat(self.bases)), g.tensor(self.skip),
+            out = g.sketch_scan(g.strided(self.q, n_spare=4), g.tensor(self.codes), g.tensor(flat(self.bases)), g.tensor(self.skip),
                                 g.tensor(np.array([self.n_used])), g.tensor(self.least) if c.least else None, selected,
-                                counts, c.n_list, c.n_embd_v, c.form, self.scale, c.logit_softcap, c.second_look)
+                                counts, c.n_list, c.n_embd_v, c.form, self.scale, c.logit_softcap, self.second_look)
             assert g.supported(out)
             tail = g.compute(out, n_threads or c.n_threads)[0, 0]
             rows = g.read(store)[0, 0]
             assert np.all(rows[:, c.n_selected:] == 7)
             n_selected, self.n_looked = g.read(counts)[0, 0].T
             np.testing.assert_array_equal(n_selected, (rows[:, :c.n_selected] >= 0).sum(axis=1))
-            assert c.form.n_first or not self.n_looked.any()
             return tail, rows[:, :c.n_selected]
 
     def logits(self, h, first=False):
@@ -199,7 +202,7 @@ class Scan:
         log-sum-exp of these cells by the first look, per head, and whether it may be other cells, by rounding errors."""
         c, group = self.case, len(x)
         first = np.array([self.logits(h, first=True) for h in range(h_kv * group, (h_kv + 1) * group)])
-        surely, perhaps = (ref.sketch_looked(first, c.second_look * np.exp(edge), self.n_used) for edge in (off, -off))
+        surely, perhaps = (ref.sketch_looked(first, self.second_look * np.exp(edge), self.n_used) for edge in (off, -off))
         assert surely.sum() <= self.n_looked[h_kv] <= perhaps.sum()
         x[:, ~perhaps] = first[:, perhaps] = -np.inf
         return [ref.log_sum_exp(row) for row in first], np.any(perhaps != surely)
@@ -207,6 +210,8 @@ class Scan:
     def logits_off(self, h):
         """Rounding errors of float32 in the projections, and a weight that they may push over the edge to the next."""
         c, basis = self.case, in_double(self.bases[h * self.case.n_head_kv // self.case.n_head])
+        if c.broken and h == 0:
+            return 0
         q, centre = np.abs(self.q[h].astype(np.float64)), (2**c.form.bits_k - 1) / 2
         rounding = 16 * EPS32 * (q @ np.abs(basis.mean_k) + centre @ np.abs(basis.dec_k) @ q)
         w, s = ref.sketch_weights(self.q[h].astype(np.float64), basis.dec_k)
@@ -216,20 +221,15 @@ class Scan:
 
     def others_off(self, h, lse):
         """By how much the sum of the weights of cells that are not looked at again may be off, over exp(lse)."""
-        if not self.case.form.n_first or lse == -np.inf:
+        if lse == -np.inf:
             return 0
         return 2.0**-18 * np.exp(min(ref.log_sum_exp(self.logits(h, first=True)) - lse, 80))
 
     def tail_off(self, h, x, lse):
-        """(of V, of the log-sum-exp): weights off by half of 2^-15 or 2^-21 of the largest among 256 cells and by their logits'
-        errors, relative to the sum of those that were not selected; after two looks, by what the sum of the others may be off."""
-        c = self.case
-        runs = [x[i:i + 256] for i in range(0, c.n_list, 256)]
-        runs = sum(np.exp(min(run.max() - lse, 80)) * np.isfinite(run).sum() for run in runs)
-        rest = 4 * EPS32 * np.exp(min(ref.log_sum_exp(x) - lse, 80)) + 2 * self.logits_off(h) + 2e-5
-        if c.form.n_first:
-            runs, rest = 0, rest + self.others_off(h, lse)
-        return 2.0**-15 * runs + rest, 2.0**-21 * runs + rest
+        """(of V, of the log-sum-exp): errors of weights and of what the sum of cells that were looked at once may be off, relative to
+        the sum of those that were not selected."""
+        rest = 4 * EPS32 * np.exp(min(ref.log_sum_exp(x) - lse, 80)) + 2 * self.logits_off(h) + 2e-5 + self.others_off(h, lse)
+        return rest, rest
 
     def check(self):
         c, (tail, selected) = self.case, self.run()
@@ -238,13 +238,12 @@ class Scan:
             heads = range(h_kv * group, (h_kv + 1) * group)
             x, row = np.array([self.logits(h) for h in heads]), selected[h_kv]
             logits_off = 2 * max(map(self.logits_off, heads))
-            off, others = 1e-4 + logits_off, [-np.inf] * group
-            if c.form.n_first:
-                others, is_unsure = self.unlooked(h_kv, x, 1e-5 + logits_off)
-                if is_unsure:
-                    assert np.isfinite(x[0][row[row >= 0]]).all()
-                    continue
-                off += min(100, max(self.others_off(h, np.logaddexp(ref.log_sum_exp(x_h), o)) for h, x_h, o in zip(heads, x, others)))
+            others, is_unsure = self.unlooked(h_kv, x, 1e-5 + logits_off)
+            if is_unsure:
+                assert np.isfinite(x[-1][row[row >= 0]]).all()
+                continue
+            off = 1e-4 + logits_off + min(100, max(self.others_off(h, np.logaddexp(ref.log_sum_exp(x_h), o))
+                                                   for h, x_h, o in zip(heads, x, others)))
             if c.least:
                 check_least(row, x, self.least[h_kv], off, others)
             elif c.n_different:
@@ -355,6 +354,11 @@ def scan_cases():
         yield case(largest=largest)
         yield case(largest=largest, least=0.01)
         yield case(largest=largest, n_list=4112, n_head=9, n_head_kv=3, n_selected=256)
+    for form in (TWICE[1], DEFAULT):
+        for least in (0.0, 0.003):
+            yield case(form=form, broken=True, least=least, n_head=6)
+    for second_look in (0.5, 2.0):
+        yield case(second_look=second_look, least=0.003, n_selected=1000)
     yield case(logit_softcap=5.0)
     yield case(largest=1000.0, logit_softcap=30.0, form=FORMATS[3])
     yield case(largest=1000.0, logit_softcap=30.0, least=0.01)
@@ -489,7 +493,7 @@ def test_the_backend_says_no_to_rows_of_odd_sizes():
 
 
 def test_the_backend_says_no_to_more_components_than_it_has_room_for():
-    form = ref.SketchFormat(272, 0, 0, 16, 0)
+    form = ref.one_look(272, 0, 0, 16, 0)
     with Graph() as g:
         codes, basis = g.new("i8", 16 * form.cell_bytes, 4, 2), g.new("f32", 64 * (1 + 272 + 272 // 2) + 64 * (1 + 16 + 16 // 2), 2)
         assert not g.supported(g.sketch_scan(g.new("f32", 64, 2), codes, basis, g.new("i32", 1), g.new("i32", 1), None,

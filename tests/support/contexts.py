@@ -35,8 +35,8 @@ class Watch:
 
     def __init__(self, prefix):
         self.prefix, self.seen, self.replace, self.error = prefix + "-", [], None, None
-        self.op_name = ctypes.CDLL(str(find_library(library_dir(), "ggml-base"))).ggml_op_name
-        self.op_name.restype, self.op_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
+        self.op_name = ctypes.CDLL(str(find_library(library_dir(), "ggml-base"))).ggml_sfi_op_desc
+        self.op_name.restype, self.op_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
 
     def __call__(self, address, ask, user):
         node = Node.from_address(address)
@@ -50,7 +50,7 @@ class Watch:
         return self.error is None
 
     def on_node(self, layer, node):
-        self.seen.append((layer, self.op_name(node.op).decode()))
+        self.seen.append((layer, self.op_name(ctypes.addressof(node)).decode()))
         if self.replace:
             new = np.ascontiguousarray(self.replace(layer, node), np.float32)
             assert new.size == np.prod(node.ne)

@@ -324,13 +324,13 @@ def stability(evidence, cells, j0, j1, selected, previous):
 
 
 class SketchFormat(NamedTuple):
-    """How many components of K have 4, 2 and 1 bits, and of V 4 and 2; with n_first > 0 there are two looks at it."""
+    """How many components of K have 4, 2 and 1 bits, and of V 4 and 2; planes of K of the first look."""
     n_k4: int
     n_k2: int
     n_k1: int
     n_v4: int
     n_v2: int
-    n_first: int = 0
+    n_first: int
 
     @property
     def bits_k(self):
@@ -348,7 +348,12 @@ class SketchFormat(NamedTuple):
     def n_k_first(self):
         """Components of K of the first look."""
         planes = np.repeat(self.bits_k[::4].cumsum() - 1, 4) // 8
-        return int((planes < self.n_first).sum()) if self.n_first else len(self.bits_k)
+        return int((planes < self.n_first).sum())
+
+
+def one_look(n_k4, n_k2, n_k1, n_v4, n_v2):
+    """A format whose first look is at all of K."""
+    return SketchFormat(n_k4, n_k2, n_k1, n_v4, n_v2, (4 * n_k4 + 2 * n_k2 + n_k1) // 32)
 
 
 class Basis(NamedTuple):
@@ -366,7 +371,7 @@ class Basis(NamedTuple):
         return np.concatenate([part.ravel() for part in parts])
 
 
-CELLS, PLANE = 16, 64  # cells of a block, bytes of a plane: four for each cell of K, four for each component of V
+CELLS, PLANE = 16, 64  # cells of a block, bytes of a plane of K: four for each cell
 
 
 def place_k(form, j, cell, n_blocks):
@@ -374,22 +379,15 @@ def place_k(form, j, cell, n_blocks):
     bytes, from the lowest upwards; when those are full, the next plane follows."""
     bits_before = int(form.bits_k[:j - j % 4:4].sum())  # in each of the four bytes
     plane, bit = bits_before // 8, bits_before % 8
-    if form.n_first and plane >= form.n_first:
+    if plane >= form.n_first:
         return record(form, cell, n_blocks) + 4 * (plane - form.n_first) + j % 4, bit
-    block_bytes = PLANE * form.n_first or CELLS * form.cell_bytes
-    return block_bytes * (cell // CELLS) + PLANE * plane + 4 * (cell % CELLS) + j % 4, bit
+    return PLANE * form.n_first * (cell // CELLS) + PLANE * plane + 4 * (cell % CELLS) + j % 4, bit
 
 
 def place_v(form, j, cell, n_blocks):
-    """The same for component j of V. In a block a byte holds one component of two cells (4 bits) or of four (2 bits), in a
-    record one after the other."""
-    bits, planes_k = int(form.bits_v[j]), int(form.bits_k.sum()) // 32
-    if form.n_first:
-        at = int(form.bits_v[:j].sum())
-        return record(form, cell, n_blocks) + 4 * (planes_k - form.n_first) + at // 8, at % 8
-    quarter = cell % CELLS // 4  # of the block
-    bits_before = int(form.bits_v[:j - j % 16:16].sum()) * 4 + bits * quarter
-    return CELLS * form.cell_bytes * (cell // CELLS) + PLANE * (planes_k + bits_before // 8) + 4 * (j % 16) + cell % 4, bits_before % 8
+    """The same for component j of V: in the record, one after the other."""
+    at, planes_k = int(form.bits_v[:j].sum()), int(form.bits_k.sum()) // 32
+    return record(form, cell, n_blocks) + 4 * (planes_k - form.n_first) + at // 8, at % 8
 
 
 def record(form, cell, n_blocks):
@@ -447,8 +445,11 @@ def sketch_weights(q, dec):
 
 
 def sketch_logits(form, basis, codes, q, skip, n_used, n_list, scale, logit_softcap=0.0, first=False):
-    """One query of a head: the logits of the cells 0 .. n_list - 1, from the codes of its KV head; first: of the first look."""
+    """One query of a head: the logits of the cells 0 .. n_list - 1, from the codes of its KV head; first: of the first look.
+    A query whose projection is not finite has none: all are -inf."""
     of_k, _ = unpack(form, codes)
+    if not np.isfinite(np.append(basis.dec_k @ q, q @ basis.mean_k)).all():
+        return np.full(n_list, -np.inf)
     w, s = sketch_weights(q, basis.dec_k)
     n_k = form.n_k_first if first else len(w)
     x = scale * (q @ basis.mean_k + s * ((of_k[:n_list] - (2**form.bits_k - 1) / 2) @ np.where(np.arange(len(w)) < n_k, w, 0)))
@@ -502,7 +503,7 @@ def sketch_select(x, n_selected, least=None, seed=0):
 
 def sketch_looked(x, second_look, n_used):
     """Logits of the first look [group, n_list] -> whether a cell is looked at again, [n_list]"""
-    return (sketch_share(x) >= second_look / np.clip(n_used, 1, 8192)) & np.isfinite(x[0])
+    return (sketch_share(x) >= second_look / np.clip(n_used, 1, 8192)) & np.isfinite(x).any(axis=0)
 
 
 def sketch_tail(form, basis, codes, x, selected, others=-np.inf):

@@ -1,4 +1,4 @@
-// GGML_OP_SUPPORT_EVIDENCE on the CPU.
+// SUPPORT_EVIDENCE on the CPU.
 //
 // Rows are the used queries times the heads of a group. As many KV heads at once as the work buffer allows:
 //
@@ -12,6 +12,7 @@
 
 #include "attn-tile.h"
 #include "ggml-cpu-impl.h"
+#include "sfi-params.h"
 
 #include <algorithm>
 #include <cmath>
@@ -60,10 +61,11 @@ struct task {
         max_rows  = group*q->ne[2];
         heads_at_once = heads_per_pass(n_head_kv, max_rows, n_blocks);
 
-        scale   = ggml_get_op_params_f32(dst, 0);
-        softcap = ggml_get_op_params_f32(dst, 1);
-        alpha   = ggml_get_op_params_f32(dst, 2);
-        candidates_only = ggml_get_op_params_i32(dst, 3) == GGML_SUPPORT_SOFTMAX_CANDIDATES;
+        const auto params_of_op = sfi::params_of<sfi_evidence_params>(dst);
+        scale   = params_of_op.scale;
+        softcap = params_of_op.softcap;
+        alpha   = params_of_op.alpha;
+        candidates_only = params_of_op.over == GGML_SUPPORT_SOFTMAX_CANDIDATES;
 
         j0 = std::clamp<int64_t>(plan[0], 0, n_list);
         j1 = std::clamp<int64_t>(plan[1], j0, n_list);
@@ -213,7 +215,7 @@ void block_evidence(const task & a, int64_t slot, int64_t h_kv, int64_t block) {
 
 } // namespace
 
-void sfi::support_evidence(const ggml_compute_params * params, ggml_tensor * dst) {
+void sfi::evidence(const ggml_compute_params * params, ggml_tensor * dst) {
     const task a(params, dst);
     const int ith = params->ith, nth = params->nth;
     const int64_t n_seen = (a.n_visible + block_cells - 1)/block_cells;
@@ -250,7 +252,7 @@ void sfi::support_evidence(const ggml_compute_params * params, ggml_tensor * dst
     }
 }
 
-size_t sfi::support_evidence_work_size(const ggml_tensor * dst, int n_threads) {
+size_t sfi::evidence_work_size(const ggml_tensor * dst, int n_threads) {
     const ggml_tensor * q = dst->src[0];
     const int64_t max_rows = q->ne[1]/dst->ne[1]*q->ne[2];
     const int64_t n_blocks = (dst->ne[0] + block_cells - 1)/block_cells;
@@ -258,7 +260,7 @@ size_t sfi::support_evidence_work_size(const ggml_tensor * dst, int n_threads) {
     return (n_heads*task::head_floats(max_rows, n_blocks) + n_threads*task::scratch_size(q->ne[0], max_rows, n_blocks))*sizeof(float);
 }
 
-bool sfi::support_evidence_supported(const ggml_tensor * dst) {
+bool sfi::evidence_supported(const ggml_tensor * dst) {
     const ggml_tensor * k = dst->src[1];
     return k->ne[0] % 16 == 0 && k->ne[0] <= 512 && k->ne[0] % ggml_blck_size(k->type) == 0 && tile_ops_supported(k->type);
 }

@@ -2,38 +2,36 @@
 
 #include "sfi-ops.h"
 
+namespace {
+
+struct operation {
+    void   (*compute)  (const ggml_compute_params * params, ggml_tensor * dst);
+    size_t (*work_size)(const ggml_tensor * dst, int n_threads);
+    bool   (*supported)(const ggml_tensor * dst);
+};
+
+const operation & operation_of(const ggml_tensor * dst) {
+    static const operation all[GGML_SFI_OP_COUNT] = { // in the order of enum ggml_sfi_op
+        { sfi::sparse_attn,   sfi::sparse_attn_work_size,   sfi::sparse_attn_supported   },
+        { sfi::evidence,      sfi::evidence_work_size,      sfi::evidence_supported      },
+        { sfi::select,        sfi::select_work_size,        sfi::select_supported        },
+        { sfi::stability,     sfi::stability_work_size,     sfi::stability_supported     },
+        { sfi::sketch_encode, sfi::sketch_encode_work_size, sfi::sketch_encode_supported },
+        { sfi::sketch_scan,   sfi::sketch_scan_work_size,   sfi::sketch_scan_supported   },
+    };
+    return all[ggml_get_sfi_op(dst)];
+}
+
+} // namespace
+
 void ggml_compute_forward_sfi(const ggml_compute_params * params, ggml_tensor * dst) {
-    switch (dst->op) {
-        case GGML_OP_SPARSE_ATTN:       sfi::sparse_attn      (params, dst); break;
-        case GGML_OP_SUPPORT_EVIDENCE:  sfi::support_evidence (params, dst); break;
-        case GGML_OP_SUPPORT_SELECT:    sfi::support_select   (params, dst); break;
-        case GGML_OP_SUPPORT_STABILITY: sfi::support_stability(params, dst); break;
-        case GGML_OP_SKETCH_ENCODE:     sfi::sketch_encode    (params, dst); break;
-        case GGML_OP_SKETCH_SCAN:       sfi::sketch_scan      (params, dst); break;
-        default: GGML_ABORT("%s is not an sfi operation", ggml_op_name(dst->op));
-    }
+    operation_of(dst).compute(params, dst);
 }
 
 size_t ggml_cpu_sfi_work_size(const ggml_tensor * dst, int n_threads) {
-    switch (dst->op) {
-        case GGML_OP_SPARSE_ATTN:      return sfi::sparse_attn_work_size     (dst, n_threads);
-        case GGML_OP_SUPPORT_EVIDENCE: return sfi::support_evidence_work_size(dst, n_threads);
-        case GGML_OP_SUPPORT_SELECT:   return sfi::support_select_work_size  (dst, n_threads);
-        case GGML_OP_SUPPORT_STABILITY: return sfi::support_stability_work_size(dst, n_threads);
-        case GGML_OP_SKETCH_ENCODE:    return sfi::sketch_encode_work_size   (dst, n_threads);
-        case GGML_OP_SKETCH_SCAN:      return sfi::sketch_scan_work_size     (dst, n_threads);
-        default:                       return 0;
-    }
+    return operation_of(dst).work_size(dst, n_threads);
 }
 
 bool ggml_cpu_sfi_supported(const ggml_tensor * dst) {
-    switch (dst->op) {
-        case GGML_OP_SPARSE_ATTN:       return sfi::sparse_attn_supported     (dst);
-        case GGML_OP_SUPPORT_EVIDENCE:  return sfi::support_evidence_supported(dst);
-        case GGML_OP_SUPPORT_SELECT:    return sfi::support_select_supported  (dst);
-        case GGML_OP_SUPPORT_STABILITY: return true;
-        case GGML_OP_SKETCH_ENCODE:     return sfi::sketch_encode_supported   (dst);
-        case GGML_OP_SKETCH_SCAN:       return sfi::sketch_scan_supported     (dst);
-        default:                        return false;
-    }
+    return operation_of(dst).supported(dst);
 }

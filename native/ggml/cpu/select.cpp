@@ -1,10 +1,11 @@
-// GGML_OP_SUPPORT_SELECT on the CPU. Threads share out the KV heads.
+// SUPPORT_SELECT on the CPU. Threads share out the KV heads.
 
 #include "sfi-ops.h"
 
 #include "arena.h"
 #include "candidates.h"
 #include "ggml-cpu-impl.h"
+#include "sfi-params.h"
 #include "top-k.h"
 
 #include <cmath>
@@ -186,9 +187,7 @@ void cross_head(const ggml_support_selector & sel, float * z, int64_t ld, int64_
 }
 
 ggml_support_selector selector_of(const ggml_tensor * dst) {
-    ggml_support_selector sel;
-    memcpy(&sel, dst->op_params, sizeof(sel));
-    return sel;
+    return sfi::params_of<sfi_select_params>(dst).selector;
 }
 
 bool is_paper(const ggml_tensor * dst) {
@@ -219,7 +218,7 @@ size_t own_size(const ggml_tensor * dst) {
 
 } // namespace
 
-void sfi::support_select(const ggml_compute_params * params, ggml_tensor * dst) {
+void sfi::select(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * evidence = dst->src[0], * k = dst->src[3];
     const candidates c(dst->src[1], dst->src[2]);
     const auto    sel = selector_of(dst);
@@ -253,11 +252,11 @@ void sfi::support_select(const ggml_compute_params * params, ggml_tensor * dst) 
     }
 }
 
-size_t sfi::support_select_work_size(const ggml_tensor * dst, int n_threads) {
+size_t sfi::select_work_size(const ggml_tensor * dst, int n_threads) {
     return size_of<shared_rows>(dst) + n_threads*own_size(dst) + arena::line;
 }
 
-bool sfi::support_select_supported(const ggml_tensor * dst) {
+bool sfi::select_supported(const ggml_tensor * dst) {
     const ggml_tensor * k = dst->src[3];
     return !k || k->type == GGML_TYPE_F32 || ggml_get_type_traits(k->type)->to_float;
 }

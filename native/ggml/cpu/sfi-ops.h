@@ -10,16 +10,17 @@ void   sparse_attn          (const ggml_compute_params * params, ggml_tensor * d
 size_t sparse_attn_work_size(const ggml_tensor * dst, int n_threads);
 bool   sparse_attn_supported(const ggml_tensor * dst);
 
-void   support_evidence          (const ggml_compute_params * params, ggml_tensor * dst);
-size_t support_evidence_work_size(const ggml_tensor * dst, int n_threads);
-bool   support_evidence_supported(const ggml_tensor * dst);
+void   evidence          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t evidence_work_size(const ggml_tensor * dst, int n_threads);
+bool   evidence_supported(const ggml_tensor * dst);
 
-void   support_select          (const ggml_compute_params * params, ggml_tensor * dst);
-size_t support_select_work_size(const ggml_tensor * dst, int n_threads);
-bool   support_select_supported(const ggml_tensor * dst);
+void   select          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t select_work_size(const ggml_tensor * dst, int n_threads);
+bool   select_supported(const ggml_tensor * dst);
 
-void   support_stability          (const ggml_compute_params * params, ggml_tensor * dst);
-size_t support_stability_work_size(const ggml_tensor * dst, int n_threads);
+void   stability          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t stability_work_size(const ggml_tensor * dst, int n_threads);
+bool   stability_supported(const ggml_tensor * dst);
 
 void   sketch_encode          (const ggml_compute_params * params, ggml_tensor * dst);
 size_t sketch_encode_work_size(const ggml_tensor * dst, int n_threads);

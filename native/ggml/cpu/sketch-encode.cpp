@@ -1,4 +1,4 @@
-// GGML_OP_SKETCH_ENCODE on the CPU.
+// SKETCH_ENCODE on the CPU.
 //
 // A block of codes belongs to one thread, because cells share bytes; the owner changes with the head, so that a single
 // cell, as every decoded token brings one, is work for all threads.
@@ -103,8 +103,7 @@ struct tile {
     int           n;
 
     void put_k() const;
-    void put_v_in_records() const;
-    void put_v_in_blocks() const;
+    void put_v() const;
 };
 
 // byte r of a cell's four has component 4*g + r
@@ -117,41 +116,30 @@ void tile::put_k() const {
             }
         }
         for (int c = 0; c < n; ++c) {
-            words.store(c, plane < a.l.first_planes ? at[c].block + plane*sfi::sketch_plane + 4*at[c].i : at[c].record + a.l.record_k(plane));
+            words.store(c, plane < a.l.first_planes ? at[c].block + plane*sketch_plane + 4*at[c].i : at[c].record + a.l.record_k(plane));
         }
     }
 }
 
-void tile::put_v_in_records() const {
+void tile::put_v() const {
     for (int j = 0, next; j < a.l.n_v; j = next) {
-        const sfi::sketch_field & f = a.l.v[j/16][0];
-        next = j + 32/f.bits();
+        const int bits = sketch_bits_v(a.l.format, j);
+        next = j + 32/bits;
         tile_words words;
         for (int i = j; i < next; ++i) {
-            words.add(a.own.projected + i*tile_cells, f.mask, (i - j)*f.bits());
+            words.add(a.own.projected + i*tile_cells, a.l.v_mask(j), (i - j)*bits);
         }
         for (int c = 0; c < n; ++c) {
-            words.store(c, at[c].record + a.l.record_v(j/16) + j % 16*f.bits()/8);
-        }
-    }
-}
-
-// a byte has one component of two cells, or of four
-void tile::put_v_in_blocks() const {
-    for (int c = 0; c < n; ++c) {
-        for (int j = 0; j < a.l.n_v; ++j) {
-            const sfi::sketch_field & f = a.l.v[j/16][at[c].i/4];
-            uint8_t & byte = (uint8_t &) at[c].block[f.plane*sfi::sketch_plane + 4*(j % 16) + at[c].i % 4];
-            byte = (uint8_t) ((byte & ~(f.mask << f.shift)) | code_of(a.own.projected[j*tile_cells + c], f.mask) << f.shift);
+            words.store(c, at[c].record + a.l.record_v(j));
         }
     }
 }
 
 void encode_tile(const task & a, int64_t h, const int32_t * cells, int n) {
-    char * const head = a.codes + h*a.head_bytes, * const records = head + a.n_blocks*a.l.block_bytes();
+    char * const head = a.codes + h*a.head_bytes;
     place at[tile_cells];
     for (int c = 0; c < n; ++c) {
-        at[c] = { head + cells[c]/sfi::sketch_cells*a.l.block_bytes(), records + (int64_t) cells[c]*a.l.record_bytes, cells[c] % sfi::sketch_cells };
+        at[c] = { head + sketch_block_at(a.l.format, cells[c]), head + sketch_record_at(a.l.format, a.n_blocks, cells[c]), cells[c] % sketch_cells };
     }
     const tile t = { a, at, n };
     project(a, a.k, a.of_k, sfi::sketch_basis::of_k(a.basis, h, a.l.n_k, a.k->ne[0]), a.l.n_k, h, cells, n);
@@ -160,11 +148,7 @@ void encode_tile(const task & a, int64_t h, const int32_t * cells, int n) {
         return;
     }
     project(a, a.v, a.of_v, sfi::sketch_basis::of_v(a.basis, h, a.l.n_v, a.v->ne[0]), a.l.n_v, h, cells, n);
-    if (a.l.looks_twice()) {
-        t.put_v_in_records();
-    } else {
-        t.put_v_in_blocks();
-    }
+    t.put_v();
 }
 
 } // namespace

@@ -2,7 +2,7 @@
 
 #include "sketch-simd.h"
 
-#include <cfloat>
+#include <algorithm>
 #include <cmath>
 
 namespace sfi {
@@ -163,98 +163,6 @@ void run_summed(const sketch_layout & l, const uint8_t * block, int n, const pro
     }
 }
 
-template <class B>
-void weigh(const float * t, int n, uint8_t * weights, run_sum & out) {
-    using F = typename B::F;
-    typename F::V most[2] = { F::load(t), F::load(t) };
-    int c = 0;
-    for (; c + 2*F::W <= n; c += 2*F::W) {
-        most[0] = F::max(most[0], F::load(t + c));
-        most[1] = F::max(most[1], F::load(t + c + F::W));
-    }
-    if (c < n) {
-        most[0] = F::max(most[0], F::load(t + c));
-    }
-    out = { std::ceil(F::hmax(F::max(most[0], most[1]))), 0, 0 };
-    if (out.top == -INFINITY) {
-        memset(weights, 0, 4*n);
-        return;
-    }
-    const typename F::V shift = F::set1(log2_one - out.top);
-    typename B::I sum = B::zero_i(), sum_v = B::zero_i();
-    for (c = 0; c < n; c += F::W) {
-        const typename B::I w = B::round(F::exp2(F::add(F::load(t + c), shift))), w_v = B::over_64(w);
-        sum   = B::add(sum, w);
-        sum_v = B::add(sum_v, w_v);
-        B::split(w_v, weights + (F::W == 1 ? c/4*16 + c % 4 : 4*c));
-    }
-    out.weight = B::sum(sum);
-    out.of_v   = B::sum(sum_v);
-}
-
-template <class B, int N>
-SFI_INLINE void add_values(typename B::Q (* q)[2], const typename B::P & codes, const uint8_t * weights) {
-    SFI_UNROLL
-    for (int h = 0; h < N; ++h) {
-        SFI_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            int32_t four;
-            memcpy(&four, weights + h*4*run_cells + 4*i, sizeof(four));
-            q[h][i] = B::dot_weights(q[h][i], codes, four);
-        }
-    }
-}
-
-template <class B, int N>
-void run_codes(const sketch_layout & l, int group, const uint8_t * block, int n, const uint8_t * weights, const run_sum * of_run, float * out) {
-    using F = typename B::F;
-    typename B::A sum[N][2];
-    typename B::Q q[N][2];
-    SFI_UNROLL
-    for (int h = 0; h < N; ++h) {
-        SFI_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            sum[h][i] = B::zero();
-            q[h][i]   = B::zero_q();
-        }
-    }
-    const sketch_field & first = l.v[group][0];
-    block += first.plane*sketch_plane;
-    for (int c = 0; c < n; c += sketch_cells, block += l.block_bytes(), weights += 4*sketch_cells) {
-        const typename B::P plane = B::load(block);
-        if (first.mask == 15) {
-            const typename B::P second = B::load(block + sketch_plane);
-            add_values<B, N>(q, B::template field<0, 15>(plane),  weights);
-            add_values<B, N>(q, B::template field<4, 15>(plane),  weights + 16);
-            add_values<B, N>(q, B::template field<0, 15>(second), weights + 32);
-            add_values<B, N>(q, B::template field<4, 15>(second), weights + 48);
-        } else {
-            add_values<B, N>(q, B::template field<0, 3>(plane), weights);
-            add_values<B, N>(q, B::template field<2, 3>(plane), weights + 16);
-            add_values<B, N>(q, B::template field<4, 3>(plane), weights + 32);
-            add_values<B, N>(q, B::template field<6, 3>(plane), weights + 48);
-        }
-        if (B::narrow || c + sketch_cells == n) {
-            SFI_UNROLL
-            for (int h = 0; h < N; ++h) {
-                SFI_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    B::flush(sum[h][i], q[h][i]);
-                }
-            }
-        }
-    }
-    SFI_UNROLL
-    for (int h = 0; h < N; ++h) {
-        SFI_UNROLL
-        for (int i = 0; i < sketch_cells/F::W; ++i) {
-            const typename F::V less = F::set1(-0.5f*(float) first.mask*(float) of_run[h].of_v);
-            F::store(out + h*l.n_v + 16*group + i*F::W,
-                     F::add(F::fma(B::to_float(sum[h][1], i), F::set1(256.0f), B::to_float(sum[h][0], i)), less));
-        }
-    }
-}
-
 // By value, and the bounds in registers: what is written might be any of these, as far as the compiler knows.
 template <class B, int N> // 0: any number of heads
 SFI_INLINE int64_t filter_heads(const filtered from, int64_t n, int any, const float * bound, float threshold, int32_t offset, const filtered to) {
@@ -299,33 +207,9 @@ int64_t filter(const filtered & from, int64_t n, int n_heads, const float * boun
     }
 }
 
-// where the codes of V of single cells are: in the planes of their blocks ...
-struct in_blocks {
-    const sketch_layout & l;
-    const sketch_field  * field; // of each quarter of a block
-    const uint8_t       * codes;
-
-    const uint8_t * of(int32_t cell) const {
-        return codes + cell/sketch_cells*l.block_bytes() + field[cell % sketch_cells/4].plane*sketch_plane;
-    }
-    template <class B> SFI_INLINE typename B::F::V codes_of(const uint8_t * at, int32_t cell, int v) const {
-        return B::codes_of_cell(at + 4*B::F::W*v, cell % 4, field[cell % sketch_cells/4]);
-    }
-};
-
-// ... or in their records
-template <int bits>
-struct in_records {
-    const uint8_t * codes;
-    int64_t         stride;
-
-    const uint8_t * of(int32_t cell) const { return codes + cell*stride; }
-    template <class B> SFI_INLINE typename B::F::V codes_of(const uint8_t * at, int32_t, int v) const { return B::template codes_of_record<bits>(at, v); }
-};
-
 // single cells, whose weights are rows of w [N, ld]
-template <class B, int N, class P>
-SFI_INLINE void add_cells(const P & place, const int32_t * cell, int64_t n, const float * w, int64_t ld, float * out) {
+template <class B, int N, int bits>
+SFI_INLINE void add_cells(const uint8_t * codes, int64_t record_bytes, const int32_t * cell, int64_t n, const float * w, int64_t ld, float * out) {
     using F = typename B::F;
     constexpr int n_vectors = sketch_cells/F::W;
     typename F::V sum[N][n_vectors];
@@ -337,10 +221,10 @@ SFI_INLINE void add_cells(const P & place, const int32_t * cell, int64_t n, cons
         }
     }
     for (int64_t i = 0; i < n; ++i) {
-        const uint8_t * at = place.of(cell[i]);
+        const uint8_t * at = codes + cell[i]*record_bytes;
         SFI_UNROLL
         for (int v = 0; v < n_vectors; ++v) {
-            const typename F::V code = place.template codes_of<B>(at, cell[i], v);
+            const typename F::V code = B::template codes_of_record<bits>(at, v);
             SFI_UNROLL
             for (int h = 0; h < N; ++h) {
                 sum[h][v] = F::fma(F::set1(w[h*ld + i]), code, sum[h][v]);
@@ -357,23 +241,13 @@ SFI_INLINE void add_cells(const P & place, const int32_t * cell, int64_t n, cons
 }
 
 template <class B, int N>
-void cells_codes(const sketch_layout & l, int group, const uint8_t * codes, const int32_t * cell, int64_t n, const float * w, int64_t ld,
+void cells_codes(const sketch_layout & l, int group, const uint8_t * records, const int32_t * cell, int64_t n, const float * w, int64_t ld,
                  float * out) {
-    const sketch_field * field = l.v[group];
-    if (l.looks_twice() && field->bits() == 4) {
-        add_cells<B, N>(in_records<4> { codes + l.record_v(group), l.record_bytes }, cell, n, w, ld, out);
-    } else if (l.looks_twice()) {
-        add_cells<B, N>(in_records<2> { codes + l.record_v(group), l.record_bytes }, cell, n, w, ld, out);
+    const uint8_t * codes = records + l.record_v(16*group);
+    if (l.v_mask(16*group) == 15) {
+        add_cells<B, N, 4>(codes, l.record_bytes, cell, n, w, ld, out);
     } else {
-        add_cells<B, N>(in_blocks { l, field, codes }, cell, n, w, ld, out);
-    }
-}
-
-template <class B>
-void exp2_of(const float * t, const float * shift, int64_t n, float * out) {
-    using F = typename B::F;
-    for (int64_t i = 0; i < n; i += F::W) {
-        F::store(out + i, B::from_int(B::round(F::exp2(F::add(F::load(t + i), F::load(shift + i))))));
+        add_cells<B, N, 2>(codes, l.record_bytes, cell, n, w, ld, out);
     }
 }
 
@@ -475,10 +349,9 @@ template <class B> kernels kernels_of() {
     return {
         { run_logits<B, 1>, run_logits<B, 2>, run_logits<B, 3>, run_logits<B, 4> },
         { run_summed<B, 1>, run_summed<B, 2>, run_summed<B, 3>, run_summed<B, 4> },
-        { run_codes <B, 1>, run_codes <B, 2>, run_codes <B, 3>, run_codes <B, 4> },
         { cells_codes<B, 1>, cells_codes<B, 2>, cells_codes<B, 3>, cells_codes<B, 4> },
         { cells_again<B, 1>, cells_again<B, 2>, cells_again<B, 3>, cells_again<B, 4> },
-        weigh<B>, filter<B>, exp2_of<B>, shares<B>, powers_of<B>, weights_of<B>,
+        filter<B>, shares<B>, powers_of<B>, weights_of<B>,
     };
 }
 

@@ -8,18 +8,12 @@
 //   P load(p)                the bytes of a plane
 //   P field<shift, mask>(p)  some bits of every byte, moved to its lower end
 //   Q dot(q, p, w)           sum i grows by bytes 4*i .. 4*i + 3 of p times the four signed bytes of w
-//   Q dot_weights(q, p, w)   the same for unsigned bytes of w
-//   flush(a, q)              a += q, q = 0: a narrow Q holds dots of 4 planes, or dot_weights of 4 fields
+//   flush(a, q)              a += q, q = 0: a narrow Q holds dots of 4 planes
 //   A                        sixteen sums
 //   to_float(a, i)           the i-th vector of them as floats
-//   I round(x), from_int(i)  a vector of floats to integers and back
-//   I add(a, b), sum(a)
-//   codes_of_cell(p, r, f)   as floats, the field f of bytes r, 4 + r, 8 + r ...: components of V of one cell
-//   codes_of_record<bits>(p, v)     the same from a record: components W*v .. of 16 whose codes begin at p
+//   codes_of_record<bits>(p, v)   as floats, the components W*v .. of 16 of V whose codes begin at p
 //   O offsets(cell, stride), P gather(p, o)   four bytes at p + stride*cell for each of 16 cells
 //   keep(to, from, offset, lanes)   to[0], to[1] ... = offset + those of the W numbers `from`; returns how many; W may be written
-//   I over_64(x)             x/64, rounded
-//   split(x, to)             0 <= x < 2^16 of W cells, for every four of them: their lower bytes, their upper bytes, 8 unused ones
 //
 // A code is at most 15, so no sum of two products of bytes saturates.
 
@@ -34,7 +28,6 @@ struct bytes_scalar {
     using F = scalar;
     static constexpr int  M = 1;
     static constexpr bool narrow = false;
-    using I = int32_t;
     struct P { uint8_t x[64]; };
     struct A { int32_t x[16]; };
     using Q = A;
@@ -58,17 +51,10 @@ struct bytes_scalar {
         q = {};
     }
     static float to_float(const A & a, int i) { return (float) a.x[i]; }
-    static I     round(float x) { return (int32_t) lrintf(x); }
-    static I     zero_i() { return 0; }
-    static I     add(I a, I b) { return a + b; }
-    static int32_t sum(I a) { return a; }
-    static float from_int(I x) { return (float) x; }
-    static I     over_64(I x) { return (x + 32)/64; }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
         if (lanes & 1) { *to = *from + offset; }
         return lanes & 1;
     }
-    static float codes_of_cell(const uint8_t * p, int r, const sketch_field & f) { return (float) (p[r] >> f.shift & f.mask); }
     template <int bits> static float codes_of_record(const uint8_t * p, int v) { return (float) (p[v*bits/8] >> v*bits % 8 & ((1 << bits) - 1)); }
     struct O { int64_t x[16]; };
     static O offsets(const int32_t * cell, int64_t stride) {
@@ -81,16 +67,6 @@ struct bytes_scalar {
         for (int i = 0; i < 16; ++i) { memcpy(y.x + 4*i, p + o.x[i], 4); }
         return y;
     }
-    static Q     dot_weights(Q q, const P & p, int32_t w) {
-        uint8_t b[4];
-        memcpy(b, &w, 4);
-        for (int i = 0; i < 64; ++i) { q.x[i/4] += p.x[i]*b[i % 4]; }
-        return q;
-    }
-    static void split(I x, uint8_t * to) { // of the first of four cells; the next ones lie a byte further each
-        to[0] = (uint8_t) x;
-        to[4] = (uint8_t) (x >> 8);
-    }
 };
 
 #if defined(SFI_AVX2)
@@ -102,7 +78,6 @@ struct bytes_avx2 {
 #else
     static constexpr bool narrow = true;
 #endif
-    using I = __m256i;
     struct P { __m256i x[2]; };
     struct A { __m256i x[2]; };
     using Q = A; // of 32 bits with VNNI, else of 16
@@ -137,24 +112,10 @@ struct bytes_avx2 {
         q = zero();
     }
     static __m256 to_float(const A & a, int i) { return _mm256_cvtepi32_ps(a.x[i]); }
-    static I      round(__m256 x) { return _mm256_cvtps_epi32(x); }
-    static I      zero_i() { return _mm256_setzero_si256(); }
-    static I      add(I a, I b) { return _mm256_add_epi32(a, b); }
-    static int32_t sum(I a) {
-        __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-        x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4E));
-        return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1)));
-    }
-    static __m256 from_int(I x) { return _mm256_cvtepi32_ps(x); }
-    static I      over_64(I x) { return _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(32)), 6); }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
         const __m256i x = _mm256_permutevar8x32_epi32(load_half((const uint8_t *) from), F::front(lanes));
         _mm256_storeu_si256((__m256i *) to, _mm256_add_epi32(x, _mm256_set1_epi32(offset)));
         return _mm_popcnt_u32(lanes & 255);
-    }
-    static __m256 codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
-        const __m256i x = _mm256_srl_epi32(load_half(p), _mm_cvtsi32_si128(8*r + f.shift));
-        return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(f.mask)));
     }
     template <int bits> static __m256 codes_of_record(const uint8_t * p, int v) { // 8 of 2 bits: half of four bytes
         int32_t w;
@@ -171,21 +132,6 @@ struct bytes_avx2 {
     static P gather(const uint8_t * p, const O & o) {
         return { { _mm256_i32gather_epi32((const int *) p, o.x[0], 1), _mm256_i32gather_epi32((const int *) p, o.x[1], 1) } };
     }
-    static A dot_weights(A q, const P & p, int32_t w) {
-        const __m256i four = _mm256_set1_epi32(w);
-        for (int i = 0; i < 2; ++i) {
-#if defined(__AVXVNNI__)
-            q.x[i] = _mm256_dpbusd_avx_epi32(q.x[i], four, p.x[i]);
-#else
-            q.x[i] = _mm256_add_epi16(q.x[i], _mm256_maddubs_epi16(four, p.x[i]));
-#endif
-        }
-        return q;
-    }
-    static void split(I x, uint8_t * to) {
-        const __m128i pick = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm256_storeu_si256((__m256i *) to, _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(pick)));
-    }
 };
 #endif
 
@@ -198,7 +144,6 @@ struct bytes_avx512 {
 #else
     static constexpr bool narrow = true;
 #endif
-    using I = __m512i;
     using P = __m512i;
     using A = __m512i;
     using Q = __m512i; // of 32 bits with VNNI, else of 16
@@ -225,21 +170,11 @@ struct bytes_avx512 {
         q = zero_q();
     }
     static __m512 to_float(A a, int) { return _mm512_cvtepi32_ps(a); }
-    static I      round(__m512 x) { return _mm512_cvtps_epi32(x); }
-    static I      zero_i() { return _mm512_setzero_si512(); }
-    static I      add(I a, I b) { return _mm512_add_epi32(a, b); }
-    static int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }
-    static __m512 from_int(I x) { return _mm512_cvtepi32_ps(x); }
-    static I      over_64(I x) { return _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(32)), 6); }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
         const __mmask16 m = (__mmask16) lanes;
         const __m512i x = _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(from));
         _mm512_storeu_si512(to, _mm512_add_epi32(x, _mm512_set1_epi32(offset)));
         return _mm_popcnt_u32(m);
-    }
-    static __m512 codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
-        const __m512i x = _mm512_srl_epi32(load(p), _mm_cvtsi32_si128(8*r + f.shift));
-        return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(f.mask)));
     }
     template <int bits> static __m512 codes_of_record(const uint8_t * p, int) {
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -255,17 +190,6 @@ struct bytes_avx512 {
     using O = __m512i;
     static O offsets(const int32_t * cell, int64_t stride) { return _mm512_mullo_epi32(_mm512_loadu_si512(cell), _mm512_set1_epi32((int32_t) stride)); }
     static P gather(const uint8_t * p, O o) { return _mm512_i32gather_epi32(o, p, 1); }
-    static Q dot_weights(Q q, P p, int32_t w) {
-#if defined(__AVX512VNNI__)
-        return _mm512_dpbusd_epi32(q, _mm512_set1_epi32(w), p);
-#else
-        return _mm512_add_epi16(q, _mm512_maddubs_epi16(_mm512_set1_epi32(w), p));
-#endif
-    }
-    static void split(I x, uint8_t * to) {
-        const __m128i pick = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm512_storeu_si512(to, _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(pick)));
-    }
 };
 #endif
 
@@ -278,7 +202,6 @@ struct bytes_neon {
 #else
     static constexpr bool narrow = true;
 #endif
-    using I = int32x4_t;
     struct P { uint8x16_t x[4]; };
     struct A { int32x4_t x[4]; };
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -328,20 +251,10 @@ struct bytes_neon {
         q = zero_q();
     }
     static float32x4_t to_float(const A & a, int i) { return vcvtq_f32_s32(a.x[i]); }
-    static I       round(float32x4_t x) { return vcvtnq_s32_f32(x); }
-    static I       zero_i() { return vdupq_n_s32(0); }
-    static I       add(I a, I b) { return vaddq_s32(a, b); }
-    static int32_t sum(I a) { return vaddvq_s32(a); }
-    static float32x4_t from_int(I x) { return vcvtq_f32_s32(x); }
-    static I           over_64(I x) { return vrshrq_n_s32(x, 6); }
     static int keep(int32_t * to, const int32_t * from, int32_t offset, uint32_t lanes) {
         const uint8x16_t x = vqtbl1q_u8(vld1q_u8((const uint8_t *) from), F::front(lanes));
         vst1q_s32(to, vaddq_s32(vreinterpretq_s32_u8(x), vdupq_n_s32(offset)));
         return vaddv_u8(vcnt_u8(vcreate_u8(lanes & 15)));
-    }
-    static float32x4_t codes_of_cell(const uint8_t * p, int r, const sketch_field & f) {
-        const uint32x4_t x = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(p)), vdupq_n_s32(-(8*r + f.shift)));
-        return vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32((uint32_t) f.mask)));
     }
     template <int bits> static float32x4_t codes_of_record(const uint8_t * p, int v) {
         const int32_t each[4] = { 0, -bits, -2*bits, -3*bits };
@@ -360,23 +273,6 @@ struct bytes_neon {
         uint32_t y[16];
         for (int i = 0; i < 16; ++i) { memcpy(y + i, p + o.x[i], 4); }
         return load((const uint8_t *) y);
-    }
-    static Q dot_weights(Q q, const P & p, int32_t w) {
-        const uint8x16_t four = vreinterpretq_u8_s32(vdupq_n_s32(w));
-        SFI_UNROLL
-        for (int i = 0; i < 4; ++i) {
-#if defined(__ARM_FEATURE_DOTPROD)
-            q.x[i] = vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(q.x[i]), p.x[i], four));
-#else
-            q.x[2*i]     = vreinterpretq_s16_u16(vmlal_u8(vreinterpretq_u16_s16(q.x[2*i]), vget_low_u8(p.x[i]), vget_low_u8(four)));
-            q.x[2*i + 1] = vreinterpretq_s16_u16(vmlal_high_u8(vreinterpretq_u16_s16(q.x[2*i + 1]), p.x[i], four));
-#endif
-        }
-        return q;
-    }
-    static void split(I x, uint8_t * to) {
-        static const uint8_t pick[16] = { 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 };
-        vst1q_u8(to, vqtbl1q_u8(vreinterpretq_u8_s32(x), vld1q_u8(pick)));
     }
 };
 #endif

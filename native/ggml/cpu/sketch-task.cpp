@@ -9,12 +9,6 @@ namespace scan {
 
 using exp_constants::log2e;
 
-float floor_log2(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return (float) ((int32_t) (bits >> 23 & 255) - 127);
-}
-
 // [n, n_embd] of a basis
 struct dec_rows {
     const char * start[sketch_max_components];

@@ -1,4 +1,4 @@
-// What the two ways of GGML_OP_SKETCH_SCAN share: what is to be done, the projection of queries, the choice of the best cells.
+// What the passes of SKETCH_SCAN share: what is to be done, the projection of queries, the choice of the best cells.
 
 #pragma once
 
@@ -25,16 +25,17 @@ struct task {
     explicit task(const ggml_tensor * dst) :
             dst(dst), q(dst->src[0]), codes(dst->src[1]), basis(dst->src[2]), skip(dst->src[3]), l(dst) {
         least      = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
-        n_list     = sketch_n_list(dst);
+        const auto params = params_of<sfi_scan_params>(dst);
+        n_list     = params.n_list;
         n_head     = q->ne[1];
         n_head_kv  = codes->ne[2];
         group      = n_head/n_head_kv;
         n_selected = dst->src[6]->ne[0];
         n_embd_v   = dst->ne[0] - 1;
         ld         = GGML_PAD(n_list, chunk_cells);
-        scale      = ggml_get_op_params_f32(dst, 0);
-        softcap    = ggml_get_op_params_f32(dst, 1);
-        second_look = sketch_second_look(dst);
+        scale       = params.scale;
+        softcap     = params.softcap;
+        second_look = params.second_look;
     }
 
     int64_t   n_used() const { return std::clamp<int64_t>(*(const int32_t *) dst->src[4]->data, 0, n_list); }
@@ -45,11 +46,8 @@ struct task {
         counts[1] = (int32_t) n_looked;
     }
     const uint8_t * codes_of(int64_t h_kv) const { return (const uint8_t *) codes->data + h_kv*codes->nb[2]; }
-    const uint8_t * records_of(int64_t h_kv) const { return codes_of(h_kv) + codes->ne[1]*l.block_bytes(); }
+    const uint8_t * records_of(int64_t h_kv) const { return codes_of(h_kv) + sketch_record_at(l.format, codes->ne[1], 0); }
 };
-
-// a lower bound of log2(x), x > 0
-float floor_log2(float x);
 
 // inner loops over the rows of a basis
 struct basis_ops {

@@ -1,4 +1,4 @@
-// GGML_OP_SPARSE_ATTN on the CPU.
+// SPARSE_ATTN on the CPU.
 //
 // The support is cut into blocks of cells. A block of `always` serves every head, so its rows are read once and in
 // full, a few cells at a time, in the order of memory: that is what hardware prefetching is good at. A block of
@@ -21,6 +21,7 @@
 #include "arena.h"
 #include "attn-tile.h"
 #include "ggml-cpu-impl.h"
+#include "sfi-params.h"
 
 #include <algorithm>
 #include <cmath>
@@ -157,7 +158,7 @@ struct task {
         visible(dst->src[7] && dst->src[7]->type == GGML_TYPE_I32 ? dst->src[7] : nullptr),
         mass   (dst->src[7] && dst->src[7]->type == GGML_TYPE_F32 ? dst->src[7] : nullptr), l(dst),
         ops(sfi::tile_ops_for(k->type, v->type, params->use_ref)),
-        scale(ggml_get_op_params_f32(dst, 0)), softcap(ggml_get_op_params_f32(dst, 1)),
+        scale(sfi::params_of<sfi_attn_params>(dst).scale), softcap(sfi::params_of<sfi_attn_params>(dst).softcap),
         k_row_size(ggml_row_size(k->type, l.n_embd_k)), v_row_size(ggml_row_size(v->type, l.n_embd_v)),
         partials((float *) GGML_PAD((uintptr_t) params->wdata, line_floats*sizeof(float))) {}
 

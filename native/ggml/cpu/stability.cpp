@@ -1,4 +1,4 @@
-// GGML_OP_SUPPORT_STABILITY on the CPU. Threads share out the KV heads.
+// SUPPORT_STABILITY on the CPU. Threads share out the KV heads.
 
 #include "sfi-ops.h"
 
@@ -104,7 +104,7 @@ float jaccard(const int32_t * a, int64_t n_a, const cell_set & b, int64_t n_b) {
 
 } // namespace
 
-void sfi::support_stability(const ggml_compute_params * params, ggml_tensor * dst) {
+void sfi::stability(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * evidence = dst->src[0], * selected = dst->src[3], * previous = dst->src[4];
     const candidates c(dst->src[1], dst->src[2]);
     const bool    run = is_run(c);
@@ -129,6 +129,10 @@ void sfi::support_stability(const ggml_compute_params * params, ggml_tensor * ds
     }
 }
 
-size_t sfi::support_stability_work_size(const ggml_tensor * dst, int n_threads) {
+size_t sfi::stability_work_size(const ggml_tensor * dst, int n_threads) {
     return n_threads*size_of<own_rows>(dst) + arena::line;
+}
+
+bool sfi::stability_supported(const ggml_tensor *) {
+    return true;
 }

@@ -1,13 +1,13 @@
 #include "ggml-sfi-cuda.cuh"
 
-#include "dispatch.h"
+#include "gpu.cuh"
 
 #include <map>
 #include <mutex>
 #include <utility>
 
 // The counters of a stream: kernels of one stream follow each other, so they can share them. They are few and stay for
-// the life of the process: a captured graph may hold their address.
+// the life of the process: a captured graph may hold their address. Nothing waits: this may be called in a capture.
 static unsigned * counters_of(int device, cudaStream_t stream) {
     static std::mutex mutex;
     static std::map<std::pair<int, cudaStream_t>, unsigned *> all;
@@ -16,8 +16,7 @@ static unsigned * counters_of(int device, cudaStream_t stream) {
     unsigned *& counters = all[{ device, stream }];
     if (!counters) {
         CUDA_CHECK(cudaMalloc((void **) &counters, sfi_cuda::n_counters*sizeof(unsigned)));
-        CUDA_CHECK(cudaMemset(counters, 0, sfi_cuda::n_counters*sizeof(unsigned)));
-        CUDA_CHECK(cudaDeviceSynchronize());
+        CUDA_CHECK(cudaMemsetAsync(counters, 0, sfi_cuda::n_counters*sizeof(unsigned), stream));
     }
     return counters;
 }
@@ -29,7 +28,8 @@ bool ggml_cuda_sfi(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
     const int n_sm = ggml_cuda_info().devices[ctx.device].nsm;
     ggml_cuda_pool_alloc<char> scratch(ctx.pool(), op->scratch(dst, n_sm) + 1);
-    op->compute({ ctx.stream(), n_sm, scratch.get(), counters_of(ctx.device, ctx.stream()) }, dst);
+    const sfi_cuda::gpu g = { ctx.stream(), n_sm, scratch.get(), counters_of(ctx.device, ctx.stream()) };
+    op->compute(g, dst);
     return true;
 }
 

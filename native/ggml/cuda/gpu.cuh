@@ -3,7 +3,8 @@
 
 #pragma once
 
-#include "gpu-host.h"
+#include "gpu/fill.h"
+#include "gpu/operations.h"
 
 #include <type_traits>
 
@@ -31,11 +32,7 @@ static __device__ __forceinline__ float2 f16x2_to_f32(uint32_t bits) {
 
 namespace sfi_cuda {
 
-using sfi::evidence_rows;
-using sfi::float_param;
-using sfi::has_aligned_rows;
-using sfi::n_chunks;
-using sfi::selector_of;
+using namespace sfi_gpu;
 
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int      warp_size = 32;
@@ -50,26 +47,7 @@ struct gpu {
 
 constexpr int n_counters = 1 << 18;
 
-// The operations: one file each. *_scratch() is the size of gpu::scratch in bytes; *_supported() says whether there is a
-// kernel for what the constructor of the node accepted.
-bool   sparse_attn_supported      (const ggml_tensor * dst);
-size_t sparse_attn_scratch        (const ggml_tensor * dst, int n_sm);
-void   sparse_attn                (const gpu & g, ggml_tensor * dst);
-bool   support_evidence_supported (const ggml_tensor * dst);
-size_t support_evidence_scratch   (const ggml_tensor * dst, int n_sm);
-void   support_evidence           (const gpu & g, ggml_tensor * dst);
-bool   support_select_supported   (const ggml_tensor * dst);
-size_t support_select_scratch     (const ggml_tensor * dst, int n_sm);
-void   support_select             (const gpu & g, ggml_tensor * dst);
-bool   support_stability_supported(const ggml_tensor * dst);
-size_t support_stability_scratch  (const ggml_tensor * dst, int n_sm);
-void   support_stability          (const gpu & g, ggml_tensor * dst);
-bool   sketch_encode_supported    (const ggml_tensor * dst);
-size_t sketch_encode_scratch      (const ggml_tensor * dst, int n_sm);
-void   sketch_encode              (const gpu & g, ggml_tensor * dst);
-bool   sketch_scan_supported      (const ggml_tensor * dst);
-size_t sketch_scan_scratch        (const ggml_tensor * dst, int n_sm);
-void   sketch_scan                (const gpu & g, ggml_tensor * dst);
+SFI_GPU_OPERATIONS(const gpu)
 
 // ---- small things that several kernels need ---------------------------------------------------------------------------
 
@@ -77,6 +55,18 @@ void   sketch_scan                (const gpu & g, ggml_tensor * dst);
 static __device__ __forceinline__ float weight_of(float x, float max) {
     return x == -INFINITY ? 0.0f : expf(x - max);
 }
+
+// A softmax over some cells: the largest logit, and the sum of exp(logit - max).
+struct softmax_sum { float max, sum; };
+
+static __device__ __forceinline__ softmax_sum no_cells() { return { -INFINITY, 0.0f }; }
+
+static __device__ __forceinline__ softmax_sum merge(softmax_sum a, softmax_sum b) {
+    const float max = fmaxf(a.max, b.max);
+    return { max, a.sum*weight_of(a.max, max) + b.sum*weight_of(b.max, max) };
+}
+
+static __device__ __forceinline__ float log_of(softmax_sum x) { return x.sum > 0.0f ? x.max + logf(x.sum) : -INFINITY; }
 
 // tanh by one exponential: that of fast math is good to 2^-11 only
 static __device__ __forceinline__ float soft_capped(float x, float cap) {
@@ -99,6 +89,12 @@ static __device__ __forceinline__ float warp_sum(float x) {
         x += __shfl_xor_sync(all_lanes, x, o);
     }
     return x;
+}
+
+// of all lanes, in all lanes
+static __device__ __forceinline__ softmax_sum warp_merge(softmax_sum x) {
+    const float max = warp_max(x.max);
+    return { max, warp_sum(x.sum*weight_of(x.max, max)) };
 }
 
 // over the lanes up to this one
@@ -262,11 +258,7 @@ template <> struct octet<GGML_TYPE_Q4_0> {
     }
 };
 
-static inline bool is_kv_type(ggml_type type) {
-    return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
-}
-
-// f(std::integral_constant of the type), for is_kv_type()
+// f(std::integral_constant of the type), for those of is_kv_type()
 template <class F>
 static void with_kv_type(ggml_type type, F f) {
     switch (type) {

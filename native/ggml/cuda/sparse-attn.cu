@@ -1,4 +1,4 @@
-// GGML_OP_SPARSE_ATTN on CUDA.
+// SPARSE_ATTN on CUDA.
 //
 // The support is split over blocks so that one token fills the card. A few lanes share a row, eight values each; a warp
 // takes several rows at once, for the whole GQA group, so that every row is read once. While it computes with some rows
@@ -13,15 +13,13 @@
 
 #include "gpu.cuh"
 
-#include <algorithm>
-
 namespace sfi_cuda {
 
 constexpr int attn_warps   = 4;
 constexpr int attn_threads = attn_warps*warp_size;
 constexpr int max_splits   = 64;
 
-struct attn_args {
+struct attn : attn_args {
     const char * q, * k, * v;
     const int32_t * always, * selected, * visible;
     const float * tail, * sinks;
@@ -31,13 +29,9 @@ struct attn_args {
     float * logits;    // [n_head, n_always], with evidence
     float * cells_lse; // [n_head], with evidence
     unsigned * counters;
-    int64_t q_nb1, q_nb2, q_nb3, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3;
-    int64_t always_t, always_s, selected_h, selected_t, selected_s, tail_h, tail_t, tail_s, visible_s; // strides in elements
-    int n_cells, n_always, n_selected, n_tokens, n_head, n_head_kv, group, n_group_parts, n_split, per_split;
-    float scale, softcap;
 };
 
-static __device__ __forceinline__ int cell_at(const attn_args & a, const int32_t * always, const int32_t * selected, int seen, int p) {
+static __device__ __forceinline__ int cell_at(const attn & a, const int32_t * always, const int32_t * selected, int seen, int p) {
     int cell = -1;
     if (p < a.n_always) {
         cell = p < seen ? always[p] : -1;
@@ -55,7 +49,7 @@ struct merge_weights {
 
 // pass 5, for the heads [h0, h0 + n_heads) of a token. The partials of the first splits are on their way while their weights are made.
 template <int D>
-static __device__ void merge_splits(const attn_args & a, int s, int t, int h0, int n_heads, merge_weights & w) {
+static __device__ void merge_splits(const attn & a, int s, int t, int h0, int n_heads, merge_weights & w) {
     constexpr int early = 16;
     const int     lane = threadIdx.x % warp_size, warp = threadIdx.x/warp_size;
     const int64_t token = (int64_t) s*a.n_tokens + t;
@@ -164,7 +158,7 @@ static __device__ __forceinline__ void deal_sums(float * x, int i) {
 }
 
 template <ggml_type T, int D, int G>
-static __global__ void __launch_bounds__(attn_threads, G <= 4 ? 3 : 2) sparse_attn_kernel(const attn_args a) {
+static __global__ void __launch_bounds__(attn_threads, G <= 4 ? 3 : 2) sparse_attn_kernel(const attn a) {
     follow_previous();
     constexpr int parts = D/8;                                      // of a row
     constexpr int lanes = parts <= 8 ? 8 : parts <= 16 ? 16 : 32;   // that share it
@@ -425,14 +419,6 @@ static int group_part(int64_t group) {
     return group <= 2 ? 2 : group <= 4 ? 4 : 8;
 }
 
-static bool is_head_size(int64_t n) {
-    return n == 64 || n == 80 || n == 96 || n == 128 || n == 256;
-}
-
-static int64_t list_length(const ggml_tensor * dst) {
-    return (dst->src[3] ? dst->src[3]->ne[0] : 0) + (dst->src[4] ? dst->src[4]->ne[0] : 0);
-}
-
 struct split { int n, length; };
 
 // So many blocks that every multiprocessor has a few, each with whole loads of its warps: with whole strides of blocks a short list would
@@ -440,11 +426,10 @@ struct split { int n, length; };
 // list are split as each alone, so that they give the same bits.
 static split split_of(const ggml_tensor * dst, int n_sm) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1];
-    const bool    visible = dst->src[7] && dst->src[7]->type == GGML_TYPE_I32;
     const int64_t group  = q->ne[2]/k->ne[2];
-    const int64_t blocks = k->ne[2]*n_chunks(group, group_part(group))*(visible ? 1 : q->ne[1])*q->ne[3];
+    const int64_t blocks = k->ne[2]*n_chunks(group, group_part(group))*(visible_of(dst) ? 1 : q->ne[1])*q->ne[3];
     const int64_t load   = flight_of(group_part(group))*(k->ne[0] <= 64 ? 4 : k->ne[0] <= 128 ? 2 : 1);
-    const int64_t loads  = std::max<int64_t>(n_chunks(list_length(dst), load), 1);
+    const int64_t loads  = std::max<int64_t>(n_chunks(length(dst->src[3]) + length(dst->src[4]), load), 1);
     const int64_t at_once = n_sm*(group_part(group) <= 4 ? 3 : 2); // one more would run alone
     const int64_t wanted  = std::clamp<int64_t>(std::min(at_once/blocks, loads/attn_warps), 1, max_splits);
     const int64_t length  = n_chunks(loads, wanted);
@@ -452,12 +437,9 @@ static split split_of(const ggml_tensor * dst, int n_sm) {
 }
 
 bool sparse_attn_supported(const ggml_tensor * dst) {
-    const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
+    const ggml_tensor * q = dst->src[0], * k = dst->src[1];
     const int64_t group = q->ne[2]/k->ne[2];
-    const int64_t n_done = q->ne[1]*q->ne[3]*k->ne[2]*n_chunks(group, group_part(group));
-    return k->type == v->type && is_kv_type(k->type) && k->ne[0] == v->ne[0] && is_head_size(k->ne[0])
-        && k->ne[0] % ggml_blck_size(k->type) == 0 && has_aligned_rows(k) && has_aligned_rows(v)
-        && q->nb[1] % 16 == 0 && q->nb[2] % 16 == 0 && q->nb[3] % 16 == 0 && n_done <= n_counters && q->ne[1]*q->ne[3] <= 65535;
+    return attn_supported(dst) && q->ne[1]*q->ne[3]*k->ne[2]*n_chunks(group, group_part(group)) <= n_counters;
 }
 
 static int64_t n_partials(const ggml_tensor * dst, const split & s) {
@@ -471,13 +453,13 @@ size_t sparse_attn_scratch(const ggml_tensor * dst, int n_sm) {
 }
 
 template <ggml_type T, int D, int G>
-static void launch(const gpu & g, const attn_args & a, int n_stream) {
+static void launch(const gpu & g, const attn & a, int n_stream) {
     const dim3 grid(a.n_split, a.n_head_kv*a.n_group_parts, a.n_tokens*n_stream);
     SFI_LAUNCH((sparse_attn_kernel<T, D, G>), grid, dim3(attn_threads), g.stream, a);
 }
 
 template <ggml_type T, int D>
-static void launch_group(const gpu & g, const attn_args & a, int n_stream) {
+static void launch_group(const gpu & g, const attn & a, int n_stream) {
     switch (group_part(a.group)) {
         case 2:  launch<T, D, 2>(g, a, n_stream); break;
         case 4:  launch<T, D, 4>(g, a, n_stream); break;
@@ -486,7 +468,7 @@ static void launch_group(const gpu & g, const attn_args & a, int n_stream) {
 }
 
 template <ggml_type T>
-static void launch_size(const gpu & g, const attn_args & a, int n_stream, int64_t head_size) {
+static void launch_size(const gpu & g, const attn & a, int n_stream, int64_t head_size) {
     switch (head_size) {
         case 64:  launch_group<T, 64> (g, a, n_stream); break;
         case 96:  launch_group<T, 96> (g, a, n_stream); break;
@@ -500,65 +482,36 @@ static void launch_size(const gpu & g, const attn_args & a, int n_stream, int64_
     }
 }
 
-void sparse_attn(const gpu & g, ggml_tensor * dst) {
+void sparse_attn(const gpu & g, const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
-    const ggml_tensor * always = dst->src[3], * selected = dst->src[4], * tail = dst->src[5], * sinks = dst->src[6];
-    const ggml_tensor * visible = dst->src[7] && dst->src[7]->type == GGML_TYPE_I32 ? dst->src[7] : nullptr;
-    const ggml_tensor * mass    = dst->src[7] && dst->src[7]->type == GGML_TYPE_F32 ? dst->src[7] : nullptr;
-    const bool    evidence = ggml_sparse_attn_has_evidence(dst);
+    const auto data = [](const ggml_tensor * t) { return t ? t->data : nullptr; };
     const split   s = split_of(dst, g.n_sm);
     const int64_t n = n_partials(dst, s);
 
-    attn_args a = {};
-    a.q = (const char *) q->data; a.q_nb1 = q->nb[1]; a.q_nb2 = q->nb[2]; a.q_nb3 = q->nb[3];
-    a.k = (const char *) k->data; a.k_nb1 = k->nb[1]; a.k_nb2 = k->nb[2]; a.k_nb3 = k->nb[3];
-    a.v = (const char *) v->data; a.v_nb1 = v->nb[1]; a.v_nb2 = v->nb[2]; a.v_nb3 = v->nb[3];
-    if (always) {
-        a.always   = (const int32_t *) always->data;
-        a.always_t = always->ne[1] == 1 ? 0 : always->nb[1]/sizeof(int32_t);
-        a.always_s = always->nb[3]/sizeof(int32_t);
-        a.n_always = (int) always->ne[0];
-    }
-    if (selected) {
-        a.selected   = (const int32_t *) selected->data;
-        a.selected_h = selected->nb[1]/sizeof(int32_t);
-        a.selected_t = selected->ne[2] == 1 ? 0 : selected->nb[2]/sizeof(int32_t);
-        a.selected_s = selected->nb[3]/sizeof(int32_t);
-        a.n_selected = (int) selected->ne[0];
-    }
-    if (tail) {
-        a.tail   = (const float *) tail->data;
-        a.tail_h = tail->nb[1]/sizeof(float);
-        a.tail_t = tail->nb[2]/sizeof(float);
-        a.tail_s = tail->nb[3]/sizeof(float);
-    }
-    if (visible) {
-        a.visible   = (const int32_t *) visible->data;
-        a.visible_s = visible->nb[1]/sizeof(int32_t);
-    }
-    a.sinks = sinks ? (const float *) sinks->data : nullptr;
-    a.mass  = mass  ? (float *) mass->data : nullptr;
-    a.out   = (float *) dst->data;
-    a.n_cells   = (int) k->ne[1];
-    a.n_tokens  = (int) q->ne[1];
-    a.n_head    = (int) q->ne[2];
-    a.n_head_kv = (int) k->ne[2];
-    a.group     = a.n_head/a.n_head_kv;
+    attn a = {};
+    static_cast<attn_args &>(a) = attn_args_of(dst);
+    a.q = (const char *) q->data;
+    a.k = (const char *) k->data;
+    a.v = (const char *) v->data;
+    a.always   = (const int32_t *) data(dst->src[3]);
+    a.selected = (const int32_t *) data(dst->src[4]);
+    a.visible  = (const int32_t *) data(visible_of(dst));
+    a.tail     = (const float *) data(dst->src[5]);
+    a.sinks    = (const float *) data(dst->src[6]);
+    a.mass     = (float *) data(mass_of(dst));
+    a.out      = (float *) dst->data;
     a.n_group_parts = (int) n_chunks(a.group, group_part(a.group));
     a.n_split   = s.n;
     a.per_split = s.length;
-    a.scale     = float_param(dst, 0);
-    a.softcap   = float_param(dst, 1);
     a.partials  = (float *) g.scratch;
     a.stats     = a.partials + n*v->ne[0];
     a.counters  = g.counters;
-    if (evidence) {
+    if (a.has_evidence) {
         a.logits    = a.stats + 2*n;
         a.cells_lse = a.logits + (int64_t) a.n_head*a.n_always;
     }
-
     with_kv_type(k->type, [&](auto type) { launch_size<decltype(type)::value>(g, a, (int) q->ne[3], k->ne[0]); });
-    if (evidence) {
+    if (a.has_evidence) {
         constexpr int threads = 256;
         SFI_LAUNCH(own_evidence_kernel, dim3((unsigned) n_chunks(a.n_always, threads), a.n_head_kv), dim3(threads), g.stream,
             a.logits, a.cells_lse, a.always, (const int32_t *) dst->src[8]->data, a.n_always, a.group,

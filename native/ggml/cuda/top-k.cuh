@@ -140,7 +140,6 @@ static __device__ __forceinline__ void append_listed(const uint2 * item, uint2 *
     }
 }
 
-constexpr int max_chunks = 2048;
 constexpr int key_digits = 4096;
 constexpr int max_few    = 3072; // items that are ranked in shared memory
 

@@ -29,7 +29,8 @@ static size_t padded_bytes(const ggml_tensor * dst) {
 // The operation writes a tensor that the node has among its sources. ggml-metal takes it for one that is only read, and keeps
 // it from no one.
 static bool writes_a_source(const ggml_tensor * dst) {
-    return dst->op == GGML_OP_SKETCH_SCAN || (dst->op == GGML_OP_SPARSE_ATTN && dst->src[7] && dst->src[7]->type == GGML_TYPE_F32);
+    const enum ggml_sfi_op op = ggml_get_sfi_op(dst);
+    return op == GGML_SFI_OP_SKETCH_SCAN || (op == GGML_SFI_OP_SPARSE_ATTN && mass_of(dst));
 }
 
 void encoder::barrier() {
@@ -67,7 +68,7 @@ bool ggml_metal_sfi_supported(ggml_metal_device_t dev, const ggml_tensor * dst) 
 size_t ggml_metal_sfi_extra(const ggml_tensor * dst) {
     const operation * op = operation_of(dst);
     // asked for every node, also for those that another backend will compute
-    const size_t scratch = op && op->supported(dst) ? op->scratch(dst) : 0;
+    const size_t scratch = op && op->supported(dst) ? op->scratch(dst, 0) : 0;
     return scratch > 0 ? padded_bytes(dst) - ggml_nbytes(dst) + scratch : 0;
 }
 
@@ -80,7 +81,7 @@ bool ggml_metal_sfi_encode(ggml_metal_device_t dev, ggml_metal_encoder_t enc, co
     if (writes_a_source(dst)) {
         e.barrier();
     }
-    op->encode(e, dst);
+    op->compute(e, dst);
     if (writes_a_source(dst)) {
         e.barrier();
     }

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "args.h"
+#include "kernels.h"
 
 #ifdef __METAL_VERSION__
 #define SFI_THREADGROUP threadgroup
@@ -27,6 +27,7 @@
     ushort sg    [[simdgroup_index_in_threadgroup]]
 
 using namespace metal;
+using namespace sfi_gpu;
 using namespace sfi_metal;
 
 SFI_CONSTANT float no_logit = -1e30f;
@@ -34,6 +35,42 @@ SFI_CONSTANT uint  minus_infinity_bits = 0xff800000u;
 
 static inline float weight_of(float x, float most) {
     return x > no_logit ? exp(x - most) : 0.0f;
+}
+
+// A softmax over some cells: the largest logit, and the sum of exp(logit - most).
+struct softmax_sum {
+    float most, sum;
+};
+
+static inline softmax_sum sum_of(float most, float sum) {
+    softmax_sum x;
+    x.most = most;
+    x.sum  = sum;
+    return x;
+}
+
+static inline softmax_sum no_cells() {
+    return sum_of(no_logit, 0.0f);
+}
+
+static inline softmax_sum merge(softmax_sum a, softmax_sum b) {
+    const float most = max(a.most, b.most);
+    return sum_of(most, a.sum*weight_of(a.most, most) + b.sum*weight_of(b.most, most));
+}
+
+// of all lanes, in all lanes
+static inline softmax_sum simd_merge(softmax_sum x) {
+    const float most = simd_max(x.most);
+    return sum_of(most, simd_sum(x.sum*weight_of(x.most, most)));
+}
+
+static inline float log_of(softmax_sum x) {
+    return x.sum > 0.0f ? x.most + log(x.sum) : no_logit;
+}
+
+// by its bits, which no fast math takes for granted
+static inline bool is_finite(float x) {
+    return (as_type<uint>(x) & 0x7f800000u) != 0x7f800000u;
 }
 
 // tanh by one exponential: that of fast math is good to 2^-11 only

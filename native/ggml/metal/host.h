@@ -3,21 +3,20 @@
 
 #pragma once
 
-#include "args.h"
 #include "ggml-metal-device.h"
-#include "gpu-host.h"
+#include "gpu/fill.h"
+#include "gpu/operations.h"
+#include "kernels.h"
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <initializer_list>
+#include <string>
 
 namespace sfi_metal {
 
-using sfi::evidence_rows;
-using sfi::float_param;
-using sfi::has_aligned_rows;
-using sfi::n_chunks;
-using sfi::selector_of;
+using namespace sfi_gpu;
 
 // Memory of a tensor, or of the operation's scratch if there is no tensor.
 struct place {
@@ -36,8 +35,8 @@ public:
 
     // args are buffer 0 of the kernel, buffers those from 1; an empty grid runs nothing
     template <class Args>
-    void run(const char * kernel, const Args & args, std::initializer_list<place> buffers, groups grid, int n_threads) {
-        run(kernel, &args, sizeof(args), buffers, grid, n_threads);
+    void run(const std::string & kernel, const Args & args, std::initializer_list<place> buffers, groups grid, int n_threads) {
+        run(kernel.c_str(), &args, sizeof(args), buffers, grid, n_threads);
     }
     // what was run before is done, and visible, before what is run after begins
     void barrier();
@@ -51,53 +50,17 @@ private:
     ggml_metal_buffer_id buffer_of(const place & p) const;
 };
 
-// The operations. *_supported(): there are kernels for what the constructor of the node accepted. *_scratch(): bytes that the
-// operation needs beside its result.
-bool   sparse_attn_supported      (const ggml_tensor * dst);
-size_t sparse_attn_scratch        (const ggml_tensor * dst);
-void   sparse_attn                (encoder & e, const ggml_tensor * dst);
-bool   support_evidence_supported (const ggml_tensor * dst);
-size_t support_evidence_scratch   (const ggml_tensor * dst);
-void   support_evidence           (encoder & e, const ggml_tensor * dst);
-bool   support_select_supported   (const ggml_tensor * dst);
-size_t support_select_scratch     (const ggml_tensor * dst);
-void   support_select             (encoder & e, const ggml_tensor * dst);
-bool   support_stability_supported(const ggml_tensor * dst);
-size_t support_stability_scratch  (const ggml_tensor * dst);
-void   support_stability          (encoder & e, const ggml_tensor * dst);
-bool   sketch_encode_supported    (const ggml_tensor * dst);
-size_t sketch_encode_scratch      (const ggml_tensor * dst);
-void   sketch_encode              (encoder & e, const ggml_tensor * dst);
-bool   sketch_scan_supported      (const ggml_tensor * dst);
-size_t sketch_scan_scratch        (const ggml_tensor * dst);
-void   sketch_scan                (encoder & e, const ggml_tensor * dst);
-
-struct operation {
-    bool   (*supported)(const ggml_tensor * dst);
-    size_t (*scratch)  (const ggml_tensor * dst);
-    void   (*encode)   (encoder & e, const ggml_tensor * dst);
-};
-
-// null: not one of ours
-inline const operation * operation_of(const ggml_tensor * dst) {
-    static const operation attn      = { sparse_attn_supported,       sparse_attn_scratch,       sparse_attn       };
-    static const operation evidence  = { support_evidence_supported,  support_evidence_scratch,  support_evidence  };
-    static const operation select    = { support_select_supported,    support_select_scratch,    support_select    };
-    static const operation stability = { support_stability_supported, support_stability_scratch, support_stability };
-    static const operation encode    = { sketch_encode_supported,     sketch_encode_scratch,     sketch_encode     };
-    static const operation scan      = { sketch_scan_supported,       sketch_scan_scratch,       sketch_scan       };
-    switch (dst->op) {
-        case GGML_OP_SPARSE_ATTN:       return &attn;
-        case GGML_OP_SUPPORT_EVIDENCE:  return &evidence;
-        case GGML_OP_SUPPORT_SELECT:    return &select;
-        case GGML_OP_SUPPORT_STABILITY: return &stability;
-        case GGML_OP_SKETCH_ENCODE:     return &encode;
-        case GGML_OP_SKETCH_SCAN:       return &scan;
-        default:                        return nullptr;
-    }
-}
+SFI_GPU_OPERATIONS(encoder)
 
 // ---- small things that several operations need -----------------------------------------------------------------------------
+
+// a kernel's name with what it is made for
+template <class... Args>
+std::string name_of(const char * format, Args... args) {
+    char name[64];
+    snprintf(name, sizeof(name), format, args...);
+    return name;
+}
 
 inline place whole(const ggml_tensor * t) { return { t, 0 }; }
 
@@ -118,14 +81,13 @@ private:
     size_t used = 0;
 };
 
-// in the names of kernels; null: there are none for this type of K and V
+// in the names of kernels, of those of is_kv_type()
 inline const char * kv_type_name(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F16:  return "f16";
         case GGML_TYPE_BF16: return "bf16";
         case GGML_TYPE_Q8_0: return "q8_0";
-        case GGML_TYPE_Q4_0: return "q4_0";
-        default:             return nullptr;
+        default:             return "q4_0";
     }
 }
 

@@ -1,4 +1,4 @@
-// GGML_OP_SKETCH_ENCODE on Metal.
+// SKETCH_ENCODE on Metal.
 //
 // A threadgroup takes a few of the listed cells and one KV head: their rows lie in threadgroup memory, a thread computes a
 // component of all of them. Codes of other cells share a byte with ours, so bits are set by atomics on words; each bit has
@@ -11,41 +11,11 @@ struct encode_shared {
     int   cells[encode_cells];
 };
 
-static inline int bits_of_k(constant encode_args & a, int j) { return j < a.n_k4 ? 4 : j < a.n_k4 + a.n_k2 ? 2 : 1; }
-static inline int bits_of_v(constant encode_args & a, int j) { return j < a.n_v4 ? 4 : 2; }
-
-// bits of a byte that lie before component j of K
-static inline int bit_of_k(constant encode_args & a, int j) {
-    const int g = j/4, g4 = a.n_k4/4, g2 = a.n_k2/4;
-    return 4*min(g, g4) + 2*min(max(g - g4, 0), g2) + max(g - g4 - g2, 0);
-}
-
-static inline void put_bits(device char * head, long byte, int shift, int bits, uint code) {
-    device atomic_uint * word = (device atomic_uint *) (head + byte/4*4);
-    const int at = shift + 8*(int) (byte % 4);
-    atomic_fetch_and_explicit(word, ~(((1u << bits) - 1) << at), memory_order_relaxed);
-    atomic_fetch_or_explicit(word, code << at, memory_order_relaxed);
-}
-
-// Where a sketch is looked at twice, what the first look leaves lies in the record of the cell.
-static inline void put_code(constant encode_args & a, device char * head, int cell, bool of_v, int j, uint code) {
-    const long block = (long) (cell/16)*a.block_bytes, record = a.records_at + (long) cell*a.record_bytes;
-    const int  i     = cell % 16;
-    if (!of_v) {
-        const int  bit  = bit_of_k(a, j), plane = bit/8;
-        const long byte = plane < a.first_planes ? block + plane*64 + 4*i : record + 4*(plane - a.first_planes);
-        put_bits(head, byte + j % 4, bit % 8, bits_of_k(a, j), code);
-        return;
-    }
-    const int group = j/16, g4 = a.n_v4/16, bits = bits_of_v(a, j);
-    const int plane = a.k_planes + 2*min(group, g4) + max(group - g4, 0);
-    if (a.record_bytes > 0) {
-        const int bit = bits*(j % 16);
-        put_bits(head, record + 4*(plane - a.first_planes) + bit/8, bit % 8, bits, code);
-    } else {
-        const int bit = bits*(i/4);
-        put_bits(head, block + (plane + bit/8)*64 + 4*(j % 16) + i % 4, bit % 8, bits, code);
-    }
+static inline void put_code(device char * head, sketch_place at, int bits, uint code) {
+    device atomic_uint * word = (device atomic_uint *) (head + at.byte/4*4);
+    const int shift = at.shift + 8*(int) (at.byte % 4);
+    atomic_fetch_and_explicit(word, ~(((1u << bits) - 1) << shift), memory_order_relaxed);
+    atomic_fetch_or_explicit(word, code << shift, memory_order_relaxed);
 }
 
 template <typename T>
@@ -69,7 +39,8 @@ static inline void load_centred(device const char * rows, long nb1, int d, devic
 
 static inline void encode_components(constant encode_args & a, device char * head, bool of_v, int d, device const float * enc,
         threadgroup const encode_shared & sh, int tid) {
-    const int n = of_v ? a.n_v : a.n_k;
+    const ggml_sketch_format f = a.format;
+    const int n = of_v ? sketch_n_v(f) : sketch_n_k(f);
     for (int j = tid; j < n; j += encode_threads) {
         float sum[encode_cells];
 #pragma unroll
@@ -83,11 +54,13 @@ static inline void encode_components(constant encode_args & a, device char * hea
                 sum[c] = fma(w, sh.x[c*d + e], sum[c]);
             }
         }
-        const float most = (float) ((1 << (of_v ? bits_of_v(a, j) : bits_of_k(a, j))) - 1);
+        const int   bits = of_v ? sketch_bits_v(f, j) : sketch_bits_k(f, j);
+        const float most = (float) ((1 << bits) - 1);
 #pragma unroll
         for (int c = 0; c < encode_cells; ++c) {
             if (sh.cells[c] >= 0) {
-                put_code(a, head, sh.cells[c], of_v, j, (uint) min(max(rint(sum[c] + 0.5f*most), 0.0f), most));
+                const sketch_place at = of_v ? sketch_place_v(f, a.n_blocks, sh.cells[c], j) : sketch_place_k(f, a.n_blocks, sh.cells[c], j);
+                put_code(head, at, bits, (uint) min(max(rint(sum[c] + 0.5f*most), 0.0f), most));
             }
         }
     }
@@ -114,13 +87,13 @@ template <typename T>
 
     load_centred<T>(k + h_kv*a.k_nb2, a.k_nb1, a.d_k, basis, sh, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    encode_components(a, head, false, a.d_k, basis + a.d_k, sh, tid);
+    encode_components(a, head, false, a.d_k, basis + sketch_enc_at(a.d_k), sh, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (a.n_v > 0) {
-        basis += (long) a.d_k*(1 + a.n_k + a.n_k/2);
+    if (sketch_n_v(a.format) > 0) {
+        basis += sketch_half_size(sketch_n_k(a.format), a.d_k);
         load_centred<T>(v + h_kv*a.v_nb2, a.v_nb1, a.d_v, basis, sh, tid);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        encode_components(a, head, true, a.d_v, basis + a.d_v, sh, tid);
+        encode_components(a, head, true, a.d_v, basis + sketch_enc_at(a.d_v), sh, tid);
     }
 }
 

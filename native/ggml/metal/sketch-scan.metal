@@ -1,28 +1,22 @@
-// GGML_OP_SKETCH_SCAN on Metal.
+// SKETCH_SCAN on Metal.
 //
-// The codes are read as they lie: a word of a plane of K has one byte for each of four components, a word of a plane of V
-// four cells of one component. The query's whole numbers and their products with codes are exact in floats.
+// The codes are read as they lie: a word of a plane of K has one byte for each of four components. The query's whole numbers and
+// their products with codes are exact in floats.
 //
 //   pass 1  the query in the basis of each head, as whole numbers
-//   pass 2  logits of all cells; the softmax's maximum and sum per chunk of cells
+//   pass 2  per chunk: logits of all cells from the first planes; their maximum and sum
+//   pass 3  per chunk: the cells whose share by the first look is large enough, close together and in their order; their logits
+//           from all planes, the maximum and the sum of these, and the sums over V
+//   pass 4  per KV head: the selected cells
+//   pass 5  per query head: take the selected cells out of the sums, and from components back to values
 //
-// Where a sketch is looked at twice, sketch-looks.metal goes on from here. Else:
-//
-//   pass 3  scores, as keys; those that may be selected are listed
-//   pass 4  the least rank among the best, and where each chunk writes its selected cells
-//   pass 5  selected cells in order; what all others contribute, per chunk
-//   pass 6  merge the chunks, and from components back to values
-//
-// No pass asks the host anything.
+// No pass asks the host anything. Of most cells nothing but the first look is ever read. Sums are made in an order that depends on
+// nothing but the sizes.
 
 #include "top-k.metal"
 
 static inline float4 codes_of(uint word, constant scan_field & f) {
     return (float4) as_type<uchar4>(word >> f.shift & ((1u << f.bits) - 1)*0x01010101u);
-}
-
-static inline float centre_of(constant scan_field & f) {
-    return 0.5f*(float) ((1 << f.bits) - 1);
 }
 
 // ---- pass 1: a threadgroup for each query head ----------------------------------------------------------------------------
@@ -40,13 +34,12 @@ struct query_shared {
         device const float * basis     [[buffer(2)]],
         device float4      * weights   [[buffer(3)]],
         device float       * factor    [[buffer(4)]],
-        device atomic_uint * n_listed  [[buffer(5)]],
         SFI_POSITION) {
     SFI_SHARED(query_shared, sh);
     const int h = block.x, h_kv = h/a.group;
     device const float * q    = (device const float *) (q_rows + h*a.q_nb1);
     device const float * mean = basis + (long) h_kv*a.basis_size;
-    device const half  * dec  = (device const half *) (mean + (long) (1 + a.n_k)*a.d_k);
+    device const half  * dec  = (device const half *) (mean + sketch_dec_at(a.n_k, a.d_k));
 
     for (int j = sg; j < a.n_k; j += scan_simds) {
         float sum = 0.0f;
@@ -59,23 +52,26 @@ struct query_shared {
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    float base = 0.0f, most = 0.0f;
+    float base = 0.0f, most = 0.0f, not_finite = 0.0f;
     for (int e = tid; e < a.d_k; e += scan_threads) {
         base = fma(mean[e], q[e], base);
     }
     for (int j = tid; j < a.n_k; j += scan_threads) {
-        most = max(most, fabs(sh.w[j]));
+        const bool finite = is_finite(sh.w[j]);
+        most       = max(most, finite ? fabs(sh.w[j]) : 0.0f);
+        not_finite = finite ? not_finite : 1.0f;
     }
     base = group_sum<scan_simds>(base, sh.tmp, lane, sg);
     most = group_max<scan_simds>(most, sh.tmp, lane, sg);
-    const float s = most/127.0f;
+    not_finite = group_max<scan_simds>(is_finite(base) ? not_finite : 1.0f, sh.tmp, lane, sg);
+    const float s = not_finite > 0.0f ? 0.0f : most/127.0f;
 
     float centre = 0.0f, later = 0.0f; // of the sums of both looks, if every code were at its own
     for (int f = tid; f < a.n_k_fields; f += scan_threads) {
         float whole[4], sum = 0.0f;
         for (int r = 0; r < 4; ++r) {
             whole[r] = s > 0.0f ? rint(min(max(sh.w[4*f + r]/s, -127.0f), 127.0f)) : 0.0f;
-            sum     += whole[r]*centre_of(a.k[f]);
+            sum     += whole[r]*0.5f*(float) ((1 << a.k[f].bits) - 1);
         }
         centre += f < a.n_first_fields ? sum : 0.0f;
         later  += f < a.n_first_fields ? 0.0f : sum;
@@ -85,11 +81,8 @@ struct query_shared {
     later  = group_sum<scan_simds>(later, sh.tmp, lane, sg);
     if (tid == 0) {
         factor[3*h]     = a.scale*s;
-        factor[3*h + 1] = a.scale*(base - s*centre);
+        factor[3*h + 1] = not_finite > 0.0f ? no_logit : a.scale*(base - s*centre); // then all cells are left out
         factor[3*h + 2] = -a.scale*s*later;
-        if (h % a.group == 0) {
-            atomic_store_explicit(&n_listed[h_kv], 0u, memory_order_relaxed);
-        }
     }
 }
 
@@ -123,10 +116,10 @@ template <int G>
 struct logits_shared {
     float4      w[G*max_k_fields];         // [field, head]
     atomic_uint left_out[max_chunk/32];    // a bit for each cell of the chunk
-    float       stats[scan_simds][G][2];
+    softmax_sum stats[scan_simds][G];
 };
 
-// logits [n_head, n_list]; stats [n_head, n_chunks, 2]: maximum, sum
+// logits [n_head, n_list]; stats [n_head, n_chunks]
 template <int G>
 [[max_total_threads_per_threadgroup(scan_threads)]] kernel void sfi_scan_logits(
         constant scan_args & a         [[buffer(0)]],
@@ -136,7 +129,7 @@ template <int G>
         device const float4 * weights  [[buffer(4)]],
         device const float * factor    [[buffer(5)]],
         device float       * logits    [[buffer(6)]],
-        device float       * stats     [[buffer(7)]],
+        device softmax_sum * stats     [[buffer(7)]],
         SFI_POSITION) {
     SFI_SHARED(logits_shared<G>, sh);
     const int chunk = block.x, h_kv = block.y, begin = chunk*a.chunk, n_used = min(plan[0], a.n_list), h0 = h_kv*a.group;
@@ -188,43 +181,274 @@ template <int G>
     }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        const float now = simd_max(most[g]), all = simd_sum(sum[g]*weight_of(most[g], now));
+        const softmax_sum all = simd_merge(sum_of(most[g], sum[g]));
         if (lane == 0) {
-            sh.stats[sg][g][0] = now;
-            sh.stats[sg][g][1] = all;
+            sh.stats[sg][g] = all;
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (tid < a.group) {
-        float now = no_logit, all = 0.0f;
+        softmax_sum all = no_cells();
         for (int i = 0; i < scan_simds; ++i) {
-            const float both = max(now, sh.stats[i][tid][0]);
-            all = all*weight_of(now, both) + sh.stats[i][tid][1]*weight_of(sh.stats[i][tid][0], both);
-            now = both;
+            all = merge(all, sh.stats[i][tid]);
         }
-        device float * mine = stats + ((long) (h0 + tid)*a.n_chunks + chunk)*2;
-        mine[0] = now;
-        mine[1] = all;
+        stats[(long) (h0 + tid)*a.n_chunks + chunk] = all;
     }
 }
 
-// ---- pass 3 ------------------------------------------------------------------------------------------------------------------
+// ---- pass 3: a threadgroup for each chunk ----------------------------------------------------------------------------------
 
-// maximum and sum of a head by the first look, by one simdgroup
-static inline float2 merge_stats(device const float * stats, int n_chunks, int lane) {
-    float most = no_logit, sum = 0.0f;
+// of a head by the first look, by one simdgroup
+static inline softmax_sum merge_stats(device const softmax_sum * stats, int n_chunks, int lane) {
+    softmax_sum all = no_cells();
     for (int c = lane; c < n_chunks; c += simd_size) {
-        const float now = max(most, stats[2*c]);
-        sum  = sum*weight_of(most, now) + stats[2*c + 1]*weight_of(stats[2*c], now);
-        most = now;
+        all = merge(all, stats[c]);
     }
-    const float now = simd_max(most);
-    return float2(now, simd_sum(sum*weight_of(most, now)));
+    return simd_merge(all);
 }
 
-struct scan_keys_shared {
-    float lse[max_group];
+SFI_CONSTANT int cells_under_way = 8; // whose codes of V a simdgroup loads at a time
+
+static inline device const char * records_of(constant scan_args & a, device const char * codes, int h_kv) {
+    return codes + h_kv*a.head_bytes + a.records_at;
+}
+
+// Sums over V, for the components that the lanes of a simdgroup have: lane + 32 b.
+template <int G, int V>
+struct value_sums {
+    float of[V/2][G];
+
+    void clear() {
+#pragma unroll
+        for (int b = 0; b < V/2; ++b) {
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                of[b][g] = 0.0f;
+            }
+        }
+    }
+
+    // the cells i = first, first + step ... below n, with the weights w[g*ld + i]
+    void add(constant scan_args & a, device const char * records, threadgroup const int * cells, threadgroup const float * w, int ld,
+            int first, int step, int n, int lane) {
+        for (int i0 = first; i0 < n; i0 += cells_under_way*step) {
+#pragma unroll
+            for (int b = 0; b < V/2; ++b) {
+                const int j = b*simd_size + lane;
+                if (j < a.n_v) {
+                    const int  bit  = 8*sketch_record_v(a.format) + sketch_bit_of_v(a.format, j); // of a record
+                    const uint mask = (1u << sketch_bits_v(a.format, j)) - 1;
+                    uint word[cells_under_way];
+#pragma unroll
+                    for (int u = 0; u < cells_under_way; ++u) { // all loads before the first use
+                        const int i = i0 + u*step;
+                        word[u] = i < n ? ((device const uint *) (records + (long) cells[i]*a.record_bytes))[bit/32] : 0u;
+                    }
+#pragma unroll
+                    for (int u = 0; u < cells_under_way; ++u) {
+                        const int i = i0 + u*step;
+                        if (i < n) {
+                            const float code = (float) (word[u] >> bit % 32 & mask);
+#pragma unroll
+                            for (int g = 0; g < G; ++g) {
+                                of[b][g] = fma(w[g*ld + i], code, of[b][g]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
 };
+
+template <int G, int V>
+struct again_shared {
+    float4 w[G*max_k_fields];    // [field, head], of the fields that the first look left
+    float  x[G*scan_threads];    // [head, cell]: weights of a tile
+    int    cells[max_chunk];     // those that are looked at again
+    softmax_sum first[G];        // of the first look, the inverse of the sum
+    float  z[scan_simds][16*V];
+    float  tmp[scan_simds];
+    int    of_simd[scan_simds];
+};
+
+// Lists the cells of the chunk that are looked at again, and returns how many they are; `kept` gets this thread's part of their
+// shares. All threads call it.
+template <int G, int V>
+static inline int list_again(constant scan_args & a, device const float * logits, int begin, float least,
+        threadgroup again_shared<G, V> & sh, thread float * kept, int tid, int lane, int sg) {
+    uint taken = 0; // a bit for each of the thread's cells
+    for (int j = tid; j < a.chunk && begin + j < a.n_list; j += scan_threads) {
+        float share[G], most = 0.0f;
+        bool  in = false;
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            share[g] = 0.0f;
+            if (g < a.group) {
+                const float x = logits[(long) g*a.n_list + begin + j];
+                share[g] = weight_of(x, sh.first[g].most)*sh.first[g].sum;
+                most     = max(most, share[g]);
+                in       = in || x > no_logit;
+            }
+        }
+        if (in && most >= least) {
+            taken |= 1u << (j/scan_threads);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                kept[g] += share[g];
+            }
+        }
+    }
+    int n = 0;
+    for (int c = 0; c*scan_threads < a.chunk; ++c) {
+        const bool take  = (taken >> c & 1u) != 0;
+        const int  place = next_place<scan_simds>(take, n, sh.of_simd, lane, sg);
+        if (take) {
+            sh.cells[place] = begin + c*scan_threads + tid;
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    return n;
+}
+
+// the logits x of a cell by the first look become those by both
+template <int G>
+static inline void look_at_record(constant scan_args & a, device const char * record, threadgroup const float4 * w,
+        device const float * factor, thread float * x) {
+    float acc[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        acc[g] = 0.0f;
+    }
+    add_planes<G>(a, (device const uint *) record, 1, a.first_planes, a.k_planes, a.n_first_fields, a.n_k_fields, w, acc);
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        if (g < a.group) {
+            x[g] += fma(factor[3*g], acc[g], factor[3*g + 2]);
+        }
+    }
+}
+
+// of all chunks: cells and, in the place of those by the first look, logits [n_head, n_list] of the cells that are looked at again,
+// one after the other where the chunk begins; n_again [n_head_kv, n_chunks]; again [n_head, n_chunks]; kept [n_head, n_chunks]: their
+// share by the first look; values [n_head, n_chunks, n_v]: sum of their codes of V times exp(logit - maximum)
+template <int G, int V>
+[[max_total_threads_per_threadgroup(scan_threads)]] kernel void sfi_scan_again(
+        constant scan_args & a          [[buffer(0)]],
+        device const char   * codes     [[buffer(1)]],
+        device const int    * plan      [[buffer(2)]],
+        device const float4 * weights   [[buffer(3)]],
+        device const float  * factor    [[buffer(4)]],
+        device const softmax_sum * stats [[buffer(5)]],
+        device float        * logits_all [[buffer(6)]],
+        device int          * cells     [[buffer(7)]],
+        device int          * n_again   [[buffer(8)]],
+        device softmax_sum  * again     [[buffer(9)]],
+        device float        * kept_all  [[buffer(10)]],
+        device float        * values    [[buffer(11)]],
+        SFI_POSITION) {
+    typedef again_shared<G, V> shared_t;
+    SFI_SHARED(shared_t, sh);
+    const int chunk = block.x, h_kv = block.y, begin = chunk*a.chunk, h0 = h_kv*a.group;
+    device const char * records = records_of(a, codes, h_kv);
+    device float      * logits  = logits_all + (long) h0*a.n_list;
+
+    for (int i = tid; i < (a.n_k_fields - a.n_first_fields)*G; i += scan_threads) {
+        const int f = a.n_first_fields + i/G, g = i % G;
+        sh.w[i] = g < a.group ? weights[(h0 + g)*a.n_k_fields + f] : float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    if (sg < a.group) {
+        const softmax_sum all = merge_stats(stats + (long) (h0 + sg)*a.n_chunks, a.n_chunks, lane);
+        if (lane == 0) {
+            sh.first[sg] = sum_of(all.most, all.sum > 0.0f ? 1.0f/all.sum : 0.0f);
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    float kept[G], most[G], sum[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        most[g] = no_logit;
+        kept[g] = sum[g] = 0.0f;
+    }
+    const float least = a.second_look/(float) min(max(plan[0], 1), mean_cells);
+    const int n = list_again<G, V>(a, logits, begin, least, sh, kept, tid, lane, sg);
+    if (tid == 0) {
+        n_again[h_kv*a.n_chunks + chunk] = n;
+    }
+
+    for (int i0 = 0; i0 < n; i0 += scan_threads) {
+        const int i = i0 + tid;
+        float x[G];
+        if (i < n) {
+            const int cell = sh.cells[i];
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                x[g] = g < a.group ? logits[(long) g*a.n_list + cell] : no_logit;
+            }
+            look_at_record<G>(a, records + (long) cell*a.record_bytes, sh.w, factor + 3*h0, x);
+            cells[(long) h_kv*a.n_list + begin + i] = cell;
+        }
+        threadgroup_barrier(mem_flags::mem_device); // logits of this tile are read, and overwritten
+        if (i < n) {
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                if (g < a.group) {
+                    logits[(long) g*a.n_list + begin + i] = x[g];
+                    most[g] = max(most[g], x[g]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        if (g < a.group) {
+            most[g] = group_max<scan_simds>(most[g], sh.tmp, lane, sg);
+            kept[g] = group_sum<scan_simds>(kept[g], sh.tmp, lane, sg);
+        }
+    }
+
+    value_sums<G, V> v;
+    v.clear();
+    for (int i0 = 0; i0 < n; i0 += scan_threads) {
+        const int i = i0 + tid;
+        threadgroup_barrier(mem_flags::mem_threadgroup); // weights may still be read
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            const float w = i < n && g < a.group ? weight_of(logits[(long) g*a.n_list + begin + i], most[g]) : 0.0f;
+            sh.x[g*scan_threads + tid] = w;
+            sum[g] += w;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        v.add(a, records, sh.cells + i0, sh.x, scan_threads, sg, scan_simds, min(n - i0, scan_threads), lane);
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        if (g < a.group) {
+            const long at = (long) (h0 + g)*a.n_chunks + chunk;
+            sum[g] = group_sum<scan_simds>(sum[g], sh.tmp, lane, sg);
+            if (tid == 0) {
+                again[at]    = sum_of(most[g], sum[g]);
+                kept_all[at] = kept[g];
+            }
+#pragma unroll
+            for (int b = 0; b < V/2; ++b) {
+                sh.z[sg][b*simd_size + lane] = v.of[b][g];
+            }
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            for (int j = tid; j < a.n_v; j += scan_threads) {
+                float all = 0.0f;
+                for (int s = 0; s < scan_simds; ++s) {
+                    all += sh.z[s][j];
+                }
+                values[at*a.n_v + j] = all;
+            }
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+        }
+    }
+}
+
+// ---- pass 4: a threadgroup for each KV head ----------------------------------------------------------------------------------
 
 // Scores as keys. Those that single precision can hardly tell from 0 are ranked by their logarithm instead, below all others.
 SFI_CONSTANT float tiny_score = 1e-30f; // bits 0x0da24260
@@ -260,281 +484,276 @@ static inline uint key_of_cell(device const float * x, int ld, threadgroup const
     return key_of_log(top + log(sum));
 }
 
-// total [n_head, 2]: maximum, log-sum-exp; keys [n_head_kv, n_list]; listed [n_head_kv, n_list]: key, cell; n_listed [n_head_kv]
-[[max_total_threads_per_threadgroup(scan_threads)]] kernel void sfi_scan_keys(
-        constant scan_args & a         [[buffer(0)]],
-        device const float * least_all [[buffer(1)]],
-        device const float * logits    [[buffer(2)]],
-        device const float * stats     [[buffer(3)]],
-        device float       * total     [[buffer(4)]],
-        device uint        * keys      [[buffer(5)]],
-        device uint2       * listed    [[buffer(6)]],
-        device atomic_uint * n_listed  [[buffer(7)]],
-        SFI_POSITION) {
-    SFI_SHARED(scan_keys_shared, sh);
-    const int chunk = block.x, h_kv = block.y, begin = chunk*a.chunk, h0 = h_kv*a.group;
-    if (sg < a.group) {
-        const float2 m = merge_stats(stats + (long) (h0 + sg)*a.n_chunks*2, a.n_chunks, lane);
-        if (lane == 0) {
-            const float lse = m.y > 0.0f ? m.x + log(m.y) : no_logit;
-            sh.lse[sg] = lse;
-            if (chunk == 0) {
-                total[2*(h0 + sg)]     = m.x;
-                total[2*(h0 + sg) + 1] = lse;
-            }
-        }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const float least = a.has_least ? least_all[h_kv] : 0.0f;
-    for (int j0 = 0; j0 < a.chunk; j0 += scan_threads) {
-        const int cell = begin + j0 + tid;
-        uint key = 0;
-        if (cell < a.n_list) {
-            key = key_of_cell(logits + (long) h0*a.n_list + cell, a.n_list, sh.lse, a.group, least);
-            keys[(long) h_kv*a.n_list + cell] = key;
-        }
-        const uint before = simd_prefix_exclusive_sum(key != 0 ? 1u : 0u), n = simd_sum(key != 0 ? 1u : 0u);
-        uint at = 0;
-        if (lane == 0 && n > 0) {
-            at = atomic_fetch_add_explicit(&n_listed[h_kv], n, memory_order_relaxed);
-        }
-        at = simd_shuffle(at, (ushort) 0);
-        if (key != 0) {
-            listed[(long) h_kv*a.n_list + at + before] = uint2(key, (uint) cell);
-        }
-    }
-}
-
-// ---- pass 4: a threadgroup for each KV head ------------------------------------------------------------------------------------
-
 struct listed_items {
     device const uint2 * listed;
     uint key(int i) const { return listed[i].x; }
     uint number(int i) const { return listed[i].y; }
 };
 
-struct best_shared {
+struct choose_shared {
     top_k_shared top_k;
-    atomic_int of_chunk[max_chunks];
+    int   begin[max_chunks + 1]; // of the chunks' cells, counted through
+    int   of_simd[best_simds];
+    float lse[max_group];
 };
 
-// best [n_head_kv]: the least rank that is selected; first [n_head_kv, n_chunks]: where the selected cells of a chunk go
-[[max_total_threads_per_threadgroup(best_threads)]] kernel void sfi_scan_best(
-        constant scan_args & a          [[buffer(0)]],
-        device const uint2 * listed_all [[buffer(1)]],
-        device const uint  * n_listed   [[buffer(2)]],
-        device ulong       * best_all   [[buffer(3)]],
-        device int         * first      [[buffer(4)]],
-        device int         * selected   [[buffer(5)]],
-        device int         * counts     [[buffer(6)]],
+// begin[0 .. n_chunks], by one simdgroup
+static inline void count_through(device const int * n, int n_chunks, threadgroup int * begin, int lane) {
+    int before = 0;
+    for (int c0 = 0; c0 < n_chunks; c0 += simd_size) {
+        const int c = c0 + lane, mine = c < n_chunks ? n[c] : 0, sum = simd_prefix_exclusive_sum(mine);
+        if (c < n_chunks) {
+            begin[c] = before + sum;
+        }
+        before += simd_sum(mine);
+    }
+    if (lane == 0) {
+        begin[n_chunks] = before;
+    }
+}
+
+// the last chunk with begin[chunk] <= i
+static inline int chunk_with(threadgroup const int * begin, int n_chunks, int i) {
+    int low = 0, high = n_chunks;
+    while (high - low > 1) {
+        const int middle = (low + high)/2;
+        if (begin[middle] <= i) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+// of one head, by one simdgroup
+static inline head_sums add_up(device const softmax_sum * stats, device const softmax_sum * again, device const float * kept, int n_chunks, int lane) {
+    const softmax_sum first = merge_stats(stats, n_chunks, lane), all = merge_stats(again, n_chunks, lane);
+    float seen = 0.0f;
+    for (int c = lane; c < n_chunks; c += simd_size) {
+        seen += kept[c];
+    }
+    // a share that may be nothing but rounding errors counts for nothing, lest it outweigh cells that mattered less than the first
+    // look said
+    const float unseen = 1.0f - simd_sum(seen);
+    head_sums s;
+    s.top_first = first.most;
+    s.top       = all.most;
+    s.weight    = all.sum;
+    s.others    = unseen > least_unseen ? unseen*first.sum : 0.0f;
+    s.lse       = log_of(merge(all, sum_of(first.most, s.others)));
+    return s;
+}
+
+// one that is no number is above all shares
+static inline float least_share(constant scan_args & a, device const float * least, int h_kv) {
+    return !a.has_least ? 0.0f : is_finite(least[h_kv]) ? least[h_kv] : 2.0f;
+}
+
+// The cells that were looked at again and may be selected, in their order: (key, where their logits lie). Returns how many there
+// are. All threads call it.
+static inline int list_best(constant scan_args & a, device const float * logits, float least, device uint2 * listed,
+        threadgroup choose_shared & sh, int tid, int lane, int sg) {
+    const int n = sh.begin[a.n_chunks];
+    int n_listed = 0;
+    for (int i0 = 0; i0 < n; i0 += best_threads) {
+        const int i = i0 + tid;
+        int  at  = 0;
+        uint key = 0;
+        if (i < n) {
+            const int chunk = chunk_with(sh.begin, a.n_chunks, i);
+            at  = chunk*a.chunk + i - sh.begin[chunk];
+            key = key_of_cell(logits + at, a.n_list, sh.lse, a.group, least);
+        }
+        const int place = next_place<best_simds>(key != 0, n_listed, sh.of_simd, lane, sg);
+        if (key != 0) {
+            listed[place] = uint2(key, (uint) at);
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_device);
+    return n_listed;
+}
+
+// sums [n_head]; listed [n_head_kv, n_list]: in the end those of the selected cells come first
+[[max_total_threads_per_threadgroup(best_threads)]] kernel void sfi_scan_choose(
+        constant scan_args & a         [[buffer(0)]],
+        device const float * least_all [[buffer(1)]],
+        device const float * logits    [[buffer(2)]],
+        device const softmax_sum * stats [[buffer(3)]],
+        device const int   * n_again   [[buffer(4)]],
+        device const softmax_sum * again [[buffer(5)]],
+        device const float * kept      [[buffer(6)]],
+        device const int   * cells_all [[buffer(7)]],
+        device head_sums   * sums      [[buffer(8)]],
+        device uint2       * listed_all [[buffer(9)]],
+        device int         * selected_all [[buffer(10)]],
+        device int         * counts    [[buffer(11)]],
         SFI_POSITION) {
-    SFI_SHARED(best_shared, sh);
-    const int h_kv = block.x, n = (int) n_listed[h_kv];
-    device const uint2 * listed = listed_all + (long) h_kv*a.n_list;
-    const listed_items items = { listed };
-    const ulong best = n <= a.n_selected ? (ulong) 0 :
-        least_rank_of_best(n, (uint) a.n_selected, items, sh.top_k, best_threads, tid, lane, sg);
-    for (int c = tid; c < a.n_chunks; c += best_threads) {
-        atomic_store_explicit(&sh.of_chunk[c], 0, memory_order_relaxed);
+    SFI_SHARED(choose_shared, sh);
+    const int h_kv = block.x, h0 = h_kv*a.group;
+    device const int * cells    = cells_all + (long) h_kv*a.n_list;
+    device uint2     * listed   = listed_all + (long) h_kv*a.n_list;
+    device int       * selected = selected_all + h_kv*a.selected_ld;
+    if (sg == 0) {
+        count_through(n_again + h_kv*a.n_chunks, a.n_chunks, sh.begin, lane);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = tid; i < n; i += best_threads) {
-        if (is_best(listed[i].x, listed[i].y, best)) {
-            atomic_fetch_add_explicit(&sh.of_chunk[(int) listed[i].y/a.chunk], 1, memory_order_relaxed);
-        }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (sg == 0) { // exclusive sums, a simdgroup's width of chunks at a time
-        int before = 0;
-        for (int c0 = 0; c0 < a.n_chunks; c0 += simd_size) {
-            const int c = c0 + lane, mine = c < a.n_chunks ? atomic_load_explicit(&sh.of_chunk[c], memory_order_relaxed) : 0;
-            const int sum = simd_prefix_exclusive_sum(mine);
-            if (c < a.n_chunks) {
-                first[h_kv*a.n_chunks + c] = before + sum;
-            }
-            before += simd_sum(mine);
-        }
+    if (sg < a.group) {
+        const long      at = (long) (h0 + sg)*a.n_chunks;
+        const head_sums s  = add_up(stats + at, again + at, kept + at, a.n_chunks, lane);
         if (lane == 0) {
-            best_all[h_kv] = best;
+            sums[h0 + sg] = s;
+            sh.lse[sg]    = s.lse;
         }
     }
-    for (int i = min(n, a.n_selected) + tid; i < a.n_selected; i += best_threads) {
-        selected[h_kv*a.selected_ld + i] = -1;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    const int n_listed = list_best(a, logits + (long) h0*a.n_list, least_share(a, least_all, h_kv), listed, sh, tid, lane, sg);
+    const listed_items items = { listed };
+    const ulong best = n_listed <= a.n_selected ? (ulong) 0 :
+        least_rank_of_best(n_listed, (uint) a.n_selected, items, sh.top_k, best_threads, tid, lane, sg);
+    int n = 0;
+    for (int i0 = 0; i0 < n_listed; i0 += best_threads) {
+        const int   i     = i0 + tid;
+        const uint2 item  = i < n_listed ? listed[i] : uint2(0u, 0u);
+        const bool  take  = is_best(item.x, item.y, best);
+        const int   place = next_place<best_simds>(take, n, sh.of_simd, lane, sg);
+        if (take) {
+            listed[place]   = item;
+            selected[place] = cells[item.y];
+        }
+    }
+    for (int i = n + tid; i < a.n_selected; i += best_threads) {
+        selected[i] = -1;
     }
     if (tid == 0) {
-        counts[2*h_kv]     = min(n, a.n_selected);
-        counts[2*h_kv + 1] = 0;
+        counts[2*h_kv]     = n;
+        counts[2*h_kv + 1] = sh.begin[a.n_chunks];
     }
 }
 
-// ---- pass 5 ------------------------------------------------------------------------------------------------------------------
+// ---- pass 5: a threadgroup for each query head --------------------------------------------------------------------------------
 
-template <int G, int V>
-struct tail_shared {
-    float4 weights[scan_simds][G][simd_size/4];
-    float  z[scan_simds][16*V + 1];
-    int    of_simd[scan_simds];
+struct take_out_shared {
+    float w[scan_threads];  // of a tile of selected cells
+    int   cells[scan_threads];
+    float z[scan_simds][16*max_v_groups];
+    float tmp[scan_simds];
 };
 
-// tails [n_head, n_chunks, n_v + 1]: components, sum of the weights
-template <int G, int V>
-[[max_total_threads_per_threadgroup(scan_threads)]] kernel void sfi_scan_tail(
-        constant scan_args & a         [[buffer(0)]],
-        device const char  * codes     [[buffer(1)]],
-        device const float * logits    [[buffer(2)]],
-        device const float * total     [[buffer(3)]],
-        device const uint  * keys      [[buffer(4)]],
-        device const ulong * best_all  [[buffer(5)]],
-        device const int   * first     [[buffer(6)]],
-        device int         * selected  [[buffer(7)]],
-        device float       * tails     [[buffer(8)]],
-        SFI_POSITION) {
-    typedef tail_shared<G, V> shared_t;
-    SFI_SHARED(shared_t, sh);
-    const int   chunk = block.x, h_kv = block.y, begin = chunk*a.chunk, h0 = h_kv*a.group;
-    const ulong best  = best_all[h_kv];
-    device const char * head = codes + h_kv*a.head_bytes;
-    int at = first[h_kv*a.n_chunks + chunk];
+typedef value_sums<1, max_v_groups> head_values;
 
-    float most[G], acc[V][G], sum[G];
+// the sums over V of all chunks, of which each simdgroup takes some
+static inline void add_chunks(constant scan_args & a, device const softmax_sum * again, device const float * values, float top,
+        thread head_values & v, int lane, int sg) {
+    for (int c = sg; c < a.n_chunks; c += scan_simds) {
+        const float w = weight_of(again[c].most, top);
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
-        most[g] = g < a.group ? total[2*(h0 + g)] : no_logit;
-        sum[g]  = 0.0f;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            acc[v][g] = 0.0f;
-        }
-    }
-    for (int j0 = 0; j0 < a.chunk && begin + j0 < a.n_list; j0 += scan_threads) {
-        const int  cell = begin + j0 + tid;
-        const bool take = cell < a.n_list && is_best(keys[(long) h_kv*a.n_list + cell], (uint) cell, best);
-        const int  place = next_place<scan_simds>(take, at, sh.of_simd, lane, sg);
-        if (take) {
-            selected[h_kv*a.selected_ld + place] = cell;
-        }
-
-        // weights of the others
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            if (g < a.group) {
-                const float p = cell < a.n_list && !take ? weight_of(logits[(long) (h0 + g)*a.n_list + cell], most[g]) : 0.0f;
-                sum[g] += p;
-                ((threadgroup float *) sh.weights[sg][g])[lane] = p;
-            }
-        }
-        simdgroup_barrier(mem_flags::mem_threadgroup);
-        // a lane has a component of the cells of one block of codes
-        const int  code_block = (begin + j0 + sg*simd_size)/16 + lane/16;
-        const bool has_block  = 16*code_block < a.n_list;
-        device const uint * words = (device const uint *) (head + (long) code_block*a.block_bytes) + lane % 16;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            if (v < a.n_v_groups) {
-#pragma unroll
-                for (int s = 0; s < 4; ++s) {
-                    constant scan_field & f = a.v[v][s];
-                    const float4 c = codes_of(has_block ? words[f.plane*16] : 0u, f);
-#pragma unroll
-                    for (int g = 0; g < G; ++g) {
-                        if (g < a.group) {
-                            acc[v][g] += dot(c, sh.weights[sg][g][lane/16*4 + s]);
-                        }
-                    }
-                }
-            }
-        }
-    }
-    const int size = a.n_v + 1;
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        if (g < a.group) {
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                const float both = acc[v][g] + simd_shuffle_xor(acc[v][g], (ushort) 16);
-                if (lane < 16) {
-                    sh.z[sg][16*v + lane] = both;
-                }
-            }
-            const float of_simd = simd_sum(sum[g]);
-            if (lane == 0) {
-                sh.z[sg][16*V] = of_simd;
-            }
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (int j = tid; j < size; j += scan_threads) {
-                float all = 0.0f;
-                for (int i = 0; i < scan_simds; ++i) {
-                    all += sh.z[i][j < a.n_v ? j : 16*V];
-                }
-                tails[((long) (h0 + g)*a.n_chunks + chunk)*size + j] = all;
-            }
-            threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (int b = 0; b < max_v_groups/2; ++b) {
+            const int j = b*simd_size + lane;
+            v.of[b][0] = fma(w, j < a.n_v ? values[c*a.n_v + j] : 0.0f, v.of[b][0]);
         }
     }
 }
 
-// ---- pass 6: a threadgroup for each query head --------------------------------------------------------------------------------
-
-SFI_CONSTANT float least_tail_share = 1.0f/(1 << 20); // of a tail that counts
+// of the n selected cells, whose logits lie where `listed` says; returns the sum of their weights
+static inline float add_selected(constant scan_args & a, device const char * records, device const float * logits,
+        device const int * cells, device const uint2 * listed, int n, float top, threadgroup take_out_shared & sh,
+        thread head_values & v, int tid, int lane, int sg) {
+    float weight = 0.0f;
+    for (int i0 = 0; i0 < n; i0 += scan_threads) {
+        const int n_tile = min(n - i0, scan_threads);
+        threadgroup_barrier(mem_flags::mem_threadgroup); // the tile before may still be read
+        if (tid < n_tile) {
+            const int at = (int) listed[i0 + tid].y;
+            sh.w[tid]     = weight_of(logits[at], top);
+            sh.cells[tid] = cells[at];
+            weight += sh.w[tid];
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        v.add(a, records, sh.cells, sh.w, scan_threads, sg, scan_simds, n_tile, lane);
+    }
+    return group_sum<scan_simds>(weight, sh.tmp, lane, sg);
+}
 
 // value e of V with the components scale*(those given) - centres*(centre of each)
 static inline float decoded_v(constant scan_args & a, device const float * basis, int h_kv, threadgroup const float * components,
         float scale, float centres, int e) {
-    device const float * mean = basis + (long) (h_kv + 1)*a.basis_size - (long) (1 + a.n_v + a.n_v/2)*a.d_v;
-    device const half  * dec  = (device const half *) (mean + (long) (1 + a.n_v)*a.d_v);
+    device const float * mean = basis + (long) (h_kv + 1)*a.basis_size - sketch_half_size(a.n_v, a.d_v);
+    device const half  * dec  = (device const half *) (mean + sketch_dec_at(a.n_v, a.d_v));
     float y = mean[e];
     for (int j = 0; j < a.n_v; ++j) {
-        y = fma(components[j]*scale - centres*centre_of(a.v[j/16][0]), (float) dec[(long) j*a.d_v + e], y);
+        y = fma(components[j]*scale - centres*0.5f*(float) ((1 << sketch_bits_v(a.format, j)) - 1), (float) dec[(long) j*a.d_v + e], y);
     }
     return y;
 }
 
-struct finish_shared {
-    float z[16*max_v_groups + 1];
-};
-
-[[max_total_threads_per_threadgroup(scan_threads)]] kernel void sfi_scan_finish(
-        constant scan_args & a         [[buffer(0)]],
-        device const float * basis     [[buffer(1)]],
-        device const float * tails_all [[buffer(2)]],
-        device const float * total     [[buffer(3)]],
-        device float       * out_all   [[buffer(4)]],
-        SFI_POSITION) {
-    SFI_SHARED(finish_shared, sh);
-    const int h = block.x, h_kv = h/a.group, size = a.n_v + 1;
-    device const float * tails = tails_all + (long) h*a.n_chunks*size;
-    device float       * out   = out_all + (long) h*(a.d_v + 1);
-    for (int j = tid; j < size; j += scan_threads) {
-        float sum = 0.0f;
-        for (int c = 0; c < a.n_chunks; ++c) {
-            sum += tails[c*size + j];
-        }
-        sh.z[j] = sum;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const float sum = sh.z[a.n_v], share = sum*weight_of(total[2*h], total[2*h + 1]);
-    const bool  counts = sum > 0.0f && share >= least_tail_share;
+static inline void write_tail(constant scan_args & a, device const float * basis, int h_kv, head_sums s, float weight_left,
+        threadgroup const float * v, device float * out, int tid) {
+    const float top = max(s.top, s.top_first), kept = max(weight_left, 0.0f);
+    const float weight = kept*weight_of(s.top, top), others = s.others*weight_of(s.top_first, top), all = weight + others;
+    const bool  counts = all > 0.0f && all*weight_of(top, s.lse) >= least_tail_share;
+    const float of_others = counts ? others/all : 0.0f;
+    const float known = counts && kept > 0.0f ? (1.0f - of_others*of_others)/kept : 0.0f;
     for (int e = tid; e < a.d_v; e += scan_threads) {
-        out[e] = counts ? decoded_v(a, basis, h_kv, sh.z, 1.0f/sum, 1.0f, e) : 0.0f;
+        out[e] = counts ? decoded_v(a, basis, h_kv, v, known, known*kept, e) : 0.0f;
     }
     if (tid == 0) {
-        store_logit(out + a.d_v, counts, total[2*h] + log(max(sum, 1e-37f)));
+        store_logit(out + a.d_v, counts, top + log(max(all, 1e-37f)));
     }
 }
 
+[[max_total_threads_per_threadgroup(scan_threads)]] kernel void sfi_scan_take_out(
+        constant scan_args & a          [[buffer(0)]],
+        device const char      * codes  [[buffer(1)]],
+        device const float     * basis  [[buffer(2)]],
+        device const float     * logits [[buffer(3)]],
+        device const int       * cells  [[buffer(4)]],
+        device const uint2     * listed [[buffer(5)]],
+        device const int       * counts [[buffer(6)]],
+        device const head_sums * sums   [[buffer(7)]],
+        device const softmax_sum * again [[buffer(8)]],
+        device const float     * values [[buffer(9)]],
+        device float           * out    [[buffer(10)]],
+        SFI_POSITION) {
+    SFI_SHARED(take_out_shared, sh);
+    const int       h = block.x, h_kv = h/a.group;
+    const head_sums s = sums[h];
+    const long at = (long) h*a.n_chunks, at_list = (long) h_kv*a.n_list;
+    head_values all, taken;
+    all.clear();
+    taken.clear();
+    add_chunks(a, again + at, values + at*a.n_v, s.top, all, lane, sg);
+    const float of_taken = add_selected(a, records_of(a, codes, h_kv), logits + (long) h*a.n_list, cells + at_list, listed + at_list,
+        counts[2*h_kv], s.top, sh, taken, tid, lane, sg);
+#pragma unroll
+    for (int b = 0; b < max_v_groups/2; ++b) {
+        sh.z[sg][b*simd_size + lane] = all.of[b][0] - taken.of[b][0];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int j = tid; j < a.n_v; j += scan_threads) {
+        float sum = 0.0f;
+        for (int i = 0; i < scan_simds; ++i) {
+            sum += sh.z[i][j];
+        }
+        sh.z[0][j] = sum; // which only this thread has read
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const bool none = counts[2*h_kv] == counts[2*h_kv + 1] && s.others == 0.0f; // where nothing is left, rounding errors would be
+    write_tail(a, basis, h_kv, s, none ? 0.0f : s.weight - of_taken, sh.z[0], out + (long) h*(a.d_v + 1), tid);
+}
+
 SFI_KERNEL(sfi_scan_query)
-SFI_KERNEL(sfi_scan_keys)
-SFI_KERNEL(sfi_scan_best)
-SFI_KERNEL(sfi_scan_finish)
 SFI_KERNEL_AS("sfi_scan_logits_1", sfi_scan_logits<1>)
 SFI_KERNEL_AS("sfi_scan_logits_2", sfi_scan_logits<2>)
 SFI_KERNEL_AS("sfi_scan_logits_4", sfi_scan_logits<4>)
 SFI_KERNEL_AS("sfi_scan_logits_8", sfi_scan_logits<8>)
-SFI_KERNEL_AS("sfi_scan_tail_1_2", sfi_scan_tail<1, 2>)
-SFI_KERNEL_AS("sfi_scan_tail_2_2", sfi_scan_tail<2, 2>)
-SFI_KERNEL_AS("sfi_scan_tail_4_2", sfi_scan_tail<4, 2>)
-SFI_KERNEL_AS("sfi_scan_tail_8_2", sfi_scan_tail<8, 2>)
-SFI_KERNEL_AS("sfi_scan_tail_1_8", sfi_scan_tail<1, 8>)
-SFI_KERNEL_AS("sfi_scan_tail_2_8", sfi_scan_tail<2, 8>)
-SFI_KERNEL_AS("sfi_scan_tail_4_8", sfi_scan_tail<4, 8>)
-SFI_KERNEL_AS("sfi_scan_tail_8_8", sfi_scan_tail<8, 8>)
+SFI_KERNEL(sfi_scan_choose)
+SFI_KERNEL(sfi_scan_take_out)
+SFI_KERNEL_AS("sfi_scan_again_1_2", sfi_scan_again<1, 2>)
+SFI_KERNEL_AS("sfi_scan_again_2_2", sfi_scan_again<2, 2>)
+SFI_KERNEL_AS("sfi_scan_again_4_2", sfi_scan_again<4, 2>)
+SFI_KERNEL_AS("sfi_scan_again_8_2", sfi_scan_again<8, 2>)
+SFI_KERNEL_AS("sfi_scan_again_1_8", sfi_scan_again<1, 8>)
+SFI_KERNEL_AS("sfi_scan_again_2_8", sfi_scan_again<2, 8>)
+SFI_KERNEL_AS("sfi_scan_again_4_8", sfi_scan_again<4, 8>)
+SFI_KERNEL_AS("sfi_scan_again_8_8", sfi_scan_again<8, 8>)

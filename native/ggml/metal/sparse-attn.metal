@@ -1,4 +1,4 @@
-// GGML_OP_SPARSE_ATTN on Metal.
+// SPARSE_ATTN on Metal.
 //
 // The support is split over threadgroups so that one token fills the GPU. A few lanes share a row, eight values each; a
 // simdgroup takes several rows at once, for up to four heads of the GQA group. No barrier until a threadgroup is done: each

@@ -2,13 +2,13 @@
 
 #include "cuda-shim.h"
 
+#include "evidence.cu"
+#include "select.cu"
 #include "sketch-encode.cu"
-#include "sketch-looks.cu"
 #include "sketch-scan.cu"
 #include "sparse-attn.cu"
-#include "support.cu"
+#include "stability.cu"
 
-#include "dispatch.h"
 #include "shim-backend.h"
 
 #include <vector>
@@ -27,7 +27,8 @@ void shim_compute(ggml_tensor * op) {
     const auto * o = sfi_cuda::operation_of(op);
     // each its own allocation, so that a sanitizer sees its end, and full of what nobody should read
     std::vector<uint32_t> scratch((o->scratch(op, n_sm) + sizeof(uint32_t) - 1)/sizeof(uint32_t), 0x7fbadbadu);
-    o->compute({ nullptr, n_sm, (char *) scratch.data(), counters.data() }, op);
+    const sfi_cuda::gpu g = { nullptr, n_sm, (char *) scratch.data(), counters.data() };
+    o->compute(g, op);
     if (std::any_of(counters.begin(), counters.end(), [](unsigned c) { return c != 0; })) {
         sfi_shim::fail("an operation left its counters");
     }
