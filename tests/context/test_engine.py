@@ -338,7 +338,7 @@ def test_a_second_thread_is_refused_and_changes_nothing(session):
 
     thread = threading.Thread(target=intrude)
     thread.start()
-    one.prefill(TEXT, progress=lambda done, total: (started.set(), thread.join(10)))
+    one.prefill(TEXT, progress=lambda done, total: done and (started.set(), thread.join(10)))
     assert len(refused) == 2 and all("thread" in text for text in refused)
     assert one.tokens == TEXT
 

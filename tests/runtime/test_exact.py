@@ -309,7 +309,7 @@ def test_slowfastllama_refuses_what_exact_decoding_cannot_give(tiny):
 def test_the_command_line_decodes_exactly_and_says_so(cli, tiny):
     common = ("run", str(tiny), "-f", "-", "--temp", "0", "-n", "30", "--raw", "--set", "policy=frozen,n_selected=16,n_recent=32")
     text = PROMPTS[0]
-    dense, exact = cli(*common, "--mode", "dense", input=text), cli(*common, "--mode", "exact", "--set", "draft=4", input=text)
+    dense, exact = cli(*common, "--mode", "dense", input=text), cli(*common, "--mode", "exact", "--set", "draft=4", "--verbose", input=text)
     assert exact.returncode == 0 and exact.stdout == dense.stdout
     assert b"drafted " in exact.stderr and b"ties 0" in exact.stderr
     refused = cli(*common, "--mode", "sfi", "--set", "draft=4", input=text)
