@@ -84,3 +84,6 @@ class Ggml:
         lib = open_library().llama_cpp.llama_cpp._lib
         for name, (result, arguments) in _SIGNATURES.items():
             setattr(self, name, ctypes.CFUNCTYPE(result, *arguments)((f"ggml_{name}", lib)))
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: what __init__ did not set is not there
+        raise AttributeError(name)

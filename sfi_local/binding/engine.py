@@ -357,7 +357,8 @@ class _Guarded:
     """A progress callback whose exception survives the native code between it and its caller."""
 
     def __init__(self, function: Callable[[int, int], bool | None]):
-        self.function, self.error, self._last = function, None, (0, 1)
+        self.function, self._last = function, (0, 1)
+        self.error: BaseException | None = None
 
     def __call__(self, phase: int, done: int, total: int) -> bool:
         if phase == PREFILL:

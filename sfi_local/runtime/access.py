@@ -172,7 +172,7 @@ class Turns(Access):
                 yield item
         finally:
             with self._at_work(turn):
-                items.close()
+                items.close()  # type: ignore[attr-defined]  # generators, all of them
             if mine:
                 self._end()
 

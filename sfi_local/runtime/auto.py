@@ -20,11 +20,15 @@ class Subject(Protocol):
     """
 
     file: GgufFile
-    path: Path
     weights: Any
     n_threads: int
-    gpus: list[str]
     gpu_layers: int | None
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def gpus(self) -> list[str]: ...
 
     def tokenize(self, text: str) -> list[int]: ...
 

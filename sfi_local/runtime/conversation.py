@@ -50,7 +50,7 @@ class Conversation:
 
     def _answer(self, messages: list[Message], steps: Iterator[Step]) -> Iterator[Step]:
         tokens: list[int] = []
-        with closing(steps):
+        with closing(steps):  # type: ignore[type-var]  # a generator
             for step in steps:
                 if step.finish not in ("end", "stop"):
                     tokens.append(step.token)

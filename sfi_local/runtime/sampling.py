@@ -254,4 +254,4 @@ class Chain:
             raise DecodeError("No token is left to choose from: the grammar or a logits processor forbids each of this model's tokens "
                               "here. Change it so that an answer can go on, or end.")
         self._native.accept(chosen.id)
-        return chosen.id
+        return int(chosen.id)

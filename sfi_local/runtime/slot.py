@@ -14,7 +14,7 @@ from sfi_local.binding.context import N_BATCH
 from sfi_local.binding.engine import Engine, StepInfo
 from sfi_local.binding.interrupt import InterruptFlag
 from sfi_local.binding.library import claim_process, last_log_lines, open_library
-from sfi_local.errors import AbortedError, ContextFullError, DecodeError, DetachedError, SfiError
+from sfi_local.errors import AbortedError, ContextFullError, DecodeError, DetachedError, ModelError, SfiError
 from sfi_local.machine import available_memory
 from sfi_local.params import SfiParams
 from sfi_local.runtime.access import CANCELLED, Access, Turns
@@ -57,7 +57,8 @@ class Slot:
         self.access = Turns("model", self._drop_context, weights)
         self._llama, self._make = open_library().llama_cpp, make
         self._params_for = params if callable(params) else lambda n_ctx: params
-        self._portable, self._context = portable, None
+        self._portable = portable
+        self._context: Any = None
         self._attached = Attached(None, SfiParams())
         if n_ctx:
             self.grow(n_ctx)
@@ -70,6 +71,13 @@ class Slot:
     @property
     def engine(self) -> Engine | None:
         return self._attached.engine
+
+    @property
+    def _sfi(self) -> Engine:
+        """The engine, for what needs one."""
+        if self.engine is None:
+            raise ModelError(f"sfi is not attached to this context, which decodes by llama.cpp's own path: {self.why_stock or 'its mode is stock'}")
+        return self.engine
 
     @property
     def params(self) -> SfiParams:
@@ -172,7 +180,7 @@ class Slot:
                 progress(0, len(tokens))  # now it begins: what came before, measuring for mode auto, is over
             self.tokens += tokens
             try:
-                with native.interruptible(self._context, lambda: interrupt.requested or self.access.flag, self.access.flag):
+                with native.interruptible(self._context, lambda: interrupt.requested or bool(self.access.flag), self.access.flag):
                     self._prefill(list(tokens), lambda n, total: self._report(interrupt, progress, n, total))
             except AbortedError as error:
                 raise self._why_aborted(error) from None
@@ -198,7 +206,7 @@ class Slot:
 
     def can_draft(self, token: int) -> bool:
         """Whether a fast step may be taken now: there is a support, room in its window, and depth enough."""
-        kind, reason = self.engine.peek(token)
+        kind, reason = self._sfi.peek(token)
         return kind == "fast" or reason == "boundary"
 
     def draft(self, token: int) -> StepInfo:
@@ -214,7 +222,7 @@ class Slot:
         with self.access:
             known = len(tokens) - 1
             try:
-                info = self.engine.verify(tokens, known, refresh)
+                info = self._sfi.verify(tokens, known, refresh)
             except AbortedError as error:
                 self._drop_drafts()
                 raise self._why_aborted(error) from None
@@ -228,7 +236,7 @@ class Slot:
     def rollback(self, n: int) -> None:
         """Take back the last n tokens; the support stays."""
         with self.access:
-            self.engine.rollback(n)
+            self._sfi.rollback(n)
             del self.tokens[len(self.tokens) - n:]
 
     def save(self) -> bytes:
@@ -326,11 +334,11 @@ class Slot:
         self._reconcile()
 
     def _engine_step(self, token: int, schedule: Schedule | None) -> StepInfo:
-        kind = self.mode.kind(self.engine, token)
+        kind = self.mode.kind(self._sfi, token)
         if schedule:
-            proposed = (kind, "forced") if kind == "dense" else self.engine.peek(token)
+            proposed = (kind, "forced") if kind == "dense" else self._sfi.peek(token)
             kind = schedule(len(self.tokens) - 1, token, *proposed)
-        return self.engine.step(token, kind)
+        return self._sfi.step(token, kind)
 
     def _stock_step(self, token: int) -> StepInfo:
         start = time.perf_counter()

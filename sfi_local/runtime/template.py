@@ -125,7 +125,7 @@ class ChatTemplate:
         unclosed = self._unclosed(before, answer)
         return self._tokens_of(contents.pieces(unclosed + rendered), [], (before + answer)[-1:])
 
-    def _tokens_of(self, pieces: Iterable[str | list[int]], out: list[int], last: list[int] = []) -> list[int]:
+    def _tokens_of(self, pieces: Iterable[str | list[int]], out: list[int], last: Sequence[int] = ()) -> list[int]:
         """Tokens after those in ``out``; last: the token before, where out is empty."""
         for piece in pieces:
             if not isinstance(piece, str):

@@ -93,7 +93,8 @@ class ThoughtStream:
     """
 
     def __init__(self, prompt: str = "", formats: tuple[Format, ...] = TAGS):
-        self.formats, self.format = formats, None
+        self.formats = formats
+        self.format: Format | None = None
         self._state = _START
         self._held, self._seen = "", ""   # text that is not decided yet; of each character whether it is to be seen: "+" or "-"
         self._header, self._plain = "", ""  # of the header so far: all of it; its text after the last mark
