@@ -13,8 +13,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
-from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Generator, Iterator, Mapping, Sequence
 
 from sfi_local.binding.library import open_library
 
@@ -202,7 +201,8 @@ class SlowFastLlama(Llama):
 
     # ---- tokens out of it ------------------------------------------------------------------------------------------
 
-    def generate(self, tokens: Sequence[int], top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05, typical_p: float = 1.0,
+    def generate(self, tokens: Sequence[int], top_k: int = 40,  # type: ignore[override]  # nobody sends to it
+                 top_p: float = 0.95, min_p: float = 0.05, typical_p: float = 1.0,
                  temp: float = 0.80, repeat_penalty: float = 1.0, reset: bool = True, frequency_penalty: float = 0.0,
                  presence_penalty: float = 0.0, tfs_z: float = 1.0, mirostat_mode: int = 0, mirostat_tau: float = 5.0,
                  mirostat_eta: float = 0.1, penalize_nl: bool = True, logits_processor: Any = None, stopping_criteria: Any = None,
@@ -231,7 +231,7 @@ class SlowFastLlama(Llama):
                 return
             more = yield self.token_eos() if token in self._stop_tokens else token
 
-    def _draw(self, sampler: Chain) -> Iterator[int]:
+    def _draw(self, sampler: Chain) -> Generator[int, Any, None]:
         """Draw a token, give it to the model with those that were sent, and so on."""
         while True:
             token = sampler.sample(self._ctx)
@@ -240,7 +240,7 @@ class SlowFastLlama(Llama):
                 return
             self.eval([token, *(sent or [])])
 
-    def _draw_exact(self, sampler: Chain) -> Iterator[int]:
+    def _draw_exact(self, sampler: Chain) -> Generator[int, Any, None]:
         slot, length = self._slot, SpanLength()
         token = sampler.sample(self._ctx)
         yield token
@@ -281,7 +281,7 @@ class SlowFastLlama(Llama):
         stops = [text for text in ([stop] if isinstance(stop, str) else stop or []) if text]
         control = {text: self._vocabulary.control_tokens([text]) for text in stops}
         bias = {int(token): float(value) for token, value in (logit_bias or {}).items()}
-        items = super()._create_completion(*args, stop=[text for text in stops if not control[text]], **kwargs)
+        items = super()._create_completion(*args, stop=[text for text in stops if not control[text]], **kwargs)  # type: ignore[misc]
         return self._slot.turn(self._answer(set().union(*control.values()), bias, items))
 
     def _answer(self, stop_tokens: set[int], logit_bias: dict[int, float], items: Iterator[Any]) -> Iterator[Any]:
@@ -325,7 +325,7 @@ class SlowFastLlama(Llama):
         for holder, names in ((getattr(self, "_ctx", None), ("memory",)), (getattr(self, "_model", None), ("vocab",))):
             for name in names:
                 holder.__dict__.pop(name, None) if holder is not None else None
-        self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
+        self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()  # type: ignore[assignment]
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """As llama_cpp.Llama does it, of runs of any length, on any thread. Raises DetachedError after close()."""

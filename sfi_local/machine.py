@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sfi_local import cgroup, cpus
 from sfi_local.cgroup import read
-from sfi_local.cpus import usable_cpus  # noqa: F401: part of what this machine has
+from sfi_local.cpus import usable_cpus  # noqa: F401  # part of what this machine has
 
 
 def cache_dir() -> Path:

@@ -151,7 +151,7 @@ def _import_llama_cpp() -> ModuleType:
     for module in (llama_cpp._internals, llama_cpp.llama):
         # it would point stdout and stderr of the whole process elsewhere, for all threads, and fails where there are none; that
         # llama.cpp is quiet is the work of our log
-        setattr(module, "suppress_stdout_stderr", lambda disable=True: nullcontext())
+        module.suppress_stdout_stderr = lambda disable=True: nullcontext()  # type: ignore[attr-defined]
     llama_cpp.llama_backend_init()
     return llama_cpp
 

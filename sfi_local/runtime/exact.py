@@ -52,7 +52,8 @@ def _generate_exact(slot: Slot, vocabulary: Vocabulary, prompt: Sequence[int], s
     yield (step := replace(ending.step(token, info), **top(slot.context, -1, token, logprobs)))
     while not step.finish:
         room = min(ending.n_left, slot.n_ctx - info.pos - 1) - 1  # the token itself needs a cell and is followed by one
-        for token, info, more in decode_span(slot, vocabulary, sampler, token, room, length, logprobs):
+        span = decode_span(slot, vocabulary, sampler, token, room, length, logprobs)
+        for token, info, more in span:
             yield (step := replace(ending.step(token, info), **more))
             if step.finish:
                 return

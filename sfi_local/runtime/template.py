@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Callable, Iterable, Protocol, Sequence
 
 from sfi_local.errors import InputError
-from sfi_local.runtime.thoughts import ANSWER, TAIL, THOUGHT, Format, ThoughtStream, formats_of
+from sfi_local.runtime.thoughts import ANSWER, TAIL, THOUGHT, ThoughtStream, formats_of
 
 # (text, add_bos, special) -> token ids
 Tokenize = Callable[[str, bool, bool], list[int]]

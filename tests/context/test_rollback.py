@@ -25,8 +25,8 @@ def prompt():
 @pytest.fixture
 def opened(open_context, tiny_weights, small, prompt):
     """A context that holds the prompt and a support: opened(changes of the parameters, settings of the context)."""
-    def make(changes={}, **settings):
-        context = open_context(tiny_weights, small.replace(**changes), **settings)
+    def make(changes=None, **settings):
+        context = open_context(tiny_weights, small.replace(**(changes or {})), **settings)
         context.prefill(prompt)
         return context
     return make

@@ -117,7 +117,8 @@ def test_a_graph_from_before_attaching_is_not_used_again(opened, open_context, t
 
 
 def resident():
-    """Bytes of this process in memory."""
+    """Bytes of this process in memory, without what the allocator keeps for later."""
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -262,12 +263,6 @@ def test_a_policy_that_selects_at_every_step_has_no_stability(opened, prompts, p
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------
-
-
-def resident():
-    """Bytes of this process in memory, without what the allocator keeps for later."""
-    ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
