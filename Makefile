@@ -4,6 +4,7 @@ PYTHON        ?= python3
 DEV_BUILD     ?= build/dev
 SFI_LLAMA_DIR ?=
 CMAKE_FLAGS   ?=
+PYTEST_FLAGS  ?=
 
 .PHONY: build dev test check clean
 
@@ -21,7 +22,7 @@ dev:
 	ln -sf "$$(cd $(DEV_BUILD)/package && pwd)"/_sfi*.so "$$(cd $(DEV_BUILD)/package && pwd)"/_build_info.py sfi_local/
 
 test:
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q $(PYTEST_FLAGS) tests
 
 check:
 	$(PYTHON) patches/patchset.py check
