@@ -54,8 +54,8 @@ def main(library, path, depth="8192"):
     os.environ["CUDA_INJECTION64_PATH"] = os.path.abspath(library)  # before the driver wakes up
     import sfi_local
     from sfi_local.binding import state_fill
-    from sfi_local.params import SfiParams
     from sfi_local.binding.context import maker
+    from sfi_local.params import SfiParams
     from sfi_local.runtime.slot import Slot
 
     model, depth, early = sfi_local.load(path), int(depth), []

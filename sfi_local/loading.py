@@ -69,13 +69,13 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     native = open_library()
     log.verbose = verbose
     weights = load_weights(native.llama_cpp, file.path, asked.gpu_layers, progress, room.mapped_only, stretched)
-    model = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
-                  n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
-                  fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
-                  adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of)
+    loaded = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
+                   n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
+                   fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
+                   adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of)
     for sentence in filter(None, (*taken.notes, no_gpu, *room.notes)):
-        model._note(sentence)
-    return model
+        loaded._note(sentence)
+    return loaded
 
 
 def taken_for(file: GgufFile, asked: Settings, exact_works: bool = True) -> Taken:

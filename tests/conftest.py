@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from support.command_line import cli_command, cli_env
 from support.tiny_model import SEED, write_tiny
 

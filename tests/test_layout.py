@@ -7,7 +7,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
 from support.command_line import cli_env
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sfi_local"

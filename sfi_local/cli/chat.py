@@ -169,9 +169,9 @@ class Chat:
             return text, len(tokens)
         may_cut = self.request.truncate or self.request.max_prompt_tokens is not None
         if not may_cut:
-            raise InputError(f"{name} has {len(tokens)} tokens{'' if source.whole else ' or more'}, and there is room for {max(0, limit - n_rest)} in the context of "
-                             f"{self.model.n_ctx_limit}: start with --truncate to talk about its head, or take a model with a "
-                             f"longer context.")
+            raise InputError(f"{name} has {len(tokens)} tokens{'' if source.whole else ' or more'}, and there is room for "
+                             f"{max(0, limit - n_rest)} in the context of {self.model.n_ctx_limit}: start with --truncate "
+                             f"to talk about its head, or take a model with a longer context.")
         head = tokens[:max(0, limit - n_rest)]
         return self.model.detokenize(head).rstrip("\ufffd"), len(head)  # it may end in half of a character
 

@@ -20,8 +20,7 @@ from sfi_local.cli.models import known_models
 from sfi_local.cli.window import width_of
 from sfi_local.machine import human_bytes
 from sfi_local.params import SfiParams
-from sfi_local.tuning import auto_depth
-from sfi_local.tuning import tolerance
+from sfi_local.tuning import auto_depth, tolerance
 
 PACKAGES = ("sfi-local", "llama-cpp-python", "cffi", "click", "numpy", "huggingface_hub", "prompt_toolkit")
 DEFAULT_POLICY = SfiParams().policy

@@ -88,7 +88,8 @@ def _default_of_sampler(name: str) -> str:
 
 def _default_of_parameter(name: str) -> str:
     """That of policy sketch, and those of others where they differ."""
-    default, others = getattr(SfiParams(), name), {}
+    default = getattr(SfiParams(), name)
+    others: dict[str, Any] = {}
     for policy in POLICIES:
         value = getattr(SfiParams.of(policy), name)
         if value != default and name != "policy":

@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from sfi_local.cli import streams
 from sfi_local.binding.library import source_id
+from sfi_local.cli import streams
 from sfi_local.cli.spelling import spelled
 from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
 

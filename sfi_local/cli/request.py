@@ -88,7 +88,7 @@ class PromptRequest:
         return model
 
     def sampling(self) -> Any:
-        seed = {} if self.seed is None else {"seed": self.seed}
+        seed: dict[str, Any] = {} if self.seed is None else {"seed": self.seed}
         return Sampling(temp=self.temp, **seed, **self.samplers)
 
     @property

@@ -137,7 +137,7 @@ class Model:
         template = self.template
         if not tools:
             return template
-        options = self._template_options
+        options: dict[str, Any] = self._template_options
         return self._new_template(**{**options, "arguments": {**options["arguments"], "tools": list(tools)}})
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:

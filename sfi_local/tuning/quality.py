@@ -35,7 +35,8 @@ def take(asked: Settings, path: Path, found: Calibration | None, exact_works: bo
 
     exact_works: the model and its devices can have mode exact; otherwise llama.cpp's own decoding is what is the same as dense
     """
-    mode, params, quality, notes = asked.mode, asked.asked_params, "", ()
+    mode, params, quality = asked.mode, asked.asked_params, ""
+    notes: tuple[str, ...] = ()
     if asked.quality == SAME and mode == "auto":
         mode = "exact" if exact_works else "stock"
     if mode in ("exact", "dense", "stock"):

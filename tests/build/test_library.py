@@ -5,10 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from support.command_line import cli_env
 
 from sfi_local.binding import library
 from sfi_local.errors import STATUS_ERRORS, LibraryError, SfiError, exit_code, from_status
-from support.command_line import cli_env
 
 INFO = SimpleNamespace(cpu_flags=(), source_id="x+y", upstream="llama-cpp-python 0.3.36", portable=False)
 

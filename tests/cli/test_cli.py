@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-
 from support.command_line import cli_command, cli_env, sentence
 from support.tiny_model import write_tiny
 
@@ -290,7 +289,8 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tiny, tmp_path, phase):
 
 @posix
 def test_ctrl_c_from_outside_ends_a_long_run(smollm2):
-    process = subprocess.Popen(cli_command("run", smollm2, "--raw", "-p", "one, two, three, four, five,", "--temp", 0, "-n", -1, "--mode", "sfi"), env=cli_env(),
+    command = cli_command("run", smollm2, "--raw", "-p", "one, two, three, four, five,", "--temp", 0, "-n", -1, "--mode", "sfi")
+    process = subprocess.Popen(command, env=cli_env(),
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)  # the answer has begun
     time.sleep(0.2)

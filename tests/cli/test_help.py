@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from sfi_local.cli import help as topics
-from sfi_local.cli.main import COMMANDS, cli as group
+from sfi_local.cli.main import COMMANDS
+from sfi_local.cli.main import cli as group
 from sfi_local.cli.options import SAMPLERS
 from sfi_local.environment import VARIABLES
 from sfi_local.errors import SfiError

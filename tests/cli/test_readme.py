@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from support.command_line import cli_env
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,6 @@
 import subprocess
 
 import pytest
-
 from support.command_line import cli_command, cli_env
 
 COMMAND = ("run", "-p", "Hi", "-n", "6", "--temp", "0", "-t", "1", "--raw")

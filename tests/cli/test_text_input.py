@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from sfi_local.errors import InputError
 from sfi_local.cli.text_input import BLOCK, Source, decode, from_argument
+from sfi_local.errors import InputError
 
 SAMPLE = "Grüße, 你好 🙂\n"
 

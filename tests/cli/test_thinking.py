@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from support.command_line import sentence
+from support.tiny_model import CHATML, write_tiny
 
 from sfi_local.cli.thinking import no_answer
 from sfi_local.runtime.step import Tally
-from support.command_line import sentence
-from support.tiny_model import CHATML, write_tiny
 
 THINKER = CHATML[:-3] + r" + ('<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '<think>\n') + (mood or '') }}"
 OPTIONS = ("--mode", "dense", "-t", "1", "--temp", "0", "-p", "Hi")

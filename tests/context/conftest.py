@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from support.contexts import Context, load_weights
 from support.supports import N
 from support.tiny_model import SEED

@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-
 from support.tiny_model import SEED
 
 N = 200

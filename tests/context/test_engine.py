@@ -43,7 +43,8 @@ def session(weights):
 @pytest.fixture
 def plain_attention(weights):
     """A stock slot of F32 K and V that multiplies matrices instead of using flash attention."""
-    from llama_cpp import _internals, llama_cpp as llama
+    from llama_cpp import _internals
+    from llama_cpp import llama_cpp as llama
 
     from sfi_local.runtime.slot import Slot
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from support.contexts import (  # noqa: F401
     ROW_KINDS,
     Context,

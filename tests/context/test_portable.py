@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from support import reference as ref
 from support.contexts import ROW_KINDS, Watch, attend_to, load_weights, node_rows, values_of, write_sliding
 from support.supports import EDITS, HEADS, LAYERS, N, check_interleaved, took

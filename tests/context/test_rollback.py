@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from support.tiny_model import SEED
 
 N = 200  # tokens of the prompt
@@ -143,8 +142,9 @@ def test_a_verified_batch_has_the_logits_and_cells_of_dense_steps(opened, n, kin
 
 def test_on_a_real_model_a_batch_equals_dense_steps_bit_for_bit(native, open_context, smollm2):
     """Its quantised matrices and our attention give each token of a batch what they give it alone."""
-    from sfi_local import SfiParams
     from support.contexts import load_weights
+
+    from sfi_local import SfiParams
 
     with load_weights(native, smollm2) as weights:
         dense, batch = (open_context(weights, SfiParams(n_selected=64), n_threads=2) for _ in "ab")
@@ -210,8 +210,9 @@ def test_layers_with_a_sliding_window_are_rolled_back_too(native, open_context, 
 
 
 def test_cells_that_a_small_sliding_window_has_dropped_cannot_come_back(native, open_context, small, prompt, tmp_path):
-    from sfi_local.errors import ContextError
     from support.contexts import load_weights, write_sliding
+
+    from sfi_local.errors import ContextError
 
     with load_weights(native, write_sliding(tmp_path / "sliding.gguf")) as weights:
         context = open_context(weights, small, swa_full=False, n_batch=64, n_ubatch=64, n_ctx=2048)

@@ -8,7 +8,6 @@ import ctypes
 
 import numpy as np
 import pytest
-
 from support.contexts import Watch, load_weights, node_rows, values_of, write_scaling
 from support.supports import EDITS, LAYERS, took
 from support.tiny_model import SEED

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from support import reference as ref
 from support.command_line import cli_env
 from support.contexts import Watch, attend_to, node_rows
@@ -447,7 +446,8 @@ def test_on_a_cpu_a_short_step_is_a_dense_one(opened, prompts, small):
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-BAD = [("policy", 4), ("sketch_k1", 4), ("sketch_v4", 8), ("sketch_first", 1), ("second_look", -1.0), ("second_look", math.nan), ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
+BAD = [("policy", 4), ("sketch_k1", 4), ("sketch_v4", 8), ("sketch_first", 1), ("second_look", -1.0), ("second_look", math.nan),
+       ("selector", 2), ("n_sink", -1), ("n_recent", 15), ("n_recent", 1 << 30), ("n_selected", 0),
        ("max_span", 0), ("min_span", -1), ("auto_depth", -2), ("n_queries", 0), ("n_queries", 65), ("pool_after", -1),
        ("pool_before", 1 << 20), ("nms_radius", -1), ("alpha", 0.0), ("alpha", math.nan), ("temperature", -1.0),
        ("lambda_clip", 1.5), ("lambda_clip", math.nan), ("struct_size", 8)]

@@ -9,15 +9,15 @@ import sys
 
 import numpy as np
 import pytest
+from support.command_line import cli_command, cli_env, interrupted, sentence
 
 from sfi_local import SfiParams
 from sfi_local.binding import state_fill
-from sfi_local.lab.facts import measured_text
 from sfi_local.lab.bench import command as bench
 from sfi_local.lab.bench import report as bench_report
 from sfi_local.lab.bench.session import PIECE, BenchSession, Decoded
 from sfi_local.lab.checks import CheckError, compare, slow_and_fast
-from support.command_line import cli_command, cli_env, interrupted, sentence
+from sfi_local.lab.facts import measured_text
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--set", "policy=frozen,n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1,

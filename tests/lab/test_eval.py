@@ -9,16 +9,16 @@ import sys
 
 import numpy as np
 import pytest
+from support.command_line import cli_command, cli_env, interrupted, sentence
 
 from sfi_local import SfiParams
-from sfi_local.lab.facts import measured_text
 from sfi_local.lab.checks import CheckError
 from sfi_local.lab.eval import report as eval_report
 from sfi_local.lab.eval import text as eval_text
 from sfi_local.lab.eval.greedy import NEAR_TIE
 from sfi_local.lab.eval.rows import Row
+from sfi_local.lab.facts import measured_text
 from sfi_local.lab.trunk import SwitchSession
-from support.command_line import cli_command, cli_env, interrupted, sentence
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--set", "n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1, "-n", 20)

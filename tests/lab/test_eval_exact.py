@@ -4,23 +4,23 @@ import json
 import sys
 
 import pytest
+from support.command_line import sentence
 
 from sfi_local import Sampling, SfiParams
 from sfi_local.cli import main as command_line
-from sfi_local.lab.facts import measured_text
 from sfi_local.errors import InputError
 from sfi_local.lab.checks import CheckError
 from sfi_local.lab.eval import exact as eval_exact
 from sfi_local.lab.eval import report as eval_report
 from sfi_local.lab.eval.answers import answer
-from sfi_local.lab.eval.score import Score
 from sfi_local.lab.eval.command import measure
-from sfi_local.lab.eval.request import EvalPlan
 from sfi_local.lab.eval.exact import Difference, compare, from_rounding
 from sfi_local.lab.eval.prompts import excerpts
+from sfi_local.lab.eval.request import EvalPlan
 from sfi_local.lab.eval.rows import Row, plan
+from sfi_local.lab.eval.score import Score
+from sfi_local.lab.facts import measured_text
 from sfi_local.lab.trunk import Sessions
-from support.command_line import sentence
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--set", "policy=frozen,n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1)

@@ -76,7 +76,8 @@ def test_mode_exact_has_the_depth_of_the_rule_unless_it_is_typed():
     ("x:n_selected=many", "a whole number"), ("x:n_selected", "a whole number"), ("x:alpha=a", "a number"),
     ("x:boundary=maybe", "on or off"), ("x:mode=dens", "did you mean dense?"), ("x:kv_type=q8", "did you mean q8_0?"),
     ("x:slow_every=0", "slow_every"), ("x:draft=4", "mode=exact"), ("x:mode=exact,draft=33", "1 to 32"),
-    ("x:mode=exact,slow_every=3", "leave slow_every out"), ("x:mode=exact,kv_type=q8_0", "--kv-type"), ("x:policy=windo", "window"), ("x:n_recent=0", "n_recent")])
+    ("x:mode=exact,slow_every=3", "leave slow_every out"), ("x:mode=exact,kv_type=q8_0", "--kv-type"), ("x:policy=windo", "window"),
+    ("x:n_recent=0", "n_recent")])
 def test_a_row_that_cannot_be_is_a_sentence(text, said):
     with pytest.raises((UsageError, ArgumentError), match=said.replace("?", r"\?")):
         parse_row(text)

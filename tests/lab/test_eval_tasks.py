@@ -3,16 +3,16 @@
 import json
 
 import pytest
+from support.command_line import sentence
 
 from sfi_local import SfiParams
-from sfi_local.lab.facts import measured_text
 from sfi_local.errors import InputError
 from sfi_local.lab.checks import CheckError
 from sfi_local.lab.eval.answers import answer_all
 from sfi_local.lab.eval.prompts import N_PLACES, Prompt, ask, copies, passkeys, sentence_end, task_file
 from sfi_local.lab.eval.rows import Row
+from sfi_local.lab.facts import measured_text
 from sfi_local.lab.trunk import SwitchSession
-from support.command_line import sentence
 
 SMALL = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=40, max_span=12, min_span=2)
 OPTIONS = ("--set", "n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1)

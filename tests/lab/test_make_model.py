@@ -5,11 +5,11 @@ import errno
 
 import numpy as np
 import pytest
+from support.command_line import sentence
 
 from sfi_local.errors import SfiError
 from sfi_local.lab.make_model import BLOCKS, SHAPES, SPREAD, TYPES, Shape, Tensor, random_rows, tensors_of, write_model
 from sfi_local.store.gguf_file import read_gguf
-from support.command_line import sentence
 
 TINY = {"n_layer": 2, "n_embd": 256, "n_ff": 512, "n_head": 4, "n_head_kv": 2, "head_size": 64, "n_vocab": 320}
 

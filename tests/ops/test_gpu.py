@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from support.programs import check_ran, run_operations
 from support.tiny_model import write_tiny
 

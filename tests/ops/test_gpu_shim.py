@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from support.programs import check_ran, program, run_operations
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-
 from support import reference as ref
 from support.ggml_ops import POISON, Graph, encode
 from support.op_cases import EPS32, SEED, TYPES, Case, pass_on_path, simd_paths

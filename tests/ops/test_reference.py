@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from support import reference as ref
 
 SEED = 20260312

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-
 from support import reference as ref
 from support.ggml_ops import POISON, Graph, SketchFormat, encode, library
 from support.op_cases import EPS32, SEED, TYPES, Case, pass_on_path, simd_paths
@@ -200,7 +199,7 @@ class Scan:
     def unlooked(self, h_kv, x, off):
         """Of a group whose logits x [group, n_list] are: those of the cells that are not looked at again become -inf. Returns the
         log-sum-exp of these cells by the first look, per head, and whether it may be other cells, by rounding errors."""
-        c, group = self.case, len(x)
+        group = len(x)
         first = np.array([self.logits(h, first=True) for h in range(h_kv * group, (h_kv + 1) * group)])
         surely, perhaps = (ref.sketch_looked(first, self.second_look * np.exp(edge), self.n_used) for edge in (off, -off))
         assert surely.sum() <= self.n_looked[h_kv] <= perhaps.sum()

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-
 from support.ggml_ops import Graph, encode
 from support.tiny_model import SEED
 

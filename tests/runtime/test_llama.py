@@ -7,12 +7,13 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("native")
 
+from support.stacks import on_a_small_stack  # noqa: E402
+from support.tiny_model import write_tiny  # noqa: E402
+
 from sfi_local import SfiParams, SlowFastLlama  # noqa: E402
 from sfi_local.errors import ArgumentError, BusyError, DetachedError, InputError, ModelFileError  # noqa: E402
 from sfi_local.tuning import auto_depth  # noqa: E402
 from sfi_local.tuning.tolerance import Setting, remember  # noqa: E402
-from support.stacks import on_a_small_stack  # noqa: E402
-from support.tiny_model import write_tiny  # noqa: E402
 
 SMALL = SfiParams.of("frozen", n_recent=32, n_selected=40, max_span=12, min_span=2)
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12

@@ -7,14 +7,14 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from support.command_line import cli_env
+from support.shapes import SHAPES, write_shape
 
 from sfi_local.binding.context import new_context
 from sfi_local.binding.library import log
 from sfi_local.runtime import memory
 from sfi_local.store.gguf_file import read_gguf
 from sfi_local.store.layout import KV_TYPES, compute_bytes, kv_bytes, layers
-from support.command_line import cli_env
-from support.shapes import SHAPES, write_shape
 
 DEPTHS = (4096, 32768, 131072)
 

@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from support.command_line import cli_env
 
 from sfi_local import Sampling, SfiParams, load
 from sfi_local.binding.context import sequence_size
 from sfi_local.errors import ContextFullError, OutOfMemoryError
 from sfi_local.runtime.modes import MODES, mode_of
 from sfi_local.runtime.slot import Slot
-from support.command_line import cli_env
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -3,10 +3,10 @@
 import re
 
 import pytest
+from support.tiny_model import CHATML
 
 from sfi_local.errors import InputError
 from sfi_local.runtime.template import ChatTemplate, Message, fit_document
-from support.tiny_model import CHATML
 
 THINKER = ("{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
            "{% else %}{{ m.content }}{% endif %}[end]{% endfor %}{% if add_generation_prompt %}[assistant]<think>{% endif %}")

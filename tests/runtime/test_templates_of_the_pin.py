@@ -3,10 +3,10 @@
 import re
 
 import pytest
+from support import pin
 
 from sfi_local.errors import InputError
 from sfi_local.runtime.template import ChatTemplate, Message
-from support import pin
 
 TEMPLATES = pin.files("models/templates", ".jinja")
 MARKS = re.compile(r"<[|｜][^|｜\s]+[|｜]>|</?[a-z:]*think[a-z:]*>|\[/?(?:INST|THINK)\]|<\|channel>|<channel\|>")

@@ -8,10 +8,10 @@ import threading
 import time
 
 import pytest
+from support.command_line import cli_env
 
 from sfi_local import Sampling, SfiParams, load
 from sfi_local.errors import AbortedError, BusyError, DetachedError
-from support.command_line import cli_env
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -1,12 +1,12 @@
 """A conversation with a model that thinks: each turn computes only what is new, in every mode with the same tokens."""
 
 import pytest
+from support.tiny_model import write_tiny
 
 import sfi_local
 from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.template import Message
 from sfi_local.runtime.thoughts import ANSWER, THOUGHT, TokenThoughts
-from support.tiny_model import write_tiny
 
 THINKER = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
            "<|im_start|>assistant\n<think>\n")

@@ -4,13 +4,13 @@ import threading
 import time
 
 import pytest
+from support import pin
+from support.stacks import on_a_small_stack
+from support.vocabularies import vocabulary_of, write_bytes, write_sentencepiece
 
 from sfi_local.errors import InputError
 from sfi_local.runtime import long_text
 from sfi_local.runtime.template import ChatTemplate, Message
-from support import pin
-from support.stacks import on_a_small_stack
-from support.vocabularies import vocabulary_of, write_bytes, write_sentencepiece
 
 SOURCE = "{{ bos_token }}{% for m in messages %}[I]{{ m.content }}[/I]{{ eos_token }}{% endfor %}"
 VOCABULARIES = ("llama-spm", "phi-3", "llama-bpe", "gpt-2")

@@ -6,13 +6,13 @@ import types
 import zipfile
 
 import pytest
+from support.fake_hub import FakeHub
 
 from sfi_local import catalogue
 from sfi_local.catalogue import Entry, HfName, candidates, parse_hf, pick_gguf, quant_of, split_parts
 from sfi_local.errors import CatalogueError, PullError
 from sfi_local.store import disk, hub, pull, wheels
 from sfi_local.store.gguf_file import read_gguf
-from support.fake_hub import FakeHub
 
 PARTS = [b"GGUF weights " * 1000, b"of three parts " * 900, b"the last one"]
 WEIGHTS = b"".join(PARTS)

@@ -7,9 +7,10 @@ import pytest
 
 gguf = pytest.importorskip("gguf")
 
+from support.tiny_model import write_tiny  # noqa: E402
+
 from sfi_local.errors import ModelFileError  # noqa: E402
 from sfi_local.store.gguf_file import TYPE_BLOCKS, read_gguf  # noqa: E402
-from support.tiny_model import write_tiny  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 from huggingface_hub import constants
+from support.command_line import cli_env
+from support.fake_hub import COMMIT, FakeHub
 
 from sfi_local.catalogue import HfName, parse_hf
 from sfi_local.errors import PullError
 from sfi_local.store import disk, hub, pull
-from support.command_line import cli_env
-from support.fake_hub import COMMIT, FakeHub
 
 WEIGHTS, OTHER = b"GGUF weights" * 100_000, b"GGUF other"
 FILES = {"m-Q8_0.gguf": WEIGHTS, "m-Q8_0_L.gguf": OTHER, "m-Q4_0.gguf": OTHER * 2, "mmproj-Q8_0.gguf": b"x", "README.md": b"#",

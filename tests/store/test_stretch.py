@@ -1,13 +1,13 @@
 """A longer context by YaRN: what the metadata becomes, and that llama.cpp computes with it in every mode."""
 
 import pytest
+from support.tiny_model import N_CTX, write_tiny
 
 from sfi_local import load
 from sfi_local.errors import ArgumentError
 from sfi_local.runtime.sampling import Sampling
 from sfi_local.store.gguf_file import read_gguf
 from sfi_local.store.stretch import yarn
-from support.tiny_model import N_CTX, write_tiny
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and so on. " * 20
 

@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
+from support.command_line import sentence
 
 from sfi_local import SfiParams
 from sfi_local.errors import SfiError
 from sfi_local.tuning import tolerance
 from sfi_local.tuning.tolerance import TOLERANCES, Setting, choose, command_for, expired, fidelity_file, forget, recall, remember
-from support.command_line import sentence
 
 SETTINGS = [Setting(4e-3, 0.02, 0.05), Setting(1e-3, 0.004, 0.1), Setting(5e-4, 0.001, 0.2)]
 SKETCH = SfiParams()

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.command_line import cli_env, sentence
+from support.tiny_model import SEED
 
 from sfi_local.errors import NoSupportError
 from sfi_local.runtime.step import Step
 from sfi_local.view.data import NUMBERS, Collector, n_bins, numbers_of, pack_sets, page_data, sets_of, unpack_sets
 from sfi_local.view.page import page
 from sfi_local.view.sentences import read_most
-from support.command_line import cli_env, sentence
-from support.tiny_model import SEED
 
 SMALL = ("--set", "policy=frozen,n_recent=32,n_selected=40,max_span=12,min_span=2", "-t", 1, "--temp", 0, "--seed", 1)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12

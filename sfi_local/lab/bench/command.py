@@ -16,8 +16,7 @@ from sfi_local.lab import checks
 from sfi_local.lab.bench import report as bench_report
 from sfi_local.lab.bench.session import PIECE, BenchSession, Decoded
 from sfi_local.lab.checks import compare
-from sfi_local.lab.facts import (DEFAULT_TEXT, check_depth, facts, fetch, measured_text, params_facts, params_with_quality,
-                                 read_bandwidth, text_tokens)
+from sfi_local.lab.facts import DEFAULT_TEXT, check_depth, facts, fetch, measured_text, params_facts, params_with_quality, read_bandwidth, text_tokens
 from sfi_local.lab.other_work import OtherWork
 from sfi_local.lab.tables import FORMATS, check_plot
 from sfi_local.loading import load
@@ -71,8 +70,8 @@ def command(**options: Any) -> None:
 
     ceiling is tokens/s of stock at depth 0 over tokens/s of stock at that depth: what a step can gain at most when
     attention costs nothing. A ! marks rows during which other programs took more than a tenth of the CPUs' time. In a window
-    too narrow for all columns the least telling ones are left out; -o md, json and csv have all. GB/s counts weights and the K and V that were read once per step; KV GB/s, for stock and
-    dense, is K and V over the time that a step takes beyond one of stock at depth 0.
+    too narrow for all columns the least telling ones are left out; -o md, json and csv have all. GB/s counts weights and the
+    K and V that were read once per step; KV GB/s, for stock and dense, is K and V over the time that a step takes beyond one of stock at depth 0.
     """
     asked = take_params(options)
     output, plot = options.pop("output"), options.pop("plot")
