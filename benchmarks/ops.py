@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
 
-import ggml_ops  # noqa: E402
 import test_sketch_ops as ops  # noqa: E402
+from support import ggml_ops  # noqa: E402
 from support import reference as ref  # noqa: E402
 
 SHAPES = {  # n_list, n_head, n_head_kv, n_embd, layers of the model, layers that fit the memory of this program
