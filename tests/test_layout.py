@@ -112,3 +112,13 @@ def prints(tree):
 def test_only_faces_print():
     assert [(name, line) for name, tree in SOURCES.items() if room(name) not in FACES and name != LOG for line in prints(tree)] == []
     assert [name for name in SOURCES if any(prints(SOURCES[name]))]
+
+
+def test_what_the_library_says_names_parameters_and_not_options():
+    """An app has no command line: cli/spelling.py says how the parameters of a remedy are typed there."""
+    for room in ("binding", "store", "runtime", "tuning"):
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            said = [node for raised in ast.walk(tree) if isinstance(raised, ast.Raise) for node in ast.walk(raised)]
+            texts = [node.value for node in said if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+            assert not [text for text in texts if " --" in text or text.startswith("--")], path

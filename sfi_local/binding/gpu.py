@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sfi_local.binding.devices import Ggml
 from sfi_local.binding.library import LIB_DIR
-from sfi_local.errors import ArgumentError, OutOfMemoryError
+from sfi_local.errors import ArgumentError, OutOfMemoryError, Remedy
 from sfi_local.machine import human_bytes
 
 _GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU
@@ -63,11 +63,11 @@ def usable(gpu_layers: int | None) -> tuple[list[Gpu], str]:
         return found, ""
     built = backends()
     if gpu_layers:
-        why = (f"the {', '.join(built)} backend of this build finds none: is the driver there, and new enough?" if built else
+        why = (f"the {', '.join(built)} backend of this build finds none: is the driver there, and new enough" if built else
                "this build has no backend for one: build with e.g. CMAKE_ARGS=\"-DLLAMA_BUILD=OFF -DGGML_CUDA=ON\"")
-        raise ArgumentError(f"There is no GPU for --gpu-layers {gpu_layers}; {why}. Leave the option out to decode on the CPU.")
+        raise ArgumentError(f"There is no GPU for {gpu_layers} layers; {why}", Remedy("leave {} out to decode on the CPU", "gpu_layers"))
     return [], (f"The {', '.join(built)} backend of this build finds no GPU (is the driver there, and new enough?): decoding on the "
-                f"CPU. --gpu-layers 0 says that this is meant." if built else "")
+                f"CPU. With no layers for a GPU this is not said." if built else "")
 
 
 def share_of(n_layer: int, gpu_layers: int | None, found: list[Gpu]) -> float:
@@ -87,6 +87,6 @@ def room_for_context(need: Need, found: list[Gpu], n_layer: int) -> int:
         names = " and ".join(f"{g.description} ({human_bytes(g.free)} free)" for g in found)
         raise OutOfMemoryError(
             f"{need.what} needs {human_bytes(wanted)} on the GPU (weights {human_bytes(int(need.share * need.weights))}, context "
-            f"{human_bytes(int(need.share * need.context))}), {human_bytes(wanted - usable)} more than {names} can give: use "
-            f"--kv-type q8_0, lower --ctx, or keep layers on the CPU with --gpu-layers {fit}.")
+            f"{human_bytes(int(need.share * need.context))}), {human_bytes(wanted - usable)} more than {names} can give",
+            Remedy("use {}", "type_k", "q8_0"), Remedy("lower {}", "n_ctx"), Remedy("keep layers on the CPU with {}", "gpu_layers", fit))
     return int((usable - need.share * need.weights) / need.share)

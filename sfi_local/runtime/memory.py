@@ -14,13 +14,14 @@ from sfi_local.binding import gpu
 from sfi_local.binding.context import MAX_OUTPUTS, N_BATCH
 from sfi_local.binding.devices import all_native
 from sfi_local.binding.simulate import Simulated, simulated
-from sfi_local.errors import OutOfMemoryError
+from sfi_local.errors import OutOfMemoryError, Remedy
 from sfi_local.machine import available_memory, human_bytes
 from sfi_local.params import SfiParams
 from sfi_local.store import layout
 from sfi_local.store.gguf_file import GgufFile
 from sfi_local.store.layout import Layer
 
+ANYWAY = Remedy("go on anyway with {}", "force", True)
 MIN_CTX = 512          # a context smaller than this is of no use
 MEMORY_SHARE = 0.9     # of the available memory, what weights and context may take
 MOST_MAPPED = 4        # times that memory: weights of more are not worth waiting for
@@ -150,7 +151,7 @@ def check_memory(file: GgufFile, cost: ContextCost, n_ctx: int, share: float, gp
     except OutOfMemoryError as error:
         if not force:
             raise
-        return Room(None, mapped_only=True, notes=[f"Going on, as --force says, though {error}"])
+        return Room(None, mapped_only=True, notes=[f"Going on, as asked, though {error.sentence}."])
     return Room(min((room.n_bytes for room in rooms if room.n_bytes is not None), default=None),
                 any(room.mapped_only for room in rooms), [note for room in rooms for note in room.notes])
 
@@ -185,11 +186,11 @@ def _host_room(file: GgufFile, cost: ContextCost, n_ctx: int, share: float) -> R
     if size > usable:
         raise OutOfMemoryError(
             f"{file.path} needs {human_bytes(share * size)} for a context of {n_ctx} tokens, {human_bytes(share * (size - usable))} more "
-            f"than can be used here: {_what_fits(cost, n_ctx, usable)}. Or close programs; --force goes on regardless.")
+            f"than can be used here", *_what_fits(cost, n_ctx, usable), Remedy("close programs"), ANYWAY)
     if file.n_bytes > MOST_MAPPED * usable:
         raise OutOfMemoryError(
             f"{file.path} needs {human_bytes(share * file.n_bytes)} for its weights, {human_bytes(share * (file.n_bytes - usable))} more "
-            f"than can be used here: take a smaller quantisation, or a smaller model. --force goes on regardless.")
+            f"than can be used here", Remedy("take a smaller quantisation"), Remedy("take a smaller model"), ANYWAY)
     room = Room(max(usable - file.n_bytes, usable // 2, size))
     if file.n_bytes + size <= usable:
         return room
@@ -199,14 +200,14 @@ def _host_room(file: GgufFile, cost: ContextCost, n_ctx: int, share: float) -> R
         f"quantisation of the model is faster here."])
 
 
-def _what_fits(cost: ContextCost, n_ctx: int, room: int) -> str:
+def _what_fits(cost: ContextCost, n_ctx: int, room: int) -> list[Remedy]:
     """What to do where n_ctx cells do not fit."""
     ways = []
-    for way, of_type in (("", cost), ("--kv-type q8_0 and ", cost.of_type("q8_0"))):
+    for kind, of_type in (("", cost), ("q8_0", cost.of_type("q8_0"))):
         cells = min(n_ctx, of_type.cells(room)) // PAD_CTX * PAD_CTX
-        if cells >= MIN_CTX and (not way or "q8_0" not in (cost.type_k, cost.type_v)):
-            ways.append(f"use {way}--ctx {cells}")
-    return " or ".join(ways) or "take a smaller model"
+        if cells >= MIN_CTX and (not kind or kind not in (cost.type_k, cost.type_v)):
+            ways.append(Remedy(f"use {{}} with K and V as {kind}" if kind else "use {}", "n_ctx", cells))
+    return ways or [Remedy("take a smaller model")]
 
 
 def _padded(n_ctx: int) -> int:

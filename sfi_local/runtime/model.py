@@ -291,7 +291,8 @@ class Model:
             self._params = slot.params
         if slot.n_ctx > self.file.n_ctx_train > 0:
             way = "" if self.file.get("rope.scaling.type") else (
-                f" Models that are made for YaRN, as Qwen2.5 and Qwen3 are, keep up with --yarn {math.ceil(slot.n_ctx / self.file.n_ctx_train)}.")
+                f" Models that are made for YaRN, as Qwen2.5 and Qwen3 are, keep up when the context is stretched by YaRN, "
+                f"{math.ceil(slot.n_ctx / self.file.n_ctx_train)} times.")
             self._note(f"The context of {slot.n_ctx} tokens is longer than the {self.file.n_ctx_train} the model was "
                        f"trained on: expect worse answers beyond that.{way}")
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Callable, Iterable, Protocol, Sequence
 
-from sfi_local.errors import InputError
+from sfi_local.errors import InputError, Remedy
 from sfi_local.runtime.thoughts import ANSWER, TAIL, THOUGHT, ThoughtStream, formats_of
 
 # (text, add_bos, special) -> token ids
 Tokenize = Callable[[str, bool, bool], list[int]]
 
+RAW = Remedy("give a text by {}, without the template", "complete()")
 _PROBE = "Qz system text zQ"  # is in no template
 _RESERVED = ("messages", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now")
 
@@ -160,8 +161,8 @@ class ChatTemplate:
     def _as_text(self, messages: list[Message]) -> list[Message]:
         """Answers as text, thoughts apart. Raises InputError where nothing is known of the tokens."""
         if self._vocabulary is None:
-            raise InputError("This model's chat template rearranges messages, so a chat cannot go on: use --raw, or ask one "
-                             "question at a time.")
+            raise InputError("This model's chat template rearranges messages, so a chat cannot go on", Remedy("ask one question at "
+                             "a time"), RAW)
         out: list[Message] = []
         for i, m in enumerate(messages):
             if m.role == "assistant" and not m.is_text:
@@ -194,8 +195,8 @@ class ChatTemplate:
         try:
             rendered = self._formatter(messages=messages, **self._arguments).prompt
         except Exception as error:  # templates raise what they like
-            raise InputError(f"The model's chat template refuses these messages ({error}): leave out --system, or use "
-                             f"--raw.") from None
+            raise InputError(f"The model's chat template refuses these messages ({error})", Remedy("leave out {}", "system"),
+                             RAW) from None
         return rendered + self._closed_thought(rendered)
 
     @property
@@ -261,10 +262,10 @@ class ChatTemplate:
         if self.source is None:
             self._note("This model has no chat template: the text is given to it as it is, to go on with.")
         for name in sorted(set(self._given) - self.variables):
-            self._note(f"The model's chat template does not know {name}: --template-arg {name} changes nothing.")
+            self._note(f"The model's chat template does not know {name}, which changes nothing.")
         if self._think is not None and not (set(self._arguments) - set(self._given) or self._needs_word
                                             or (not self._think and self.formats[0].is_in(self.source or ""))):
-            self._note(f"The model's chat template has no switch for thoughts: --{'' if self._think else 'no-'}think changes nothing.")
+            self._note(f"The model's chat template has no switch for thoughts: asking for {'them' if self._think else 'none'} changes nothing.")
 
 
 @lru_cache(maxsize=128)  # parsing takes longer than rendering
@@ -274,7 +275,7 @@ def _formatter(source: str, bos: str, eos: str) -> Any:
     try:
         return Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
     except Exception as error:  # of Jinja
-        raise InputError(f"The model's chat template cannot be read ({error}): use --raw.") from None
+        raise InputError(f"The model's chat template cannot be read ({error})", RAW) from None
 
 
 @lru_cache(maxsize=128)
@@ -397,5 +398,5 @@ def _head(text: str, start: str) -> str:
 
 def too_long(n: int | str, n_ctx: int) -> InputError:
     """The refusal of a prompt of n tokens in a context of n_ctx."""
-    return InputError(f"The prompt has {n} tokens and the context {n_ctx}: take the head of the file with --truncate or "
-                      f"--max-prompt-tokens N, shorten it, or use a model with a longer context.")
+    return InputError(f"The prompt has {n} tokens and the context {n_ctx}", Remedy("take {}", "the head of the text"), Remedy("shorten it"),
+                      Remedy("use a model with a longer context"))

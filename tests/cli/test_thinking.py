@@ -69,7 +69,7 @@ def test_an_argument_is_json_or_text(cli, thinker):
 
 def test_what_has_no_effect_is_said(cli, tiny):
     done = cli("run", tiny, *OPTIONS, "-n", "1", "--no-think", "--template-arg", "cheese=1")
-    assert b"--no-think changes nothing" in done.stderr and b"does not know cheese" in done.stderr
+    assert b"asking for none changes nothing" in done.stderr and b"does not know cheese" in done.stderr
 
 
 def test_a_model_without_a_template_says_so(cli, native, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from sfi_local import SfiParams, load
 from sfi_local.binding import gpu
+from sfi_local.cli.spelling import spelled
 from sfi_local.errors import ArgumentError, OutOfMemoryError
 from sfi_local.runtime import memory
 from sfi_local.runtime.memory import ContextCost, Room, by_metadata, check_memory, exact_cost
@@ -35,7 +36,7 @@ def test_what_is_left_is_for_the_context():
 def test_too_little_memory_is_refused_with_what_is_missing_and_what_would_fit():
     with pytest.raises(OutOfMemoryError) as refusal:
         gpu.room_for_context(need(6, 4), [CARD], 32)
-    text = str(refusal.value)
+    text = refusal.value.told(spelled)
     assert "2.6 GB more than a small card (8.6 GB free)" in text and "--kv-type q8_0" in text
     layers = int(text.rstrip(".").rsplit(" ", 1)[1])
     assert gpu.room_for_context(need(6, 4, gpu.share_of(32, layers, [CARD])), [CARD], 32)
@@ -78,8 +79,9 @@ def test_a_context_that_does_not_fit_is_refused_with_what_would(tiny, available)
     available(stock.bytes(n // 2))
     with pytest.raises(OutOfMemoryError, match="more than can be used here") as refusal:
         check_memory(file, stock, n, 0, [])
-    ctx, quantised = (int(cells) for cells in re.findall(r"--ctx (\d+)", str(refusal.value)))
-    assert "--force" in str(refusal.value) and "--kv-type q8_0 and --ctx" in str(refusal.value)
+    ctx, quantised = (int(cells) for cells in re.findall(r"--ctx (\d+)", refusal.value.told(spelled)))
+    assert "go on anyway with force=True" in str(refusal.value) and "with K and V as q8_0" in str(refusal.value)
+    assert "--ctx" in refusal.value.told(spelled) and "--force" in refusal.value.told(spelled)
     assert check_memory(file, stock, ctx, 0, []).n_bytes
     assert check_memory(file, cost(file, kv_type="q8_0"), quantised, 0, []).n_bytes and quantised > ctx
     forced = check_memory(file, stock, n, 0, [], force=True)
@@ -121,10 +123,10 @@ def test_a_loaded_model_knows_the_largest_context(tiny, available):
     with load(tiny, n_threads=1) as model:  # what a sketch holds has to fit too
         assert 512 <= model.n_ctx_limit < n
     available(size // 10)
-    with pytest.raises(OutOfMemoryError, match="--force"):
+    with pytest.raises(OutOfMemoryError, match="force=True"):
         load(tiny, n_ctx=4096)
     with load(tiny, n_ctx=512, n_threads=1, mode="stock", force=True) as model:
-        assert "--force" in model.notes[0]
+        assert "Going on, as asked" in model.notes[0]
         assert next(model.generate("x", n=1)).text is not None
 
 
@@ -159,4 +161,4 @@ def test_the_command_line_says_it_in_a_sentence(cli, tiny):
         pytest.skip("there is a GPU")
     done = cli("run", tiny, "-p", "x", "-n", 1, "--gpu-layers", 3)
     assert done.returncode == 1 and done.stdout == b""
-    assert b"There is no GPU for --gpu-layers 3" in done.stderr and b"Traceback" not in done.stderr
+    assert b"There is no GPU for 3 layers" in done.stderr and b"Traceback" not in done.stderr

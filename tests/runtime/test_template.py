@@ -194,7 +194,7 @@ def test_thoughts_are_switched_off_as_the_template_does_it(kind):
 def test_a_template_without_a_switch_says_so():
     notes = []
     template(CHATML, think=False, arguments={"cheese": 1}, note=notes.append).tokens([user("Hi")])
-    assert "--no-think changes nothing" in notes[1] and "does not know cheese" in notes[0]
+    assert "asking for none changes nothing" in notes[1] and "does not know cheese" in notes[0]
 
 
 def test_arguments_reach_the_template_and_win():

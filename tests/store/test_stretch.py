@@ -79,7 +79,7 @@ def test_what_is_typed_wrong_is_a_sentence(cli, tiny, typed, word):
 def test_the_note_about_a_longer_context_names_it(tiny):
     with load(tiny, n_threads=1, mode="stock", n_ctx=3 * N_CTX) as model:
         next(model.generate("x", n=1))
-        assert "longer than the 4096" in model.notes[-1] and "--yarn 3" in model.notes[-1]
+        assert "longer than the 4096" in model.notes[-1] and "by YaRN, 3 times" in model.notes[-1]
     with load(tiny, n_threads=1, mode="stock", n_ctx=3 * N_CTX, yarn=2) as model:
         next(model.generate("x", n=1))
-        assert "longer than the 8192" in model.notes[-1] and "--yarn" not in model.notes[-1]
+        assert "longer than the 8192" in model.notes[-1] and "YaRN" not in model.notes[-1]
