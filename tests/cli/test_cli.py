@@ -276,7 +276,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tiny, tmp_path, phase):
     """The child raises SIGINT itself at the start of the phase, where a user's Ctrl-C may fall."""
     hook = {
         "load": "import sfi_local.loading as m; old = m.load_weights; m.load_weights = lambda *a: (hit(), old(*a))[1]",
-        "prefill": "import sfi_local.runtime.slot as s; old = s._report; s._report = lambda *a: (hit(), old(*a))[1]",
+        "prefill": "import sfi_local.runtime.slot as s; old = s.Slot._report; s.Slot._report = lambda *a: (hit(), old(*a))[1]",
         "decode": "import sfi_local.runtime.slot as s; old = s.Slot.step; s.Slot.step = lambda *a: (hit(), old(*a))[1]",
     }[phase]
     code = (f"import signal, sys, threading\nhit = lambda: signal.raise_signal(signal.SIGINT)\n{hook}\n"

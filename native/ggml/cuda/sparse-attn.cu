@@ -511,7 +511,7 @@ void sparse_attn(const gpu & g, const ggml_tensor * dst) {
         a.cells_lse = a.logits + (int64_t) a.n_head*a.n_always;
     }
     with_kv_type(k->type, [&](auto type) { launch_size<decltype(type)::value>(g, a, (int) q->ne[3], k->ne[0]); });
-    if (a.has_evidence) {
+    if (a.has_evidence && a.n_always > 0) { // no GPU accepts a launch of nothing
         constexpr int threads = 256;
         SFI_LAUNCH(own_evidence_kernel, dim3((unsigned) n_chunks(a.n_always, threads), a.n_head_kv), dim3(threads), g.stream,
             a.logits, a.cells_lse, a.always, (const int32_t *) dst->src[8]->data, a.n_always, a.group,
