@@ -53,7 +53,7 @@ SFI_INLINE void add_plane(typename B::Q (* q)[M], const typename B::P * plane, c
 }
 
 template <class F>
-SFI_INLINE float total(typename F::V x) {
+SFI_INLINE float sum_lanes(typename F::V x) {
     float lanes[F::W], sum = 0.0f;
     F::store(lanes, x);
     for (int i = 0; i < F::W; ++i) {
@@ -61,6 +61,20 @@ SFI_INLINE float total(typename F::V x) {
     }
     return sum;
 }
+
+// A sum of many vectors. One lane alone would round every term off a sum that is a thousand times as large: it takes double.
+template <class F> struct long_sum {
+    typename F::V v = F::zero();
+    SFI_INLINE void  add(typename F::V x)        { v = F::add(v, x); }
+    SFI_INLINE void  add_all(const long_sum & o) { add(o.v); }
+    SFI_INLINE float total() const               { return sum_lanes<F>(v); }
+};
+template <> struct long_sum<scalar> {
+    double v = 0.0;
+    SFI_INLINE void  add(float x)                { v += x; }
+    SFI_INLINE void  add_all(const long_sum & o) { v += o.v; }
+    SFI_INLINE float total() const               { return (float) v; }
+};
 
 // what is summed up while logits are at hand: nothing ...
 struct no_sums {
@@ -70,11 +84,12 @@ struct no_sums {
 // ... or powers of them, and the largest
 template <class F, int N>
 struct power_sums {
-    typename F::V shift[N], most[N], sum[N];
+    typename F::V shift[N], most[N];
+    long_sum<F>   sum[N];
 
     SFI_INLINE void add(int h, typename F::V x) {
         most[h] = F::max(most[h], x);
-        sum[h]  = F::add(sum[h], F::exp2(F::add(x, shift[h])));
+        sum[h].add(F::exp2(F::add(x, shift[h])));
     }
 };
 
@@ -154,12 +169,11 @@ void run_summed(const sketch_layout & l, const uint8_t * block, int n, const pro
     for (int h = 0; h < N; ++h) {
         sums.shift[h] = F::set1(-p[h].most);
         sums.most[h]  = F::set1(-INFINITY);
-        sums.sum[h]   = F::zero();
     }
     all_logits<B, N>(l, block, n, p, t, ld, sums);
     SFI_UNROLL
     for (int h = 0; h < N; ++h) {
-        out[h] = { F::hmax(sums.most[h]), total<F>(sums.sum[h]) };
+        out[h] = { F::hmax(sums.most[h]), sums.sum[h].total() };
     }
 }
 
@@ -297,13 +311,13 @@ template <class B>
 float shares(const float * t, int64_t n, float log2_sum, float * out) {
     using F = typename B::F;
     const typename F::V shift = F::set1(-log2_sum);
-    typename F::V sum = F::zero();
+    long_sum<F> sum;
     for (int64_t i = 0; i < n; i += F::W) {
         const typename F::V x = F::exp2(F::add(F::load(t + i), shift));
         F::store(out + i, x);
-        sum = F::add(sum, x);
+        sum.add(x);
     }
-    return total<F>(sum);
+    return sum.total();
 }
 
 template <class F>
@@ -323,16 +337,17 @@ powers powers_of(const float * t, int64_t n) {
         return { top, 0.0f };
     }
     const typename F::V shift = F::set1(-top);
-    typename F::V sum[2] = { F::zero(), F::zero() };
+    long_sum<F> sum[2];
     int64_t i = 0;
     for (; i + 2*F::W <= n; i += 2*F::W) {
-        sum[0] = F::add(sum[0], F::exp2(F::add(F::load(t + i), shift)));
-        sum[1] = F::add(sum[1], F::exp2(F::add(F::load(t + i + F::W), shift)));
+        sum[0].add(F::exp2(F::add(F::load(t + i), shift)));
+        sum[1].add(F::exp2(F::add(F::load(t + i + F::W), shift)));
     }
     if (i < n) {
-        sum[0] = F::add(sum[0], F::exp2(F::add(F::load(t + i), shift)));
+        sum[0].add(F::exp2(F::add(F::load(t + i), shift)));
     }
-    return { top, total<F>(F::add(sum[0], sum[1])) };
+    sum[0].add_all(sum[1]);
+    return { top, sum[0].total() };
 }
 
 template <class B>
