@@ -57,7 +57,8 @@ def knobs() -> str:
     """Every sampler and every parameter: default, unit, and what its dataclass says of it."""
     return "\n".join([
         "-o KEY=VALUE: samplers, on run and view; --temp and --seed are options of their own.", "",
-        *_table(Sampling, SAMPLERS, _default_of_sampler), "",
+        *_table(Sampling, SAMPLERS, _default_of_sampler),
+        *_entry("grammar, json_schema", "none", "GBNF text, or a JSON schema, that the answer obeys; @FILE reads it from a file", ""), "",
         "--set FIELD=VALUE[,FIELD=VALUE]: parameters of slow-fast decoding, on run, view, bench, eval, inspect and calibrate.",
         "Defaults are those of policy sketch; others that differ are named.", "",
         *_table(SfiParams, kinds(SfiParams), _default_of_parameter),

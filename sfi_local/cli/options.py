@@ -19,7 +19,9 @@ from sfi_local.runtime.settings import MAX_CTX, MAX_LAYERS, MAX_THREADS, Quality
 from sfi_local.store.layout import KV_TYPES
 
 OWN_OPTIONS = ("temp", "seed")  # fields of Sampling that have an option of their own
+TEXTS = ("grammar", "json_schema")  # fields of Sampling whose value may come from a file
 SAMPLERS = kinds(Sampling, without=OWN_OPTIONS)
+MAX_TEXT = 1 << 20
 PARAMETERS = kinds(SfiParams)
 SET_ONLY = {"draft": int}  # of run and view, beside PARAMETERS
 COUNT = click.IntRange(1, MAX_INT)
@@ -53,7 +55,7 @@ def answer_options(n: int | None, mode: str) -> Callable:
                      help=f"Temperature; 0: the likeliest token [default: {Sampling.temp}]"),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Seed of the sampler [default: random]"),
         click.option("-o", "--option", "samplers", multiple=True, metavar="KEY=VALUE", callback=_samplers,
-                     help="A sampler, e.g. -o top_k=40; see `help knobs`."),
+                     help="A sampler, e.g. top_k=40; see `help knobs`."),
         click.option("--raw", is_flag=True, help="The text as it is, without the chat template."),
         click.option("--truncate", is_flag=True, help="Cut the file to what the context holds."),
         click.option("--max-prompt-tokens", type=COUNT, metavar="N", help="Cut the file to a prompt of N tokens."),
@@ -70,6 +72,7 @@ def model_options(command: Callable) -> Callable:
         threads_option,
         click.option("--kv-type", type=click.Choice(list(KV_TYPES)), default=Settings.type_k, metavar="TYPE",
                      help=f"{', '.join(KV_TYPES)} [default: {Settings.type_k}]"),
+        click.option("--lora", multiple=True, callback=_lora, metavar="FILE[:X]", help="A LoRA adapter, and its strength."),
         click.option("--yarn", callback=_yarn, metavar="TIMES[:N]", help="Stretch the trained context of N tokens by YaRN."),
         gpu_option,
         force_option,
@@ -107,6 +110,17 @@ def _yarn(ctx: click.Context, option: click.Parameter, text: str | None) -> tupl
     return (float(match[1]), int(match[2])) if match[2] else float(match[1])
 
 
+def _lora(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    """(file, strength) of each. What stands behind the last colon is a strength only if it is a number: paths may have colons."""
+    def one(text: str) -> tuple[str, float]:
+        path, colon, strength = text.rpartition(":")
+        try:
+            return (path, float(strength)) if colon and path else (text, 1.0)
+        except ValueError:
+            return text, 1.0
+    return tuple(map(one, texts))
+
+
 def force_option(command: Callable) -> Callable:
     """--force."""
     return click.option("--force", is_flag=True, help="Go on where the memory is too small.")(command)
@@ -130,14 +144,34 @@ def set_options(**own: type) -> Callable:
 
 
 def _samplers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    rest: list[str] = []
     for text in texts:
-        name = text.partition("=")[0].strip()
+        name, _, value = (part.strip() for part in text.partition("="))
         if name in OWN_OPTIONS:
             raise UsageError(f"-o {text}: {name} has an option of its own: use --{name}.")
-    given = _parsed(texts, SAMPLERS, "-o")
+        if name in TEXTS:
+            given[name] = _text(name, value)
+        else:
+            rest.append(text)
+    given.update(_parsed(tuple(rest), SAMPLERS, "-o"))
     with usage():
         Sampling(**given).validate()
     return given
+
+
+def _text(name: str, value: str) -> str:
+    """A value that may hold commas, or @FILE. Raises UsageError."""
+    if not value.startswith("@"):
+        return value
+    try:
+        with open(value[1:], encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"-o {name}: {value[1:]} cannot be read ({error}): give a text file.") from None
+    if len(text) > MAX_TEXT:
+        raise UsageError(f"-o {name}: {value[1:]} has more than {MAX_TEXT} characters, too many for a {name}.")
+    return text
 
 
 def _parsed(texts: tuple[str, ...], allowed: dict[str, type], source: str) -> dict[str, Any]:
@@ -169,7 +203,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
     kv_type = options.pop("kv_type")
     return _checked(Settings(mode=options.pop("mode"), n_ctx=options.pop("ctx"), n_threads=options.pop("threads"), type_k=kv_type,
                              type_v=kv_type, gpu_layers=options.pop("gpu_layers"), params=given, quality=_take_quality(options), yarn=options.pop("yarn"),
-                             force=options.pop("force")))
+                             lora=options.pop("lora"), force=options.pop("force")))
 
 
 def take_params(options: dict[str, Any]) -> Settings:

@@ -288,6 +288,13 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tiny, tmp_path, phase):
 
 
 @posix
+def test_an_answer_obeys_a_grammar_and_a_missing_adapter_is_said(cli, tiny):
+    done = cli("run", tiny, "--raw", "-p", "x", "-n", 9, "-t", 1, "-o", 'grammar=root ::= "yes" | "no"')
+    assert done.returncode == 0 and done.stdout.strip() in (b"yes", b"no")
+    assert "There is no LoRA adapter" in sentence(cli("run", tiny, "-p", "x", "-n", 1, "--lora", "no.gguf:2"))
+    assert "grammar" in sentence(cli("run", tiny, "-p", "x", "-n", 1, "-o", "grammar=root ::= ("))
+
+
 def test_ctrl_c_from_outside_ends_a_long_run(smollm2):
     command = cli_command("run", smollm2, "--raw", "-p", "one, two, three, four, five,", "--temp", 0, "-n", -1, "--mode", "sfi")
     process = subprocess.Popen(command, env=cli_env(),

@@ -91,3 +91,18 @@ def test_errors_speak_of_options_here_and_of_parameters_in_python():
 def test_every_spelling_is_an_option():
     names = {name for command in ("run", "bench") for option in group.get_command(None, command).params for name in option.opts}
     assert set(OPTIONS.values()) - {"--force"} <= names
+
+
+def test_a_grammar_and_a_schema_may_hold_commas_and_come_from_a_file(tmp_path):
+    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {}}')
+    assert parsed("run", "-o", 'grammar=root ::= "a", "b"', "-o", "top_k=3,min_p=0")["samplers"] == {
+        "grammar": 'root ::= "a", "b"', "top_k": 3, "min_p": 0.0}
+    assert parsed("run", "-o", f"json_schema=@{tmp_path / 'schema.json'}")["samplers"]["json_schema"].startswith('{"type"')
+    assert "cannot be read" in refused("run", "-o", "grammar=@no-such-file")
+    (tmp_path / "long").write_text("x" * (1 << 20) + "y")
+    assert "too many for a grammar" in refused("run", "-o", f"grammar=@{tmp_path / 'long'}")
+
+
+def test_adapters_and_their_strengths():
+    assert parsed("run", "--lora", "a.gguf", "--lora", "C:/b.gguf:0.5", "--lora", "C:/c.gguf")["lora"] == (
+        ("a.gguf", 1.0), ("C:/b.gguf", 0.5), ("C:/c.gguf", 1.0))
