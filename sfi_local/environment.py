@@ -7,6 +7,7 @@ VARIABLES = {
     "SFI_LOCAL_CACHE": "The folder of fetched models and of what was measured once; else that of the system for caches.",
     "SFI_LOCAL_AUTO_DEPTH": "Cells from which mode auto is slow-fast, in the place of a measurement; 0: a rule decides.",
     "SFI_LOCAL_NO_HISTORY": "1: a chat keeps nothing of what is typed for another day.",
+    "SFI_LOCAL_API_KEY": "The key of `serve`, in the place of --api-key, which other users of the machine can see.",
     "SFI_PORTABLE_PATH": "1: supports from ggml's own operations on every device, as where a backend lacks ours; for tests.",
     "SFI_SIMD": "scalar or avx2: the instructions that our operations use, instead of the widest of this CPU; for tests.",
     "XDG_CACHE_HOME": "Where caches are kept on Linux, if SFI_LOCAL_CACHE is not set.",

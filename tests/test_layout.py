@@ -12,7 +12,7 @@ from support.command_line import cli_env
 PACKAGE = Path(__file__).resolve().parents[1] / "sfi_local"
 MOST_LEVELS = 8
 HEAVY = ("click", "prompt_toolkit", "huggingface_hub", "matplotlib", "jinja2", "numpy", "llama_cpp")
-FACES = ("cli", "lab", "view")  # these print
+FACES = ("cli", "lab", "serve", "view")  # these print
 LOG = "sfi_local.binding.library"  # llama.cpp's own log, for --verbose
 BUILT = ("sfi_local._sfi", "sfi_local._build_info")  # by CMake, not in this tree
 AFTER_THE_LIBRARY = "sfi_local.llama"  # its class inherits from llama_cpp's, so importing it loads the library

@@ -157,16 +157,17 @@ static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llam
     }));
 }
 
-static int prefill(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
+// more: this is not the end of the text, so nothing is chosen and no logits are kept
+static int prefill(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n, bool more, sfi_progress_fn progress, void * user) {
     const int32_t n_batch = (int32_t) llama_n_batch(s->lctx);
-    const bool    refresh = support.facts(seq).depth + n >= s->schedule.auto_depth;
+    const bool    refresh = !more && support.facts(seq).depth + n >= s->schedule.auto_depth;
     auto & history = s->histories[seq];
     history.clear(); // also if it fails: nothing is known then of the text before
     for (int32_t i = 0; i < n; i += n_batch) {
         const int32_t m     = std::min(n_batch, n - i);
         const bool    last  = i + m == n;
         const int64_t start = ggml_time_us();
-        if (const int err = decode(s, support, seq, tokens + i, m, LLAMA_SUPPORT_PREFILL, refresh && last, last)) {
+        if (const int err = decode(s, support, seq, tokens + i, m, LLAMA_SUPPORT_PREFILL, refresh && last, !more && last)) {
             return err;
         }
         count_prefill(s, m, ggml_time_us() - start);
@@ -181,7 +182,7 @@ static int prefill(sfi * s, llama_support & support, llama_seq_id seq, const lla
     return SFI_OK;
 }
 
-int sfi_prefill(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
+static int checked_prefill(sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, bool more, sfi_progress_fn progress, void * user) {
     return guarded(s, [&](llama_support & support) {
         if (!tokens || n < 1) {
             return fail(SFI_ERR_ARGUMENT, "There are no tokens to prefill.");
@@ -204,8 +205,16 @@ int sfi_prefill(struct sfi * s, llama_seq_id seq, const llama_token * tokens, in
             }
             return !s->cancelled;
         };
-        return prefill(s, support, seq, tokens, n, progress, user);
+        return prefill(s, support, seq, tokens, n, more, progress, user);
     });
+}
+
+int sfi_prefill(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
+    return checked_prefill(s, seq, tokens, n, false, progress, user);
+}
+
+int sfi_prefill_part(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, sfi_progress_fn progress, void * user) {
+    return checked_prefill(s, seq, tokens, n, true, progress, user);
 }
 
 static llama_support_kind support_kind(const slowfast::decision & d) {

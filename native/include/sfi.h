@@ -181,6 +181,11 @@ typedef bool (*sfi_progress_fn)(void * user, enum sfi_phase phase, int32_t done,
 SFI_API int sfi_prefill(struct sfi * sfi, llama_seq_id seq, const llama_token * tokens, int32_t n,
                         sfi_progress_fn progress, void * user);
 
+/* The beginning of a text whose rest follows by another call: nothing is chosen yet, and no logits are kept. So a server reads a
+ * prompt in pieces as short as it likes, and the last of them, by sfi_prefill(), chooses as if there had been one. */
+SFI_API int sfi_prefill_part(struct sfi * sfi, llama_seq_id seq, const llama_token * tokens, int32_t n,
+                             sfi_progress_fn progress, void * user);
+
 /* One token of one sequence. FAST without a valid support is refused with SFI_ERR_NO_SUPPORT; where the window of policy frozen
  * is full, AUTO and FAST become slow (SFI_REASON_MAX_SPAN). info may be NULL. */
 SFI_API int sfi_step(struct sfi * sfi, llama_seq_id seq, llama_token token, enum sfi_step_kind kind,

@@ -128,16 +128,18 @@ class Engine:
             self._ffi.release(self._sfi)
             self._sfi = self._ffi.NULL
 
-    def prefill(self, tokens: Sequence[int], seq: int = 0,
-                progress: Callable[[int, int], bool | None] | None = None) -> None:
+    def prefill(self, tokens: Sequence[int], seq: int = 0, progress: Callable[[int, int], bool | None] | None = None,
+                more: bool = False) -> None:
         """Dense prefill after what the sequence holds; the last queries choose the first support.
 
+        more: the text goes on with another call, so nothing is chosen and no logits are kept
         progress: called with (tokens done, tokens in all) between batches; False stops with AbortedError, the tokens
         done so far stay in the cache.
         """
         guarded = _Guarded(progress or (lambda n_done, n_total: True))
         array, user = self._ffi.new("llama_token[]", tokens), self._ffi.new_handle(guarded)
-        status = self._lib.sfi_prefill(self._handle(), seq, array, len(tokens), self._lib.sfi_progress_py, user)
+        prefill = self._lib.sfi_prefill_part if more else self._lib.sfi_prefill
+        status = prefill(self._handle(), seq, array, len(tokens), self._lib.sfi_progress_py, user)
         if guarded.error:
             raise guarded.error
         self._check(status)

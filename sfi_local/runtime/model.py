@@ -11,7 +11,7 @@ from typing import Any, Iterator, Sequence
 
 from sfi_local.binding import gpu
 from sfi_local.binding.context import load_adapter, maker
-from sfi_local.errors import ArgumentError, InputError
+from sfi_local.errors import ArgumentError, InputError, OutOfMemoryError
 from sfi_local.params import SfiParams
 from sfi_local.runtime.access import Access
 from sfi_local.runtime.auto import FindDepth, find_depth
@@ -81,7 +81,7 @@ class Model:
         self._access = Access("model", weights.close)
         self.vocabulary = Vocabulary(weights, self._access)
         self._adapters = [(load_adapter(weights, path), scale) for path, scale in adapters]
-        self.slot = self._new_slot()
+        self.slot = self.new_slot()
         self.auto_found = ""  # how the depth from which auto is slow-fast was found
 
     @property
@@ -132,13 +132,17 @@ class Model:
         return ChatTemplate(self.file.metadata.get("tokenizer.chat_template"), v.bos_text, v.eos_text, v.add_bos, v.tokenize,
                             vocabulary=v, note=self._note, **options)
 
-    def _template_with(self, tools: Sequence[dict] | None) -> ChatTemplate:
-        """The chat template, given descriptions of tools."""
+    def template_with(self, tools: Sequence[dict] | None = None, arguments: dict[str, Any] | None = None,
+                      think: bool | None = None) -> ChatTemplate:
+        """The chat template for one answer, given descriptions of tools, more variables, and a switch for thoughts. Raises InputError."""
         template = self.template
-        if not tools:
+        if not tools and not arguments and think is None:
             return template
-        options: dict[str, Any] = self._template_options
-        return self._new_template(**{**options, "arguments": {**options["arguments"], "tools": list(tools)}})
+        options: dict[str, Any] = dict(self._template_options)
+        options["arguments"] = {**options["arguments"], **(arguments or {}), **({"tools": list(tools)} if tools else {})}
+        if think is not None:
+            options["think"] = think
+        return self._new_template(**options)
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
         """Token ids; with ``special`` the text of a special token becomes that token."""
@@ -159,12 +163,12 @@ class Model:
         if not prompt or isinstance(prompt[0], Integral):
             return [int(token) for token in prompt]
         messages = [m if isinstance(m, Message) else Message(m["role"], [m["content"]]) for m in prompt]
-        return self._template_with(tools).tokens(messages)
+        return self.template_with(tools).tokens(messages)
 
     def generate(self, prompt: str | Sequence, *, n: int | None = 512, sampling: Sampling | None = None,
                  stop: Sequence[str] = (), schedule: Schedule | None = None, draft: int | None = None,
                  progress: Progress | None = None, think_budget: int | None = None, logprobs: int | None = None,
-                 tools: Sequence[dict] | None = None, processors: Sequence[Processor] = ()) -> Iterator[Step]:
+                 tools: Sequence[dict] | None = None, processors: Sequence[Processor] = (), slot: Slot | None = None) -> Iterator[Step]:
         """Yield a Step per generated token; see generate.generate, and in mode ``exact`` exact.generate_exact.
 
         The arguments are checked now. Computing begins with the first item, and with it the turn that ends with the last one or when
@@ -180,16 +184,17 @@ class Model:
         logprobs: give each Step its logprob, and so many of the most likely tokens
         tools:    for the chat template
         processors: (tokens, logits) -> logits, before all samplers
+        slot:     of new_slot(); None: the model's own
         Raises InputError if the prompt is empty or does not fit, ArgumentError for options that the mode does not have, BusyError
         while another answer is generated; the iterator raises AbortedError after cancel().
         """
         self._check_generate(n, schedule, draft, logprobs)
-        self.slot.access.check_free()
+        slot = slot or self.slot
+        slot.access.check_free()
         tokens = self._checked(self.prompt_tokens(prompt, tools))
         sampler = self._sampler(sampling or Sampling(), tokens, processors)
         if think_budget is not None:
             sampler = ThoughtBudget(sampler, self.template.thoughts(tokens), self.vocabulary, think_budget)
-        slot = self.slot
         if self._mode.verifies:
             steps = generate_exact(slot, self.vocabulary, tokens, sampler, n, stop, draft, progress, logprobs)
         else:
@@ -228,8 +233,19 @@ class Model:
 
     def open_session(self, n_prompt: int, n: int | None) -> Slot:
         """The slot, with room for a prompt and n more tokens if the limit allows; its context grows if needed."""
-        self._make_room(self.slot, n_prompt, n)
+        self.make_room(self.slot, n_prompt, n)
         return self.slot
+
+    def make_room(self, slot: Slot, n_prompt: int, n: int | None) -> None:
+        """Give a slot room for a prompt and n more tokens, if the limit allows. Raises InputError, OutOfMemoryError."""
+        if n_prompt > self.n_ctx_limit:
+            raise too_long(n_prompt, self.n_ctx_limit)
+        need = min(self.n_ctx_limit, n_prompt + (n or MIN_CTX))
+        slot.n_limit = self.n_ctx_limit
+        if slot.n_ctx < need:
+            slot.grow(self._n_ctx or min(self.n_ctx_limit, max(2 * slot.n_ctx, FIRST_CTX, _round_up(need))))
+            self._note_slot(slot)
+        self.tune_auto(n_prompt + (n or self.n_ctx_limit))
 
     def tune_auto(self, n_tokens: int) -> SfiParams:
         """Find the depth from which ``auto`` is slow-fast, once, and only where the text may get longer than the budget.
@@ -249,7 +265,7 @@ class Model:
     def close_session(self) -> None:
         """Free the context; the weights stay, and the next answer makes a new one."""
         self.slot.close()
-        self.slot = self._new_slot()
+        self.slot = self.new_slot()
 
     def close(self) -> None:
         """End what is running, wait for it, and free everything. May be called twice, and from any thread."""
@@ -261,25 +277,28 @@ class Model:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _new_slot(self) -> Slot:
-        """Without a context as yet."""
+    def share_memory(self, n_slots: int) -> None:
+        """Let so many contexts have room for what one would have had: each may be that much smaller. Before the first is made.
+
+        Raises OutOfMemoryError where that is too little.
+        """
+        if self._n_fit is None:
+            return
+        each, need = self._n_fit // n_slots, self._n_ctx or MIN_CTX
+        if each < need:
+            raise OutOfMemoryError(f"The free memory holds {self._n_fit // need} contexts of {need} tokens beside the weights, and not "
+                                   f"{n_slots}: take fewer, or smaller ones.")
+        self._n_fit = each
+
+    def new_slot(self) -> Slot:
+        """A further sequence on these weights, without a context as yet; it is closed with the model, if not before."""
         return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters), 0, self._mode, self._fit_params,
                     portable=self._portable, weights=self._access)
 
     def _with_room(self, slot: Slot, steps: Iterator[Step], n_prompt: int, n: int | None) -> Iterator[Step]:
         """The steps, once the context has room for them."""
-        self._make_room(slot, n_prompt, n)
+        self.make_room(slot, n_prompt, n)
         yield from steps
-
-    def _make_room(self, slot: Slot, n_prompt: int, n: int | None) -> None:
-        if n_prompt > self.n_ctx_limit:
-            raise too_long(n_prompt, self.n_ctx_limit)
-        need = min(self.n_ctx_limit, n_prompt + (n or MIN_CTX))
-        slot.n_limit = self.n_ctx_limit
-        if slot.n_ctx < need:
-            slot.grow(self._n_ctx or min(self.n_ctx_limit, max(2 * slot.n_ctx, FIRST_CTX, _round_up(need))))
-            self._note_slot(slot)
-        self.tune_auto(n_prompt + (n or self.n_ctx_limit))
 
     def _note_slot(self, slot: Slot) -> None:
         if slot.why_stock:

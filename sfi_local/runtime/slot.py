@@ -163,9 +163,10 @@ class Slot:
             self.tokens += tokens
             self._reconcile()
 
-    def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> StepInfo:
+    def prefill(self, tokens: Sequence[int], progress: Progress | None = None, more: bool = False) -> StepInfo:
         """Dense prefill of tokens after what the cache holds.
 
+        more: another call follows, before any step, see Engine.prefill
         Ctrl-C and cancel() stop between two operations of the graph; the cache then holds what was done.
         Raises ContextFullError, DecodeError, BusyError, AbortedError.
         """
@@ -181,7 +182,7 @@ class Slot:
             self.tokens += tokens
             try:
                 with native.interruptible(self._context, lambda: interrupt.requested or bool(self.access.flag), self.access.flag):
-                    self._prefill(list(tokens), lambda n, total: self._report(interrupt, progress, n, total))
+                    self._prefill(list(tokens), lambda n, total: self._report(interrupt, progress, n, total), more)
             except AbortedError as error:
                 raise self._why_aborted(error) from None
             finally:
@@ -346,9 +347,9 @@ class Slot:
         depth = len(self.tokens)
         return StepInfo("stock", "", depth - 1, depth, depth, 1000 * (time.perf_counter() - start))
 
-    def _prefill(self, tokens: list[int], report: Callable[[int, int], bool]) -> None:
+    def _prefill(self, tokens: list[int], report: Callable[[int, int], bool], more: bool) -> None:
         if self.engine:
-            return self.engine.prefill(tokens, progress=report)
+            return self.engine.prefill(tokens, progress=report, more=more)
         for i in range(0, len(tokens), N_BATCH):
             if not report(i, len(tokens)):
                 raise AbortedError("The prefill was stopped.")

@@ -39,14 +39,16 @@ _WORDS = ("/no_think", "/think")                       # in a message
 class Message:
     """One message of a conversation.
 
-    role:    "system", "user" or "assistant"
+    role:    "system", "user" or "assistant", and what else a template knows, such as "tool"
     parts:   its content in pieces; text, or token ids where the exact tokens matter (an answer that is in the cache)
     thought: what was thought before the content, where that is known apart
+    extra:   further fields for the template, as JSON knows them: tool_calls, tool_call_id, name
     """
 
     role: str
     parts: list[str | list[int]] = field(default_factory=list)
     thought: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_text(self) -> bool:
@@ -167,9 +169,9 @@ class ChatTemplate:
         for i, m in enumerate(messages):
             if m.role == "assistant" and not m.is_text:
                 thought, text = self._thought_and_answer(self._tokens(messages[:i]), self._joined(m))
-                out.append(Message(m.role, [text], thought))
+                out.append(Message(m.role, [text], thought, m.extra))
             else:
-                out.append(Message(m.role, [p if isinstance(p, str) else self._spell(p) for p in m.parts], m.thought))
+                out.append(Message(m.role, [p if isinstance(p, str) else self._spell(p) for p in m.parts], m.thought, m.extra))
         return out
 
     def _spell(self, tokens: Sequence[int]) -> str:
@@ -185,7 +187,7 @@ class ChatTemplate:
     # ---- rendering ----
 
     def _contents(self, messages: list[Message]) -> "_Contents":
-        texts = [part for m in messages for part in (*m.parts, m.thought) if isinstance(part, str)]
+        texts = _texts(messages)
         special = self._vocabulary.structure(self.source or "", texts) if self._vocabulary else _LOOKS_SPECIAL
         return _Contents(messages, self.source or "", special, tuple(tag for f in self.formats for tag in (f.open, f.close)))
 
@@ -289,6 +291,19 @@ def _variables(source: str, bos: str, eos: str) -> frozenset[str]:
 _LOOKS_SPECIAL = re.compile(r"<\|[^|\s]+\|>")  # where no vocabulary says what is
 
 
+def _texts(messages: Sequence[Message]) -> list[str]:
+    """Every text that the messages bring."""
+    return [part for m in messages for part in (*m.parts, m.thought, *_strings(m.extra)) if isinstance(part, str)]
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, (dict, list)):
+        for inner in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(inner)
+    elif isinstance(value, str):
+        yield value
+
+
 class _Contents:
     """Contents as a template is given them: text of special tokens with a guard in it, token ids as marks.
 
@@ -296,17 +311,17 @@ class _Contents:
     """
 
     def __init__(self, messages: Sequence[Message], source: str, special: re.Pattern, tags: tuple[str, ...]):
-        texts = [source, *(part for m in messages for part in (*m.parts, m.thought) if isinstance(part, str))]
+        texts = [source, *_texts(messages)]
         unused = (c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in texts))
         self._guard, self._mark = next(unused), next(unused)
         self._special, self._tags = special, tags
         self._tokens: list[list[int]] = []
 
-    def of(self, message: Message) -> dict[str, str]:
+    def of(self, message: Message) -> dict[str, Any]:
         keep = self._tags if message.role == "assistant" else ()
         parts = (self._guarded(part, keep) if isinstance(part, str) else self.mark(part) for part in self._merged(message.parts))
         thought = {"reasoning_content": self._guarded(message.thought, ())} if message.thought else {}
-        return {"role": message.role, "content": "".join(parts), **thought}
+        return {"role": message.role, "content": "".join(parts), **thought, **self._all_guarded(message.extra)}
 
     def mark(self, tokens: list[int]) -> str:
         self._tokens.append(tokens)
@@ -334,6 +349,13 @@ class _Contents:
             yield from filter(None, (text, part))
             text = ""
         yield text
+
+    def _all_guarded(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self._all_guarded(key): self._all_guarded(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._all_guarded(inner) for inner in value]
+        return self._guarded(value, ()) if isinstance(value, str) else value
 
     def _guarded(self, text: str, keep: tuple[str, ...]) -> str:
         return self._special.sub(lambda m: m[0] if m[0] in keep else m[0][0] + self._guard + m[0][1:], text)

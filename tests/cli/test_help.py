@@ -32,7 +32,7 @@ def commands():
     return {name: group.get_command(None, name) for name in COMMANDS}
 
 
-@pytest.mark.parametrize("name", ["run"])
+@pytest.mark.parametrize("name", ["run", "serve"])
 def test_what_a_person_types_fits_a_screen_and_a_half(name):
     lines = shown(name, "--help").splitlines()
     assert len(lines) <= LINES and max(map(len, lines)) <= 80

@@ -1,0 +1,1 @@
+"""sfi-local serve: the OpenAI API and a page, over HTTP."""
