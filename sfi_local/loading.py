@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Mapping
 
 from sfi_local.binding import gpu
 from sfi_local.binding.context import load_weights
 from sfi_local.binding.devices import all_native
-from sfi_local.binding.library import log, open_library
+from sfi_local.binding.library import log, open_library, source_id
 from sfi_local.errors import ModelFileError
 from sfi_local.machine import physical_cores
 from sfi_local.params import SfiParams
@@ -17,7 +19,9 @@ from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of
 from sfi_local.runtime.model import Model
 from sfi_local.runtime.settings import Lora, Quality, Settings, Yarn
 from sfi_local.store import layout, stretch
+from sfi_local.store.fingerprint import fingerprint, parts_of
 from sfi_local.store.gguf_file import GgufFile, read_gguf
+from sfi_local.store.prefixes import folder
 from sfi_local.store.pull import resolve
 from sfi_local.tuning.auto_depth import auto_depth_of
 from sfi_local.tuning.quality import Taken, take
@@ -29,7 +33,7 @@ Progress = Callable[[float, float], None]
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
          type_k: str = "f16", type_v: str = "f16", params: SfiParams | Mapping[str, Any] | None = None,
          quality: Quality | None = None, gpu_layers: int | None = None, yarn: Yarn | None = None,
-         lora: Lora = (), force: bool = False, verbose: bool = False, progress: Progress | None = None) -> Model:
+         lora: Lora = (), force: bool = False, cache: bool = True, verbose: bool = False, progress: Progress | None = None) -> Model:
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
     mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see runtime/modes.py
@@ -44,11 +48,12 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     yarn:      stretch the trained context by YaRN: so many times, or (times, tokens that the model was trained on)
     lora:      a LoRA adapter as GGUF, or several with their scales
     force:     go on, with a note, where the memory is too small
+    cache:     keep the K and V of long texts on the disk, and take from there what was read before: docs/cache.md
     progress:  called with (done, total) while the weights are read; what it raises ends the loading
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
-    return load_as(model, Settings(str(mode), n_ctx, n_threads, type_k, type_v, gpu_layers, params, quality, yarn, lora, force), verbose,
-                   progress)
+    return load_as(model, Settings(str(mode), n_ctx, n_threads, type_k, type_v, gpu_layers, params, quality, yarn, lora, force, cache),
+                   verbose, progress)
 
 
 def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, progress: Progress | None = None) -> Model:
@@ -73,6 +78,8 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
                    n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
                    fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
                    adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of)
+    if asked.cache:
+        loaded.keep_prefixes(fingerprint_of(file, asked, stretched))
     for sentence in filter(None, (*taken.notes, no_gpu, *room.notes)):
         loaded._note(sentence)
     return loaded
@@ -87,6 +94,14 @@ def taken_for(file: GgufFile, asked: Settings, exact_works: bool = True) -> Take
     taken = take(asked, file.path, found, exact_works)
     old = "" if found else expired(*known)
     return replace(taken, notes=(*taken.notes, old)) if old else taken
+
+
+def fingerprint_of(file: GgufFile, asked: Settings, stretched: Mapping[str, Any] | None) -> Callable[[], str]:
+    """The name of all that K and V depend on. stretched: metadata in the place of the file's"""
+    adapters = _adapters(asked.lora)
+    files = [*parts_of(file.path), *(Path(path) for path, _ in adapters)]
+    return partial(fingerprint, files, folder(), types=[asked.type_k, asked.type_v], scales=[scale for _, scale in adapters],
+                   metadata=dict(stretched or {}), llama=source_id().partition("+")[0])
 
 
 def _adapters(lora: Lora) -> list[tuple[str, float]]:

@@ -11,6 +11,7 @@ import pytest
 from support.command_line import cli_command, cli_env
 from support.tiny_model import SEED, write_tiny
 
+os.environ["SFI_LOCAL_PREFIX_BUDGET"] = "0"  # no test is served what another has read; those of the store set it
 os.environ.setdefault("SFI_LOCAL_AUTO_DEPTH", "0")  # nothing is measured for auto, or written to the user's cache
 
 

@@ -49,8 +49,7 @@ static int check_context(const llama_context & lctx) {
     return SFI_OK;
 }
 
-// The KV cache whose layers can be sparse; null if the model keeps its state elsewhere.
-static llama_kv_cache * sparse_cache(llama_memory_t memory, const llama_kv_cache ** kv_swa) {
+llama_kv_cache * sparse_cache(llama_memory_t memory, const llama_kv_cache ** kv_swa) {
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         *kv_swa = iswa->get_swa();
         return iswa->get_base();

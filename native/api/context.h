@@ -82,6 +82,10 @@ template <class F> int guarded(const sfi * s, F && f) {
 // The next graph of the context is built anew: one that was built without a support knows nothing of it.
 void forget_graphs(llama_context & lctx);
 
+// The KV cache whose layers can be sparse, and that of the layers with a sliding window, if they have one of their own; null if the
+// model keeps its state elsewhere.
+llama_kv_cache * sparse_cache(llama_memory_t memory, const llama_kv_cache ** kv_swa);
+
 // ---- cancel.cpp ----------------------------------------------------------------------------------------------------------
 
 // Before each llama_decode(): has llama.cpp ask sfi_cancel() and what the caller set.

@@ -4,6 +4,7 @@
 
 #include "sentences.h"
 
+#include <string>
 #include <vector>
 
 namespace slowfast {
@@ -35,6 +36,27 @@ public:
     }
 
     void clear() { *this = {}; }
+
+    // All of it, a byte for each of the last tokens and one more; and back, false: it was never one.
+    std::string bytes() const {
+        std::string out;
+        for (const auto & then : past) {
+            out += (char) then.packed();
+        }
+        return out + (char) detector.packed();
+    }
+    bool take(const char * bytes, size_t n) {
+        history taken;
+        for (size_t i = 0; i < n; ++i) {
+            boundary_detector then;
+            if (!then.unpack((uint8_t) bytes[i])) {
+                return false;
+            }
+            i + 1 < n ? taken.past.push_back(then) : void(taken.detector = then);
+        }
+        *this = std::move(taken);
+        return n > 0 && n <= 2*n_kept + 1;
+    }
 
 private:
     static constexpr size_t n_kept = 1024;

@@ -37,6 +37,14 @@ public:
     bool feed(const token_class & t);
     // the same answer without taking the token
     bool peek(const token_class & t) const;
+
+    // It as a byte, and back; false: it is none of these
+    uint8_t packed() const { return armed | (apart ? 0x80 : 0); }
+    bool    unpack(uint8_t byte) {
+        armed = byte & 0x7f;
+        apart = byte & 0x80;
+        return armed <= ENDER_LINE;
+    }
 private:
     uint8_t armed = ENDER_NONE;
     bool    apart = false; // white space since the ender

@@ -195,8 +195,9 @@ SFI_API int sfi_step(struct sfi * sfi, llama_seq_id seq, llama_token token, enum
 SFI_API int sfi_peek(const struct sfi * sfi, llama_seq_id seq, llama_token token,
                      enum sfi_step_kind * kind, enum sfi_reason * reason);
 
-/* Take back the last n tokens of a sequence. A support that does not list them stays valid: any n up to the cells that followed
- * the last refresh, and n_recent of those before it. Taken back beyond that, the next step is slow. */
+/* Take back the last n tokens of a sequence. A support that does not list them stays valid: of policy frozen any n up to the cells that
+ * followed the last refresh, and n_recent of those before it; of policy sketch any n that leaves half of the text to which the sketch
+ * was fitted. Taken back beyond that, the next step is slow. */
 SFI_API int sfi_rollback(struct sfi * sfi, llama_seq_id seq, int32_t n);
 
 /* Dense attention for n tokens in one batch, 1 to llama_n_batch(), each K row read once for all of them. They take the place of
@@ -223,6 +224,40 @@ SFI_API int sfi_invalidate(struct sfi * sfi, llama_seq_id seq);
  * GPU, after the batch), and what it began is taken back as for SFI_ERR_ABORTED above. The next call works again. If no call
  * is inside, nothing happens. llama_set_abort_callback() works beside it. */
 SFI_API void sfi_cancel(struct sfi * sfi);
+
+/* ---- a sequence outside of its context ---------------------------------------------------------------------------- */
+
+/* What was read once is there again without reading it: K and V of a text as rows, bit for bit, and the state of what fast steps need
+ * of it, so that no step is slow and nothing is fitted anew. Both fit every context of the same model with the same types of K and V,
+ * parameters and build of this library, of any size; a state may be cut to the first tokens of its text. Store neither without a
+ * checksum: bytes that are not what they were make wrong answers, though no crash.
+ *
+ *     rows of n tokens: for each layer K [n, row of K], then V [n, row of V] */
+
+/* Bytes of the rows of n tokens. SFI_ERR_MODEL: the model keeps more than K and V, or not of every token. SFI_ERR_CONTEXT: flash
+ * attention is off, or the layers with a sliding window keep its cells alone (swa_full = false). */
+SFI_API int64_t sfi_rows_size(struct llama_context * lctx, int32_t n);
+
+/* The rows of the tokens at positions [first, first + n) of a sequence; with sfi attached or without. Not while another thread is inside
+ * this context; size is that of sfi_rows_size(). */
+SFI_API int sfi_get_rows(struct llama_context * lctx, llama_seq_id seq, int32_t first, int32_t n, void * rows, size_t size);
+
+/* Append the first n of n_rows tokens, whose rows these are, to a sequence; `tokens` are those n. After an error the sequence is as
+ * before. What is attached counts it as an edit: sfi_set_state() comes last. */
+SFI_API int sfi_add_rows(struct llama_context * lctx, llama_seq_id seq, const llama_token * tokens, int32_t n, const void * rows,
+                         int32_t n_rows, size_t size);
+
+/* Bytes of the state of a sequence; 0: there is nothing to keep, as before the first refresh, with policies window and oracle, and where
+ * a layer is portable. */
+SFI_API int64_t sfi_state_size(const struct sfi * sfi, llama_seq_id seq);
+SFI_API int     sfi_get_state (const struct sfi * sfi, llama_seq_id seq, void * state, size_t size);
+
+/* Give a sequence, whose rows are there, the state of a text that begins with its tokens. SFI_ERR_NO_SUPPORT: this state does not serve
+ * them, and sfi_last_error() says why; nothing has changed, and the next step is slow. */
+SFI_API int sfi_set_state(struct sfi * sfi, llama_seq_id seq, const void * state, size_t size);
+
+/* A number that tells whether n bytes have changed by accident, as fast as memory is read; begin: 0, or that of the bytes before. */
+SFI_API uint64_t sfi_checksum(uint64_t begin, const void * bytes, size_t n);
 
 /* ---- meters ---------------------------------------------------------------------------------------------------- */
 

@@ -1,6 +1,7 @@
 #include "kv-mirror.h"
 
 #include <algorithm>
+#include <numeric>
 
 void llama_kv_mirror::forget() {
     is_known = false;
@@ -20,6 +21,17 @@ void llama_kv_mirror::read(std::vector<int32_t> cells) {
         if (!used[cell]) {
             unused.insert(cell);
         }
+    }
+}
+
+void llama_kv_mirror::restore(int32_t n, std::vector<int32_t> positions) {
+    std::vector<int32_t> cells(n);
+    std::iota(cells.begin(), cells.end(), 0);
+    read(std::move(cells));
+    last      = n - 1;
+    query_pos = std::move(positions);
+    for (auto & pos : query_pos) {
+        pos = pos > last ? -1 : pos;
     }
 }
 

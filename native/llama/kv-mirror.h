@@ -27,6 +27,9 @@ public:
     // The whole text anew.
     void read(std::vector<int32_t> cells);
 
+    // A text of n tokens, of which cell i holds token i; positions: of the queries in the ring, -1: none. Those behind the text are dropped.
+    void restore(int32_t n, std::vector<int32_t> positions);
+
     // New tokens: their cells go to the end of the text. `first_pos` must lie behind the text, see continues().
     void append(const std::vector<uint32_t> & cells);
     bool continues(int32_t first_pos) const { return is_known && first_pos > last; }
@@ -36,6 +39,9 @@ public:
 
     // The last n tokens are gone; last_pos is the position of the one before them.
     void take_back(int32_t n, int32_t last_pos);
+
+    // The position of each row of the ring, -1: unused.
+    const std::vector<int32_t> & query_positions() const { return query_pos; }
 
     // The rows of the ring that hold queries.
     std::vector<int32_t> query_rows() const;

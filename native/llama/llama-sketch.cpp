@@ -52,6 +52,18 @@ bool llama_support::update_sketch(llama_context & lctx, uint32_t s) {
     return true;
 }
 
+bool llama_support::cut_support(llama_sequence & st, int32_t left) const {
+    if (!st.valid || left >= st.j1) {
+        return true;
+    }
+    const auto [j0, j1] = params.candidates(left);
+    if (params.policy != LLAMA_SUPPORT_SKETCH || growth*(j1 - j0) < st.n_fit) {
+        return false;
+    }
+    st.j1 = j1;
+    return true;
+}
+
 // ---- fitting -------------------------------------------------------------------------------------------------------------
 
 // rows [n_embd] of some cells in one stream of a tensor that the host can read, in F32

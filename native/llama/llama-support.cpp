@@ -377,7 +377,7 @@ void llama_support::finish(bool ok) {
 void llama_support::roll_back(uint32_t s, int32_t n) {
     auto & st = streams[s];
     const int32_t left = st.mirror.size() - n;
-    if (!st.mirror.known() || left < (st.valid ? st.j1 : 1) || (has_portable() && llama_portable_overwritten(params, always_size(), n))) {
+    if (!st.mirror.known() || left < 1 || !cut_support(st, left) || (has_portable() && llama_portable_overwritten(params, always_size(), n))) {
         invalidate(s); // an edit like any other
         return;
     }

@@ -77,6 +77,14 @@ public:
     // removed tokens are gone, and the older ones that they had replaced.
     void roll_back(uint32_t stream, int32_t n);
 
+    // What fast steps need of a stream whose cell i holds token i, support-state.cpp. Bytes of it, 0: there is nothing to keep.
+    size_t state_size(uint32_t stream) const;
+    void   get_state (uint32_t stream, char * bytes);
+
+    // Takes the first n tokens of such a state, whose cells the cache holds already; n_whole: all that it is of. Returns why not, and
+    // then changes nothing.
+    std::string set_state(uint32_t stream, const char * bytes, size_t size, int32_t n, int32_t & n_whole);
+
     // Called between the layers of a fit, if it is set, with those done and all; false stops the fit, as if computing had failed.
     std::function<bool(int32_t done, int32_t total)> on_fit;
 
@@ -147,6 +155,10 @@ private:
     // the window or will with the next cell. False: computing failed, and the support is invalid.
     bool    update_sketch(llama_context & lctx, uint32_t stream);
     bool    window_full(const llama_sequence & st) const;
+    // Whether the support stays one if `left` tokens are left, and what it then is. It may list none of the others; a sketch loses their
+    // codes with them, and its basis is good as long as half of the cells are there that it was fitted to.
+    bool    cut_support(llama_sequence & st, int32_t left) const;
+    size_t  state_size_of(int32_t n_coded) const;
     std::pair<int32_t, int32_t> window(const llama_sequence & st) const; // always is what is not at places [first, second)
     int64_t cell_bytes (bool keys_only) const;          // report.cpp, see there
     int64_t other_bytes(int64_t depth, int64_t n) const;

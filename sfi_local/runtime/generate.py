@@ -48,9 +48,10 @@ def begin(slot: Slot, prompt: Sequence[int], progress: Progress | None) -> StepI
     """Prefill what the cache does not hold; returns that as a step."""
     if not prompt:
         raise InputError("The prompt is empty: give some text.")
+    n = slot.reuse(prompt)
     if slot.engine:
         slot.engine.reset_stats()
-    return slot.prefill(prompt[slot.reuse(prompt):], progress)
+    return slot.prefill(prompt[n:], progress)
 
 
 def top(context: Any, row: int, token: int, n: int | None) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from sfi_local.binding import gpu
 from sfi_local.binding.context import load_adapter, maker
+from sfi_local.binding.state import checksum
 from sfi_local.errors import ArgumentError, InputError, OutOfMemoryError
 from sfi_local.params import SfiParams
 from sfi_local.runtime.access import Access
@@ -19,6 +20,7 @@ from sfi_local.runtime.conversation import Conversation
 from sfi_local.runtime.draft_length import MAX_DRAFTS
 from sfi_local.runtime.exact import generate_exact
 from sfi_local.runtime.generate import generate
+from sfi_local.runtime.keeper import Keeper
 from sfi_local.runtime.memory import MIN_CTX
 from sfi_local.runtime.modes import Mode, mode_of
 from sfi_local.runtime.sampling import Processor, Sampling
@@ -40,6 +42,7 @@ class ModelStats:
     kernels:       ``native``, ``portable`` or ``mixed``, see Engine.path; ``stock`` where sfi is not attached
     n_ctx, n_used: cells of the context, and those in use
     n_prefilled:   tokens of the last prompt that were computed; the others were in the cache
+    cached_from:   where the others came from: ``memory``, ``disk`` or None; why_read: why there were no more, or ""
     kv_read_share: bytes of K and V that the steps read, over those of dense decoding
     auto_depth:    mode ``auto``: cells from which it is slow-fast, 0: not found yet; auto_found: how it was found
     why_stock:     why decoding is llama.cpp's own though the mode would not be; ""
@@ -55,6 +58,8 @@ class ModelStats:
     auto_depth: int
     auto_found: str
     why_stock: str
+    cached_from: str | None = None
+    why_read: str = ""
 
 
 class Model:
@@ -81,6 +86,7 @@ class Model:
         self._access = Access("model", weights.close)
         self.vocabulary = Vocabulary(weights, self._access)
         self._adapters = [(load_adapter(weights, path), scale) for path, scale in adapters]
+        self._keeper: Keeper | None = None
         self.slot = self.new_slot()
         self.auto_found = ""  # how the depth from which auto is slow-fast was found
 
@@ -229,7 +235,7 @@ class Model:
         slot, engine = self.slot, self.slot.engine
         return ModelStats(self.mode, engine.path if engine else "stock", slot.params if slot.n_ctx else self._params, slot.n_ctx,
                           len(slot.tokens), slot.n_prefilled, engine.stats().kv_read_share if engine else 1.0,
-                          self._params.auto_depth, self.auto_found, slot.why_stock)
+                          self._params.auto_depth, self.auto_found, slot.why_stock, slot.cached_from, slot.why_read)
 
     def open_session(self, n_prompt: int, n: int | None) -> Slot:
         """The slot, with room for a prompt and n more tokens if the limit allows; its context grows if needed."""
@@ -262,6 +268,10 @@ class Model:
                 self.slot.set_auto_depth(found.depth)
         return self._params
 
+    def keep_prefixes(self, fingerprint: Callable[[], str]) -> None:
+        """From now on keep what is read in the prefix store. fingerprint: names all that K and V depend on"""
+        self._keeper = self.slot.keeper = Keeper(fingerprint, checksum, self.name, self.detokenize, self._note)
+
     def close_session(self) -> None:
         """Free the context; the weights stay, and the next answer makes a new one."""
         self.slot.close()
@@ -293,7 +303,7 @@ class Model:
     def new_slot(self) -> Slot:
         """A further sequence on these weights, without a context as yet; it is closed with the model, if not before."""
         return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters), 0, self._mode, self._fit_params,
-                    portable=self._portable, weights=self._access)
+                    portable=self._portable, weights=self._access, keeper=self._keeper)
 
     def _with_room(self, slot: Slot, steps: Iterator[Step], n_prompt: int, n: int | None) -> Iterator[Step]:
         """The steps, once the context has room for them."""

@@ -58,6 +58,7 @@ class Settings:
     yarn:       stretch the trained context so many times, or (times, tokens that the model was trained on)
     lora:       a LoRA adapter, or several with their scales
     force:      go on where the memory is too small
+    cache:      keep what is read in the prefix store, and take from it what was read before
     """
 
     mode: str = "auto"
@@ -71,6 +72,7 @@ class Settings:
     yarn: Yarn | None = None
     lora: Lora = ()
     force: bool = False
+    cache: bool = True
 
     @property
     def given(self) -> Mapping[str, Any]:

@@ -6,25 +6,37 @@ The context can be replaced by a larger one: the cells move, nothing is computed
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 from sfi_local.binding import context as native
+from sfi_local.binding import state as kept
 from sfi_local.binding.context import N_BATCH
 from sfi_local.binding.engine import Engine, StepInfo
 from sfi_local.binding.interrupt import InterruptFlag
 from sfi_local.binding.library import claim_process, last_log_lines, open_library
-from sfi_local.errors import AbortedError, ContextFullError, DecodeError, DetachedError, ModelError, SfiError
+from sfi_local.errors import AbortedError, ArgumentError, ContextError, ContextFullError, DecodeError, DetachedError, ModelError, SfiError
 from sfi_local.machine import available_memory
 from sfi_local.params import SfiParams
 from sfi_local.runtime.access import CANCELLED, Access, Turns
+from sfi_local.runtime.keeper import MIN_GAIN, MIN_KEEP, Keeper, Saving
 from sfi_local.runtime.modes import Attached, Mode, attach, mode_of
 from sfi_local.runtime.ties import Noise
+from sfi_local.store.prefix_files import BLOCK
+from sfi_local.store.prefixes import common
 
 # (position, token, proposed kind, its reason) -> kind of the step: "slow", "fast", "dense" or "auto"
 Schedule = Callable[[int, int, str, str], str]
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A sequence between two contexts: its rows, and the state of fast steps; see binding.state."""
+
+    rows: Any
+    state: Any
 
 
 class Slot:
@@ -36,11 +48,14 @@ class Slot:
     portable: params of another policy, in their place where a device lacks the operations; None: refuse that
     n_limit:  cells to which a full context grows by itself; None: n_ctx
     weights:  the way into the weights, which are freed after it; None: whoever frees them closes the slot before
+    keeper:   keeps what is read in the prefix store; None: nothing is kept
 
     tokens:   what the KV cache holds, in order
     engine:   None where sfi is not attached; why_stock: why not, where the mode asks for it
     fell_back: the portable params are in use
     n_prefilled: tokens of the last prefill
+    cached_from: where reuse() found the first tokens: ``memory`` (this context), ``disk`` (the prefix store) or None
+    why_read: why it found no more, in a few words; ""
     n_drafted: of the last tokens, those that came by fast steps and are not verified (mode ``exact``)
     n_since_refresh: tokens since a support was chosen, where mode ``exact`` counts them
     noise:    how far verified batches lie from dense steps
@@ -49,11 +64,16 @@ class Slot:
     """
 
     def __init__(self, make: Callable[[int], Any], n_ctx: int, mode: Mode | str, params: SfiParams | Callable[[int], SfiParams], *,
-                 portable: SfiParams | None = None, n_limit: int | None = None, weights: Access | None = None):
+                 portable: SfiParams | None = None, n_limit: int | None = None, weights: Access | None = None, keeper: Keeper | None = None):
         self.mode, self.n_ctx, self.n_limit = mode_of(mode), 0, n_limit or n_ctx
         self.tokens: list[int] = []
         self.n_prefilled = self.n_drafted = self.n_since_refresh = 0
-        self.noise = Noise()
+        self.cached_from: str | None = None
+        self.why_read = ""
+        self.noise, self.keeper = Noise(), keeper
+        self._n_kept = 0                    # tokens that the last kept text has in common with these
+        self._blocks: list[str] = []        # names of the blocks in the store that hold the first tokens
+        self._saving: Saving | None = None
         self.access = Turns("model", self._drop_context, weights)
         self._llama, self._make = open_library().llama_cpp, make
         self._params_for = params if callable(params) else lambda n_ctx: params
@@ -92,8 +112,8 @@ class Slot:
         return self._attached.fell_back
 
     def turn(self, items: Iterator[T]) -> Iterator[T]:
-        """Pass on what items yields, all of it as one generation, see Turns.turn()."""
-        return self.access.turn(items)
+        """Pass on what items yields, all of it as one generation, see Turns.turn(); what was read for it is kept."""
+        return self.access.turn(self._keeping(items) if self.keeper else items)
 
     def cancel(self) -> None:
         """End what is running, from any thread; it raises AbortedError, and the slot stays usable."""
@@ -129,15 +149,29 @@ class Slot:
     def reuse(self, tokens: Sequence[int]) -> int:
         """Keep the longest common prefix of the cache and tokens, drop the rest; returns its length.
 
-        At least one token is left to be computed, because the logits of the last are needed.
+        What the prefix store has more of tokens is put there. At least one token is left to be computed, because the logits of the
+        last are needed.
         """
         with self.access:
             self._drop_drafts()
-            n = 0
-            while n < min(len(self.tokens), len(tokens) - 1) and self.tokens[n] == tokens[n]:
-                n += 1
-            self._cut(n)
+            n = common(self.tokens, tokens[:-1])
+            self.cached_from, self.why_read = "memory" if n else None, ""
+            if not self._fetch(tokens[:-1], n):
+                self._cut(n)
             return len(self.tokens)
+
+    def keep(self) -> None:
+        """Give the tokens to the prefix store, if there are enough of them and some are new; returns when their rows were taken, and a
+        thread writes. Nothing happens without a keeper, or where the memory of the model is no plain KV cache."""
+        with self.access:
+            self._drop_drafts_if_any()
+            self._keep()
+
+    def add_rows(self, tokens: Sequence[int], rows: Any, n_rows: int) -> None:
+        """Append tokens whose K and V are the first of n_rows rows, see binding.state."""
+        with self.access:
+            kept.add_rows(self._context, tokens, rows, n_rows)
+            self.tokens += tokens
 
     def cut(self, n: int) -> None:
         """Keep the first n tokens; none where the state of the model cannot be cut."""
@@ -147,6 +181,7 @@ class Slot:
     def adopt(self, tokens: Sequence[int]) -> None:
         """The cache was filled from outside with these tokens."""
         with self.access:
+            self._forget()
             self.tokens = list(tokens)
             self._reconcile()
 
@@ -239,11 +274,12 @@ class Slot:
         with self.access:
             self._sfi.rollback(n)
             del self.tokens[len(self.tokens) - n:]
+            self._trim()
 
     def save(self) -> bytes:
         """The cells of all tokens, for load(); needs no more memory than they have."""
         with self.access:
-            return bytes(native.sequence_state(self._context))
+            return bytes(native.sequence_state(self._context))  # for a context with or without sfi, of any mode
 
     def load(self, tokens: Sequence[int], state: bytes) -> bool:
         """Put back what save() gave when the slot held these tokens; False, and an empty slot, if it does not fit this context.
@@ -252,6 +288,71 @@ class Slot:
         """
         with self.access:
             return self._put(tokens, state)
+
+    def _keeping(self, items: Iterator[T]) -> Iterator[T]:
+        """The items of a generation. A long prompt is kept behind the first of them, for the rest may take long, and everything at its end."""
+        first = True
+        try:
+            for item in items:
+                yield item
+                if first and self.n_prefilled >= MIN_KEEP:
+                    self._keep()
+                first = False
+        finally:
+            items.close()  # type: ignore[attr-defined]  # generators, all of them
+            if self._context is not None:
+                self._drop_drafts_if_any()
+                self._keep()
+
+    def _fetch(self, tokens: Sequence[int], n_have: int) -> bool:
+        """Put what the store has of tokens into the context, if that is more than the n_have that are there."""
+        if self.keeper is None or len(tokens) < n_have + MIN_GAIN or len(tokens) > self.n_ctx:
+            return False
+        self._wait_for_saving()
+        found = self.keeper.find(tokens)
+        if found is None or found.n < n_have + MIN_GAIN:
+            return False
+        try:
+            row_size = kept.rows_size(self._context, 1)
+        except (ModelError, ContextError):
+            return False  # nothing of it can be kept either
+        self._keep()
+        self._wait_for_saving()
+        self._cut(0)
+        n, state = self.keeper.fetch(found, self, row_size)
+        if n and state and self.engine:
+            kept.set_state(self.engine, state)  # where it does not serve, the end of the prefill makes another
+        self._blocks, self._n_kept = list(found.head.blocks[:n // BLOCK]), n
+        self.cached_from = "disk" if n else None
+        if n < len(tokens):
+            self.why_read = f"what is kept differs from token {n} on" if n == found.n < len(found.tokens) else ""
+        return True
+
+    def _keep(self) -> None:
+        """As keep(), inside a call or a turn."""
+        if self.keeper is None or self._context is None or len(self.tokens) < MIN_KEEP or len(self.tokens) <= self._n_kept:
+            return
+        self._wait_for_saving()
+        try:
+            size = kept.rows_size(self._context, 1)
+            state = kept.get_state(self.engine) if self.engine else b""
+            n_new = len(self.tokens) - BLOCK * len(self._blocks)
+            self._saving = self.keeper.save(self.tokens, self._blocks, self._rows(len(self._blocks), size), state, n_new * size + len(state))
+        except (SfiError, MemoryError):
+            return  # what cannot be kept is read again
+        self._n_kept = len(self.tokens)
+
+    def _rows(self, n_blocks: int, size: int) -> Iterator[bytearray]:
+        """The rows of each block after the first n_blocks, then of the tokens that fill none. size: of a row, in bytes"""
+        for first in range(n_blocks * BLOCK, len(self.tokens) + 1, BLOCK):
+            rows = bytearray(min(BLOCK, len(self.tokens) - first) * size)
+            if rows:
+                kept.get_rows(self._context, first, len(rows) // size, rows)
+            yield rows
+
+    def _wait_for_saving(self) -> None:
+        if self._saving:
+            self._blocks, self._saving = self._saving.names()[:self._n_kept // BLOCK], None
 
     def _grow(self, n_ctx: int) -> None:
         tokens, state, old = self.tokens, self._take(n_ctx), self.n_ctx
@@ -266,6 +367,7 @@ class Slot:
             self.tokens = []
             if state is not None and self._context is not None:
                 self._put(tokens, state)
+            self._trim()
 
     def _take(self, n_ctx: int) -> Any:
         """The cells of the tokens, to be put into a context of n_ctx cells; None if there are none, or no memory to hold them beside it."""
@@ -276,16 +378,27 @@ class Slot:
         grown = size * (n_ctx - self.n_ctx) // len(self.tokens)  # by which the new context is larger
         if free is not None and size + grown > free:
             return None
-        return native.sequence_state(self._context)
+        try:
+            return Moved(kept.all_rows(self._context, len(self.tokens)), kept.get_state(self.engine) if self.engine else b"")
+        except (ModelError, ContextError):
+            return native.sequence_state(self._context)
 
     def _put(self, tokens: Sequence[int], state: Any) -> bool:
-        if native.set_sequence_state(self._context, state):
-            self.tokens = list(tokens)
-            self._reconcile()
-            return True
-        self._llama.llama_memory_clear(self._memory, True)
-        self.tokens = []
-        return False
+        if isinstance(state, Moved):
+            kept.add_rows(self._context, tokens, state.rows, len(tokens))
+            if self.engine and state.state:
+                kept.set_state(self.engine, state.state)
+        elif not native.set_sequence_state(self._context, state):
+            self._llama.llama_memory_clear(self._memory, True)
+            self._forget()
+            return False
+        self.tokens = list(tokens)
+        self._reconcile()
+        return True
+
+    def _forget(self) -> None:
+        """No tokens, and none of these in the store."""
+        self.tokens, self._blocks, self._n_kept = [], [], 0
 
     def _open(self, n_ctx: int) -> None:
         claim_process()
@@ -319,10 +432,25 @@ class Slot:
         self._grow(min(self.n_limit, 2 * self.n_ctx))
 
     def _cut(self, n: int) -> None:
-        if n < len(self.tokens) and not self._llama.llama_memory_seq_rm(self._memory, 0, n, -1):
+        if n < len(self.tokens) and not self._taken_back(len(self.tokens) - n) and not self._llama.llama_memory_seq_rm(self._memory, 0, n, -1):
             n = 0  # recurrent state cannot be cut
             self._llama.llama_memory_clear(self._memory, True)
         del self.tokens[n:]
+        self._trim()
+
+    def _taken_back(self, n: int) -> bool:
+        """Whether the engine took back the last n tokens, so that a support that does not list them stays."""
+        try:
+            if self.engine:
+                self.engine.rollback(n)
+            return self.engine is not None
+        except (ArgumentError, ContextError, DecodeError):
+            return False
+
+    def _trim(self) -> None:
+        """Of what is kept as much as there still is."""
+        self._n_kept = min(self._n_kept, len(self.tokens))
+        del self._blocks[self._n_kept // BLOCK:]
 
     def _drop_drafts_if_any(self) -> None:
         if self.n_drafted:
@@ -380,5 +508,6 @@ class Slot:
         n_cells = self._llama.llama_memory_seq_pos_max(self._memory, 0) + 1
         if n_cells < len(self.tokens):
             del self.tokens[n_cells:]
+            self._trim()
         elif n_cells > len(self.tokens):
             self._llama.llama_memory_seq_rm(self._memory, 0, len(self.tokens), -1)

@@ -1,0 +1,78 @@
+"""K and V of a sequence as rows, the state of what fast steps need of it, and a checksum for both: see ``sfi.h``.
+
+Rows are of a llama_cpp._internals.LlamaContext, with an Engine or without; no other thread may be inside it.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any, Sequence
+
+from sfi_local.binding.engine import Engine, status_error
+from sfi_local.binding.library import open_library
+from sfi_local.errors import NoSupportError
+
+
+def rows_size(context: Any, n: int) -> int:
+    """Bytes of the rows of n tokens. Raises ModelError or ContextError where a sequence cannot be kept as rows."""
+    return _check(open_library().lib.sfi_rows_size(_context(context), n))
+
+
+def get_rows(context: Any, first: int, n: int, rows: Any, seq: int = 0) -> None:
+    """Fill a writable buffer of rows_size(n) bytes with the rows of the tokens [first, first + n)."""
+    native = open_library()
+    with native.ffi.from_buffer("char[]", rows, require_writable=True) as data:
+        _check(native.lib.sfi_get_rows(_context(context), seq, first, n, data, len(data)))
+
+
+def all_rows(context: Any, n: int) -> mmap.mmap:
+    """The rows of the first n tokens, in memory that is taken as it is written, and given back at once."""
+    rows = mmap.mmap(-1, max(1, rows_size(context, n)))
+    get_rows(context, 0, n, rows)
+    return rows
+
+
+def add_rows(context: Any, tokens: Sequence[int], rows: Any, n_rows: int, seq: int = 0) -> None:
+    """Append tokens whose rows are the first of n_rows in a buffer. Raises ContextFullError, and leaves the sequence as it was."""
+    native = open_library()
+    with native.ffi.from_buffer("char[]", rows) as data:
+        ids = native.ffi.new("llama_token[]", list(tokens))
+        _check(native.lib.sfi_add_rows(_context(context), seq, ids, len(tokens), data, n_rows, len(data)))
+
+
+def get_state(engine: Engine, seq: int = 0) -> bytearray:
+    """What fast steps need of a sequence; empty where there is nothing to keep."""
+    native, handle = open_library(), engine._handle()
+    state = bytearray(_check(native.lib.sfi_state_size(handle, seq)))
+    if state:
+        with native.ffi.from_buffer("char[]", state, require_writable=True) as data:
+            _check(native.lib.sfi_get_state(handle, seq, data, len(data)))
+    return state
+
+
+def set_state(engine: Engine, state: Any, seq: int = 0) -> str:
+    """Give a sequence, whose rows are there, a state of a text that begins with its tokens; "" or why it does not serve."""
+    native = open_library()
+    try:
+        with native.ffi.from_buffer("char[]", state) as data:
+            _check(native.lib.sfi_set_state(engine._handle(), seq, data, len(data)))
+        return ""
+    except NoSupportError as error:
+        return str(error)
+
+
+def checksum(data: Any, begin: int = 0) -> int:
+    """A 64-bit number that tells whether bytes have changed by accident, at the speed of memory. begin: that of the bytes before"""
+    native = open_library()
+    with native.ffi.from_buffer("char[]", data) as bytes_:
+        return native.lib.sfi_checksum(begin, bytes_, len(bytes_))
+
+
+def _context(context: Any) -> Any:
+    return open_library().ffi.cast("struct llama_context *", context.ctx)
+
+
+def _check(status: int) -> int:
+    if status < 0:
+        raise status_error(status)
+    return status

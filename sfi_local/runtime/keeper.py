@@ -1,0 +1,114 @@
+"""Keeps what a slot has read in the prefix store, and finds it there: files are written by a thread of their own, while the rows are taken
+out of the context block by block."""
+
+from __future__ import annotations
+
+import threading
+from queue import Full, Queue
+from typing import Any, Callable, Iterator, Sequence
+
+from sfi_local.store.prefixes import Found, Place, Prefixes, budget
+
+MIN_KEEP = 512    # tokens of a text that is worth keeping
+MIN_GAIN = 64     # tokens that must be in the store beyond those in the context, to fetch them
+MAX_WAITING = 16  # blocks that wait to be written
+WAIT_S = 0.3      # before reading a text, for the fingerprint of its model
+
+Note = Callable[[str], None]
+
+
+class Keeper:
+    """Of one model; its slots share it.
+
+    fingerprint: gives the name of all that K and V depend on; may take seconds, once; raises OSError
+    model:   its name, for lists; text_of: what tokens spell, for lists
+    note:    takes a sentence where something is wrong with the store
+    checksum: see Prefixes
+    """
+
+    def __init__(self, fingerprint: Callable[[], str], checksum: Callable[[Any], int], model: str, text_of: Callable[[Sequence[int]], str], note: Note):
+        self._fingerprint, self._checksum, self._model, self._text_of, self._note = fingerprint, checksum, model, text_of, note
+        self._store: Prefixes | None = None
+        self._finding: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Look for the fingerprint, which takes a while for a model that was never seen."""
+        if self._finding is None:
+            self._finding = threading.Thread(target=self._find_store, name="fingerprint")
+            self._finding.start()
+
+    def store(self, wait_s: float | None = None) -> Prefixes | None:
+        """The store; None where nothing is kept, or it takes longer than wait_s to know the model."""
+        if budget() == 0:
+            return None
+        self.begin()
+        if self._finding:
+            self._finding.join(wait_s)
+        return self._store
+
+    def find(self, tokens: Sequence[int]) -> Found | None:
+        """The kept text that shares most with this one. Of a model that was never seen there is hardly any."""
+        store = self.store(WAIT_S) if len(tokens) >= MIN_GAIN else None
+        return store.find(tokens) if store else None
+
+    def fetch(self, found: Found, place: Place, row_size: int) -> tuple[int, bytearray]:
+        """See Prefixes.fetch."""
+        return self._store.fetch(found, place, row_size) if self._store else (0, bytearray())
+
+    def save(self, tokens: Sequence[int], blocks: Sequence[str], rows: Iterator[Any], state: bytes | bytearray, n_bytes: int) -> "Saving | None":
+        """Keep a text; returns when its rows were taken, and they are written after that. Arguments: see Prefixes.save."""
+        store = self.store()
+        if store is None:
+            return None
+        saving = Saving(store, list(tokens), blocks, state, self._model, self._text_of(tokens[:100]), n_bytes)
+        saving.take(rows)
+        return saving
+
+    def _find_store(self) -> None:
+        try:
+            self._store = Prefixes(self._fingerprint(), self._checksum, self._note)
+        except OSError as error:
+            self._note(f"Nothing that is read is kept: {error.filename or 'a file'} cannot be read ({error.strerror}).")
+
+
+class Saving:
+    """A text that is being written."""
+
+    def __init__(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, model: str, text: str,
+                 n_bytes: int):
+        self._queue: Queue[Any] = Queue(MAX_WAITING)
+        self._names: list[str] | None = None
+        self._thread = threading.Thread(target=self._write, args=(store, tokens, blocks, state, model, text, n_bytes), name="prefixes")
+        self._thread.start()
+
+    def take(self, rows: Iterator[Any]) -> None:
+        """Hand over the rows; what raises ends the saving."""
+        try:
+            for block in rows:
+                if not self._put(block):
+                    return
+        except BaseException:
+            self._put(None)
+            raise
+        self._put(None)
+
+    def names(self) -> list[str]:
+        """Wait until all is written; the names of the blocks, none if it was not."""
+        self._thread.join()
+        return self._names or []
+
+    def _put(self, block: Any) -> bool:
+        while self._thread.is_alive():
+            try:
+                self._queue.put(block, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def _write(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, model: str, text: str,
+               n_bytes: int) -> None:
+        try:
+            self._names = store.save(tokens, blocks, iter(self._queue.get, None), state, model, text, n_bytes)
+        except StopIteration:  # what takes the rows was stopped
+            pass

@@ -1,0 +1,389 @@
+"""What was read once: prefixes of texts with their K and V on disk, found by their tokens.
+
+    FOLDER/FINGERPRINT/blocks/NAME      see prefix_files
+    FOLDER/FINGERPRINT/entries/NAME
+
+Every process may read, write and delete at any time: files appear whole, a missing or damaged one ends what can be taken of a text, and
+writers take turns. Nothing here raises but for a bug: what the disk refuses is a sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, Iterator, Protocol, Sequence
+
+from filelock import FileLock, Timeout
+
+from sfi_local.machine import cache_dir, human_bytes
+from sfi_local.store.prefix_files import BLOCK, BlockHead, Checksum, Damaged, EntryHead, Newer, is_name, packed, read_head, read_part, read_tokens, write
+
+SHARE = 0.2        # of what is free on the disk, which the store may use
+LOCK_S = 20        # how long a writer waits for another
+TEXT = 200         # characters of a text that an entry shows
+
+
+def folder() -> Path:
+    """Where prefixes are kept."""
+    return cache_dir() / "prefixes"
+
+
+def budget(path: Path | None = None) -> int:
+    """Bytes that prefixes may take: SFI_LOCAL_PREFIX_BUDGET, or a share of the free disk; 0: none are kept."""
+    asked = os.environ.get("SFI_LOCAL_PREFIX_BUDGET", "").strip()
+    try:
+        if asked:
+            return max(0, int(float(asked)))
+    except (ValueError, OverflowError):
+        pass
+    path = path or folder()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return int(SHARE * (shutil.disk_usage(path).free + size_of(folder())))
+    except OSError:
+        return 0
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(size for _, size, _ in _files(path))
+
+
+class Place(Protocol):
+    """A sequence that takes rows: see Slot."""
+
+    def add_rows(self, tokens: Sequence[int], rows: Any, n_rows: int) -> None: ...
+
+
+@dataclass
+class Found:
+    """An entry, and how many of its tokens a text begins with."""
+
+    path: Path
+    head: EntryHead
+    tokens: list[int] = field(repr=False)
+    n: int = 0
+
+
+class Prefixes:
+    """Of one model.
+
+    fingerprint: of the model and of all that K and V depend on, hexadecimal
+    checksum:    of bytes, see binding.state
+    note:        called with a sentence, once at most, where something is wrong with the store
+    """
+
+    def __init__(self, fingerprint: str, checksum: Checksum, note: Callable[[str], None] = lambda sentence: None, root: Path | None = None):
+        self.fingerprint, self._checksum, self._note, self._noted = fingerprint, checksum, note, False
+        self.root = root or folder()
+        self._blocks, self._entries = self.root / fingerprint / "blocks", self.root / fingerprint / "entries"
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def find(self, tokens: Sequence[int]) -> Found | None:
+        """The entry that shares most of its tokens with a text; the latest of equal ones."""
+        best = None
+        for path, _, used in sorted(_files(self._entries), key=lambda item: -item[2]):
+            found = self._look(path, tokens)
+            if found and found.n and (best is None or found.n > best.n):
+                best = found
+        return best
+
+    def _look(self, path: Path, tokens: Sequence[int]) -> Found | None:
+        try:
+            with open(path, "rb") as file:
+                head = self._entry_head(file)
+                found = read_tokens(file, head, self._checksum)
+                return Found(path, head, found, common(found, tokens))
+        except (Damaged, OSError) as error:
+            self._drop(path, error)
+            return None
+
+    def _entry_head(self, file: BinaryIO) -> EntryHead:
+        head = read_head(file, EntryHead, self._checksum)
+        if head.fingerprint != self.fingerprint or len(head.blocks) != head.n // BLOCK or not all(map(is_name, head.blocks)):
+            raise Damaged("it is of another model")
+        return head
+
+    def fetch(self, found: Found, place: Place, row_size: int) -> tuple[int, bytearray]:
+        """Give a place the rows of the first found.n tokens, which it has none of; returns (how many it got, the state of the entry).
+
+        row_size: bytes of a token. Only what its checksum proves is handed on; the tokens of each block are compared.
+        """
+        self._read_ahead(found)
+        n_whole, buffer, parent = found.n // BLOCK, bytearray(row_size * BLOCK), ""
+        for i, name in enumerate(found.head.blocks[:-(-found.n // BLOCK)]):
+            tokens = found.tokens[i * BLOCK:(i + 1) * BLOCK]
+            try:
+                with open(self._blocks / name, "rb", buffering=0) as file:
+                    head = read_head(file, BlockHead, self._checksum)
+                    self._check_block(head, file, name, parent, tokens, len(buffer))
+                    read_part(file, buffer, head.rows_sum, self._checksum)
+            except (Damaged, OSError) as error:
+                self._drop(self._blocks / name, error)
+                return i * BLOCK, bytearray()
+            place.add_rows(tokens[:found.n - i * BLOCK], buffer, BLOCK)
+            parent = name
+        return self._fetch_rest(found, place, n_whole, row_size)
+
+    def _fetch_rest(self, found: Found, place: Place, n_whole: int, row_size: int) -> tuple[int, bytearray]:
+        """What fills no block, and the state."""
+        head, done = found.head, min(found.n, len(found.head.blocks) * BLOCK)
+        n_rest = head.n - len(head.blocks) * BLOCK
+        try:
+            with open(found.path, "rb", buffering=0) as file:
+                again = self._entry_head(file)
+                if again != head or head.rows_size != n_rest * row_size:
+                    raise Damaged("its rows are of another size")
+                file.seek(4 * head.n, os.SEEK_CUR)
+                if found.n > done:
+                    rows = read_part(file, bytearray(head.rows_size), head.rows_sum, self._checksum)
+                    place.add_rows(found.tokens[done:found.n], rows, n_rest)
+                    done = found.n
+                else:
+                    file.seek(head.rows_size, os.SEEK_CUR)
+                state = read_part(file, bytearray(head.state_size), head.state_sum, self._checksum)
+                os.utime(found.path)
+                return done, state
+        except PermissionError:
+            return done, state  # the folder may be read and not written to
+        except (Damaged, OSError) as error:
+            self._drop(found.path, error)
+            return done, bytearray()
+
+    def _check_block(self, head: BlockHead, file: BinaryIO, name: str, parent: str, tokens: Sequence[int], size: int) -> None:
+        if head.fingerprint != self.fingerprint or head.parent != parent or head.name != name or head.n != BLOCK or head.rows_size != size:
+            raise Damaged("it is another block")
+        if read_tokens(file, head, self._checksum) != list(tokens):
+            raise Damaged("it has other tokens")
+
+    def _read_ahead(self, found: Found) -> None:
+        """Tell the system what is read next."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for path in (*(self._blocks / name for name in found.head.blocks[:-(-found.n // BLOCK)]), found.path):
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            except OSError:
+                return
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def save(self, tokens: Sequence[int], blocks: Sequence[str], rows: Iterator[Any], state: Any, model: str, text: str,
+             needed: int = 0) -> list[str] | None:
+        """Keep a text; returns the names of its blocks, None where it could not be kept.
+
+        blocks: names of those of its first tokens that are there, or were; rows: of each block after them, then of what fills none
+        needed: bytes that will be written, about
+        """
+        try:
+            for path in (self._blocks, self._entries):
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.chmod(self.root, 0o700)
+            with FileLock(self.root / self.fingerprint / "lock", timeout=LOCK_S, mode=0o600):
+                return self._save(tokens, list(blocks), rows, state, model, text, needed)
+        except Timeout:
+            self._tell("What was read is not kept: another process has been writing for too long.")
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self._tell(f"What was read is not kept: {'the disk that holds ' if full else ''}{self.root} "
+                       f"{'is full' if full else f'cannot be written ({error.strerror or error})'}.")
+        return None
+
+    def _save(self, tokens: Sequence[int], blocks: list[str], rows: Iterator[Any], state: Any, model: str, text: str,
+              needed: int) -> list[str] | None:
+        if not self._make_room(needed):
+            self._tell(f"What was read is not kept: it has {human_bytes(needed)}, and prefixes may take {human_bytes(budget(self.root))}.")
+            return None
+        if not all((self._blocks / name).exists() for name in blocks):
+            return None
+        for i in range(len(blocks), len(tokens) // BLOCK):
+            data = next(rows)
+            ids = packed(tokens[i * BLOCK:(i + 1) * BLOCK])
+            size = len(memoryview(data).cast("B"))
+            head = BlockHead(self.fingerprint, BLOCK, blocks[-1] if blocks else "", self._checksum(ids), size, self._checksum(data))
+            path = self._blocks / head.name
+            if not path.exists():
+                write(path, head, (ids, data), self._checksum)
+            blocks.append(head.name)
+        ids, rest = packed(tokens), next(rows)
+        entry = EntryHead(self.fingerprint, len(tokens), tuple(blocks), model, text[:TEXT], self._checksum(ids), len(rest),
+                          self._checksum(rest), len(state), self._checksum(state))
+        name = BlockHead(self.fingerprint, len(tokens), blocks[-1] if blocks else "", entry.tokens_sum, len(rest), entry.rows_sum).name
+        write(self._entries / name, entry, (ids, rest, state), self._checksum)
+        self._drop_covered(tokens, self._entries / name)
+        self._collect()
+        return blocks
+
+    def _drop_covered(self, tokens: Sequence[int], but: Path) -> None:
+        """Entries of which another has all tokens are of no more use."""
+        for path, _, _ in _files(self._entries):
+            if path != but:
+                found = self._look(path, tokens)
+                if found and found.n == len(found.tokens):
+                    path.unlink(missing_ok=True)
+
+    def _make_room(self, needed: int) -> bool:
+        """Evict what was not used for longest, of any model; False where it cannot be enough."""
+        limit = budget(self.root)
+        if needed > limit:
+            return False
+        used = size_of(self.root)
+        for path, size, _ in sorted((item for item in _files(self.root) if item[0].parent.name == "entries"), key=lambda item: item[2]):
+            if used + needed <= limit:
+                break
+            path.unlink(missing_ok=True)
+            collect(path.parent.parent, self._checksum)
+            used = size_of(self.root)
+        return True
+
+    def _collect(self) -> None:
+        collect(self.root / self.fingerprint, self._checksum)
+
+    # ---- what went wrong -----------------------------------------------------------------------------------------------
+
+    def _drop(self, path: Path, error: Exception) -> None:
+        """A damaged file is of no use to anybody; one that is gone, or of a newer version, is left alone."""
+        if isinstance(error, FileNotFoundError):
+            return
+        if isinstance(error, Damaged) and not isinstance(error, Newer):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                pass
+        self._tell(f"A kept prefix could not be used ({path.name[:12]}: {error.strerror if isinstance(error, OSError) else error}): "
+                   f"the text is read.")
+
+    def _tell(self, sentence: str) -> None:
+        if not self._noted:
+            self._noted = True
+            self._note(sentence)
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    n, step = 0, min(len(a), len(b))
+    while step:
+        if n + step <= min(len(a), len(b)) and list(a[n:n + step]) == list(b[n:n + step]):
+            n += step
+        else:
+            step //= 2
+    return n
+
+
+def collect(path: Path, checksum: Checksum) -> None:
+    """Remove blocks that no entry of a model needs, and what killed writers left. The lock is held, or nobody writes."""
+    needed = set()
+    for entry, _, _ in _files(path / "entries"):
+        try:
+            with open(entry, "rb") as file:
+                needed |= set(read_head(file, EntryHead, checksum).blocks)
+        except Newer:
+            return  # what it needs is not known
+        except (Damaged, OSError):
+            continue
+    for block, _, _ in _files(path / "blocks"):
+        if block.name not in needed:
+            block.unlink(missing_ok=True)
+    for kind in ("blocks", "entries"):
+        for part in (path / kind).glob(".*.part"):
+            part.unlink(missing_ok=True)
+
+
+def _files(path: Path) -> list[tuple[Path, int, float]]:
+    """(path, bytes, time of its last use) of all files below a folder but locks and those that are being written."""
+    found = []
+    for root, _, names in os.walk(path):
+        for name in names:
+            if not name.startswith(".") and name != "lock":
+                try:
+                    stat = os.stat(os.path.join(root, name))
+                except OSError:
+                    continue
+                found.append((Path(root, name), stat.st_size, stat.st_mtime))
+    return found
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------------
+
+
+def rows(checksum: Checksum, root: Path | None = None) -> list[dict[str, Any]]:
+    """What is kept, the latest first: id, model, n_tokens, bytes, last_used (seconds since 1970), text, path. A block that several need is
+    counted for each."""
+    found = []
+    for path, size, used in sorted(_entry_files(root or folder()), key=lambda item: -item[2]):
+        try:
+            with open(path, "rb") as file:
+                head = read_head(file, EntryHead, checksum)
+        except (Damaged, OSError):
+            continue
+        blocks = sum(_size(path.parent.parent / "blocks" / name) for name in head.blocks if is_name(name))
+        found.append({"id": path.name[:12], "model": head.model, "n_tokens": head.n, "bytes": size + blocks, "last_used": used,
+                      "text": head.text, "path": str(path)})
+    return found
+
+
+def remove(ids: Sequence[str], checksum: Checksum, root: Path | None = None) -> list[str]:
+    """Remove entries by their ids, or how those begin, and what they alone need; returns the ids that were there."""
+    gone = []
+    for path, _, _ in _entry_files(root or folder()):
+        if any(path.name.startswith(one) for one in ids if one):
+            path.unlink(missing_ok=True)
+            gone.append(path.name[:12])
+            with _locked(path.parent.parent):
+                collect(path.parent.parent, checksum)
+    return gone
+
+
+def clear(root: Path | None = None) -> int:
+    """Remove everything; bytes."""
+    root = root or folder()
+    n_bytes = size_of(root)
+    shutil.rmtree(root, ignore_errors=True)
+    return n_bytes
+
+
+def verify(checksum: Checksum, root: Path | None = None) -> tuple[int, list[tuple[Path, str]]]:
+    """(how many files are whole, those that are not and why); the latter are removed."""
+    good, bad = 0, []
+    for path, _, _ in _files(root or folder()):
+        kind = {"blocks": BlockHead, "entries": EntryHead}.get(path.parent.name)
+        if kind is None:
+            continue
+        try:
+            with open(path, "rb") as file:
+                head: Any = read_head(file, kind, checksum)
+                read_tokens(file, head, checksum)
+                sums = [(head.rows_size, head.rows_sum)] + ([(head.state_size, head.state_sum)] if kind is EntryHead else [])
+                for size, total in sums:
+                    read_part(file, bytearray(size), total, checksum)
+            good += 1
+        except Newer as error:
+            bad.append((path, str(error)))
+        except (Damaged, OSError) as error:
+            bad.append((path, str(error)))
+            path.unlink(missing_ok=True)
+    return good, bad
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with FileLock(path / "lock", timeout=LOCK_S, mode=0o600):
+        yield
+
+
+def _entry_files(root: Path) -> list[tuple[Path, int, float]]:
+    return [item for item in _files(root) if item[0].parent.name == "entries"]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
