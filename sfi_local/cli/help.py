@@ -26,7 +26,9 @@ dense    in mode auto below the depth where fast steps pay, and in mode dense
 stock    llama.cpp's own decoding
 
 With --verbose also why steps were slow or dense, what mode auto decided and why, and in mode exact how many tokens were drafted, how \
-many of them were kept, and ties: tokens that rounding might have decided otherwise. --json has all of it, as fields."""
+many of them were kept, and ties: tokens that rounding might have decided otherwise. --json has all of it, as fields.
+
+"(6400 from disk)": so many tokens of the prompt were read another day and kept, see `sfi-local cache --help`."""
 
 
 @click.command("help", short_help="Explain what can be set: knobs, environment, statistics.")

@@ -21,6 +21,7 @@ COMMANDS = {
     "models": ("cli.models", "models_command", "List the known models, where they are and what fits."),
     "pull": ("cli.models", "pull_command", "Fetch a model into the cache."),
     "rm": ("cli.models", "rm_command", "Remove a fetched model from the cache."),
+    "cache": ("cli.cache", "command", "Show, check, empty or fill the store of texts that were read."),
     "bench": ("lab.bench.command", "command", "Measure modes side by side at several depths."),
     "eval": ("lab.eval.command", "command", "Measure fidelity: how close modes and policies are to dense decoding."),
     "calibrate": ("lab.eval.calibrate", "command", "Measure once what modes auto and sfi take for a model."),

@@ -76,6 +76,7 @@ def model_options(command: Callable) -> Callable:
         click.option("--yarn", callback=_yarn, metavar="TIMES[:N]", help="Stretch the trained context of N tokens by YaRN."),
         gpu_option,
         force_option,
+        click.option("--no-cache", is_flag=True, help="Keep nothing that is read, and read all of it."),
         click.option("--verbose", is_flag=True, help="Say more, and show llama.cpp's log on stderr."))(command)
 
 
@@ -203,7 +204,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
     kv_type = options.pop("kv_type")
     return _checked(Settings(mode=options.pop("mode"), n_ctx=options.pop("ctx"), n_threads=options.pop("threads"), type_k=kv_type,
                              type_v=kv_type, gpu_layers=options.pop("gpu_layers"), params=given, quality=_take_quality(options), yarn=options.pop("yarn"),
-                             lora=options.pop("lora"), force=options.pop("force")))
+                             lora=options.pop("lora"), force=options.pop("force"), cache=not options.pop("no_cache")))
 
 
 def take_params(options: dict[str, Any]) -> Settings:

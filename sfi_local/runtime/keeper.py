@@ -7,7 +7,7 @@ import threading
 from queue import Full, Queue
 from typing import Any, Callable, Iterator, Sequence
 
-from sfi_local.store.prefixes import Found, Place, Prefixes, budget
+from sfi_local.store.prefixes import AddRows, Found, Prefixes, budget
 
 MIN_KEEP = 512    # tokens of a text that is worth keeping
 MIN_GAIN = 64     # tokens that must be in the store beyond those in the context, to fetch them
@@ -51,9 +51,9 @@ class Keeper:
         store = self.store(WAIT_S) if len(tokens) >= MIN_GAIN else None
         return store.find(tokens) if store else None
 
-    def fetch(self, found: Found, place: Place, row_size: int) -> tuple[int, bytearray]:
+    def fetch(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
         """See Prefixes.fetch."""
-        return self._store.fetch(found, place, row_size) if self._store else (0, bytearray())
+        return self._store.fetch(found, add_rows, row_size) if self._store else (0, bytearray())
 
     def save(self, tokens: Sequence[int], blocks: Sequence[str], rows: Iterator[Any], state: bytes | bytearray, n_bytes: int) -> "Saving | None":
         """Keep a text; returns when its rows were taken, and they are written after that. Arguments: see Prefixes.save."""
@@ -92,10 +92,10 @@ class Saving:
             raise
         self._put(None)
 
-    def names(self) -> list[str]:
-        """Wait until all is written; the names of the blocks, none if it was not."""
+    def names(self) -> list[str] | None:
+        """Wait until all is written; the names of the blocks, None if it was not."""
         self._thread.join()
-        return self._names or []
+        return self._names
 
     def _put(self, block: Any) -> bool:
         while self._thread.is_alive():

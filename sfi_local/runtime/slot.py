@@ -160,18 +160,15 @@ class Slot:
                 self._cut(n)
             return len(self.tokens)
 
-    def keep(self) -> None:
+    def keep(self, wait: bool = False) -> None:
         """Give the tokens to the prefix store, if there are enough of them and some are new; returns when their rows were taken, and a
-        thread writes. Nothing happens without a keeper, or where the memory of the model is no plain KV cache."""
+        thread writes. Nothing happens without a keeper, or where the memory of the model is no plain KV cache. wait: until all is written"""
         with self.access:
             self._drop_drafts_if_any()
+            self._wait_for_saving()
             self._keep()
-
-    def add_rows(self, tokens: Sequence[int], rows: Any, n_rows: int) -> None:
-        """Append tokens whose K and V are the first of n_rows rows, see binding.state."""
-        with self.access:
-            kept.add_rows(self._context, tokens, rows, n_rows)
-            self.tokens += tokens
+            if wait:
+                self._wait_for_saving()
 
     def cut(self, n: int) -> None:
         """Keep the first n tokens; none where the state of the model cannot be cut."""
@@ -319,7 +316,7 @@ class Slot:
         self._keep()
         self._wait_for_saving()
         self._cut(0)
-        n, state = self.keeper.fetch(found, self, row_size)
+        n, state = self.keeper.fetch(found, self._add_rows, row_size)
         if n and state and self.engine:
             kept.set_state(self.engine, state)  # where it does not serve, the end of the prefill makes another
         self._blocks, self._n_kept = list(found.head.blocks[:n // BLOCK]), n
@@ -327,6 +324,10 @@ class Slot:
         if n < len(tokens):
             self.why_read = f"what is kept differs from token {n} on" if n == found.n < len(found.tokens) else ""
         return True
+
+    def _add_rows(self, tokens: Sequence[int], rows: Any, n_rows: int) -> None:
+        kept.add_rows(self._context, tokens, rows, n_rows)
+        self.tokens += tokens
 
     def _keep(self) -> None:
         """As keep(), inside a call or a turn."""
@@ -351,8 +352,10 @@ class Slot:
             yield rows
 
     def _wait_for_saving(self) -> None:
+        """Take over what is in the store then; where nothing is, the next time all is given to it."""
         if self._saving:
-            self._blocks, self._saving = self._saving.names()[:self._n_kept // BLOCK], None
+            names, self._saving = self._saving.names(), None
+            self._blocks, self._n_kept = (names[:self._n_kept // BLOCK], self._n_kept) if names is not None else ([], 0)
 
     def _grow(self, n_ctx: int) -> None:
         tokens, state, old = self.tokens, self._take(n_ctx), self.n_ctx

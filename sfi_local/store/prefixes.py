@@ -15,7 +15,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, Protocol, Sequence
+from typing import Any, BinaryIO, Callable, Iterator, Sequence
 
 from filelock import FileLock, Timeout
 
@@ -54,10 +54,7 @@ def size_of(path: Path) -> int:
     return sum(size for _, size, _ in _files(path))
 
 
-class Place(Protocol):
-    """A sequence that takes rows: see Slot."""
-
-    def add_rows(self, tokens: Sequence[int], rows: Any, n_rows: int) -> None: ...
+AddRows = Callable[[Sequence[int], Any, int], None]  # appends tokens whose rows are the first of so many to a sequence
 
 
 @dataclass
@@ -110,13 +107,13 @@ class Prefixes:
             raise Damaged("it is of another model")
         return head
 
-    def fetch(self, found: Found, place: Place, row_size: int) -> tuple[int, bytearray]:
-        """Give a place the rows of the first found.n tokens, which it has none of; returns (how many it got, the state of the entry).
+    def fetch(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
+        """Hand on the rows of the first found.n tokens; returns (how many it got, the state of the entry).
 
         row_size: bytes of a token. Only what its checksum proves is handed on; the tokens of each block are compared.
         """
         self._read_ahead(found)
-        n_whole, buffer, parent = found.n // BLOCK, bytearray(row_size * BLOCK), ""
+        buffer, parent = bytearray(row_size * BLOCK), ""
         for i, name in enumerate(found.head.blocks[:-(-found.n // BLOCK)]):
             tokens = found.tokens[i * BLOCK:(i + 1) * BLOCK]
             try:
@@ -127,11 +124,11 @@ class Prefixes:
             except (Damaged, OSError) as error:
                 self._drop(self._blocks / name, error)
                 return i * BLOCK, bytearray()
-            place.add_rows(tokens[:found.n - i * BLOCK], buffer, BLOCK)
+            add_rows(tokens[:found.n - i * BLOCK], buffer, BLOCK)
             parent = name
-        return self._fetch_rest(found, place, n_whole, row_size)
+        return self._fetch_rest(found, add_rows, row_size)
 
-    def _fetch_rest(self, found: Found, place: Place, n_whole: int, row_size: int) -> tuple[int, bytearray]:
+    def _fetch_rest(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
         """What fills no block, and the state."""
         head, done = found.head, min(found.n, len(found.head.blocks) * BLOCK)
         n_rest = head.n - len(head.blocks) * BLOCK
@@ -143,7 +140,7 @@ class Prefixes:
                 file.seek(4 * head.n, os.SEEK_CUR)
                 if found.n > done:
                     rows = read_part(file, bytearray(head.rows_size), head.rows_sum, self._checksum)
-                    place.add_rows(found.tokens[done:found.n], rows, n_rest)
+                    add_rows(found.tokens[done:found.n], rows, n_rest)
                     done = found.n
                 else:
                     file.seek(head.rows_size, os.SEEK_CUR)
@@ -198,6 +195,7 @@ class Prefixes:
 
     def _save(self, tokens: Sequence[int], blocks: list[str], rows: Iterator[Any], state: Any, model: str, text: str,
               needed: int) -> list[str] | None:
+        needed += 8 * len(tokens) + 1024 * (2 + len(tokens) // BLOCK)  # ids and heads
         if not self._make_room(needed):
             self._tell(f"What was read is not kept: it has {human_bytes(needed)}, and prefixes may take {human_bytes(budget(self.root))}.")
             return None
@@ -345,6 +343,9 @@ def clear(root: Path | None = None) -> int:
     """Remove everything; bytes."""
     root = root or folder()
     n_bytes = size_of(root)
+    for model in root.glob("*/"):
+        with _locked(model):
+            shutil.rmtree(model, ignore_errors=True)
     shutil.rmtree(root, ignore_errors=True)
     return n_bytes
 
@@ -374,8 +375,16 @@ def verify(checksum: Checksum, root: Path | None = None) -> tuple[int, list[tupl
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with FileLock(path / "lock", timeout=LOCK_S, mode=0o600):
+    """While nobody writes; or after a while in any case, and where there can be no lock: what is missing then is a miss."""
+    lock = FileLock(path / "lock", timeout=LOCK_S, mode=0o600)
+    try:
+        lock.acquire()
+    except (Timeout, OSError):
+        pass
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _entry_files(root: Path) -> list[tuple[Path, int, float]]:

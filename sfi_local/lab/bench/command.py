@@ -130,7 +130,7 @@ def measure(request: BenchPlan) -> list[dict[str, Any]]:
     widest = max(request.kv_types, key=KV_TYPES.get)
     with Runs(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, gpu_layers=request.gpu_layers,
-                                    force=request.force, verbose=request.verbose) as model:
+                                    force=request.force, cache=False, verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)
         rows = []
         for kv_type in request.kv_types:

@@ -71,7 +71,7 @@ def command(model: str | None, show: bool, forgets: bool, output: str, **options
 
 def find_depth(request: EvalPlan, asked: Settings) -> tuple[int, str]:
     """(depth from which mode auto is slow-fast with what was calibrated, how it was found); measured anew, and remembered."""
-    settings = replace(asked, mode="auto", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type)
+    settings = replace(asked, mode="auto", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type, cache=False)
     with load_as(fetch(request.model), settings, request.verbose) as model:
         params = model.tune_auto(0).fit_context(model.n_ctx_limit)  # as a long prompt would
         return auto_depth_of(model, params, request.kv_type, request.kv_type, anew=True)

@@ -124,7 +124,7 @@ def measure_text(request: EvalPlan, path: Any) -> list[dict[str, Any]]:
     text, source = measured_text(request.text)
     with Runs(len(rows) * len(request.depths)) as bar, load(
             path, mode="stock", n_ctx=need, n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
-            gpu_layers=request.gpu_layers, verbose=request.verbose) as model:
+            gpu_layers=request.gpu_layers, cache=False, verbose=request.verbose) as model:
         tokens = text_tokens(model, text, source, need, f"--depth {request.depths[-1]} with -n {request.n} takes",
                              "lower --depth, or lower -n")
         found = eval_text.measure(model, request.depths, request.n, rows, tune_auto(request, model), tokens, request.kv_type,
@@ -136,7 +136,7 @@ def measure_tasks(request: EvalPlan, path: Any) -> list[dict[str, Any]]:
     """Answers to prompts."""
     found = []
     with load(path, mode="stock", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
-              gpu_layers=request.gpu_layers, verbose=request.verbose) as model:
+              gpu_layers=request.gpu_layers, cache=False, verbose=request.verbose) as model:
         sets = prompt_sets(request, model)
         params = tune_auto(request, model)
         with Runs(sum(len(prompts) for _, _, prompts in sets)) as bar:
@@ -154,7 +154,7 @@ def measure_exact(request: EvalPlan, path: Any) -> list[dict[str, Any]]:
     text, source = measured_text(request.text)
     found = []
     with load(path, mode="stock", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
-              gpu_layers=request.gpu_layers, verbose=request.verbose) as model, Runs(len(request.depths) * request.n_exact) as bar:
+              gpu_layers=request.gpu_layers, cache=False, verbose=request.verbose) as model, Runs(len(request.depths) * request.n_exact) as bar:
         sets = [(depth, excerpts(model, text, source, depth, request.n_exact, request.n)) for depth in request.depths]
         for depth, prompts in sets:
             scores = eval_answers.answer_all(model, prompts, request.rows(), request.params, request.kv_type, bar, f"exact @ {depth}",
