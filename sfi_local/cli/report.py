@@ -20,8 +20,8 @@ def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dic
         "tokens": tally.tokens,
         "n_prompt": tally.n_prompt,
         "n_cached": tally.n_prompt - tally.n_prefilled,
-        "cached_from": model.session.cached_from,
-        "why_read": model.session.why_read,
+        "cached_from": tally.cached_from,
+        "why_read": tally.why_read,
         "n_generated": len(tally.tokens),
         "finish": tally.finish,
         "ttft_s": round(tally.s_first, 3),
@@ -61,7 +61,7 @@ def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
     written = f"{len(tally.tokens)} written at {tally.decode_tps:.1f}/s" if steps else f"{len(tally.tokens)} written"
     end = [_end(tally)] if tally.finish in ENDS else []
-    read = f"{tally.n_prefilled} token{'' if tally.n_prefilled == 1 else 's'} read" + from_disk(model, tally)
+    read = f"{tally.n_prefilled} token{'' if tally.n_prefilled == 1 else 's'} read" + from_disk(tally)
     share = f"KV read {100 * kv_read_share(model):.0f} %"
     whole = [f"{read} at {tally.prefill_tps:.0f}/s, {written}" + (f" ({kinds})" if kinds else ""), share]
     short = f"{tally.n_prefilled} read, {len(tally.tokens)} written, {tally.decode_tps:.1f}/s"
@@ -72,8 +72,8 @@ def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
 
 def statistics(model: Any, tally: Any) -> str:
     """How an answer was computed, in full."""
-    parts = [f"prefill {tally.n_prefilled} tokens {tally.prefill_tps:.1f}/s" + from_disk(model, tally)]
-    parts += [model.session.why_read] if model.session and model.session.why_read else []
+    parts = [f"prefill {tally.n_prefilled} tokens {tally.prefill_tps:.1f}/s" + from_disk(tally)]
+    parts += [tally.why_read] if tally.why_read else []
     if tally.steps:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(tally.steps.items()))
         parts.append(f"decode {sum(tally.steps.values())} steps {tally.decode_tps:.1f}/s: {kinds}")
@@ -90,10 +90,10 @@ def statistics(model: Any, tally: Any) -> str:
     return "; ".join(parts + [_end(tally)] if tally.finish in ENDS else parts)
 
 
-def from_disk(model: Any, tally: Any) -> str:
+def from_disk(tally: Any) -> str:
     """How much of a prompt was kept from another day; "" for nothing."""
     n = tally.n_prompt - tally.n_prefilled
-    return f" ({n} from disk)" if model.session and model.session.cached_from == "disk" and n > 0 else ""
+    return f" ({n} from disk)" if tally.cached_from == "disk" and n > 0 else ""
 
 
 def _end(tally: Any) -> str:

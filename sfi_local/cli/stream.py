@@ -103,7 +103,8 @@ def stream(model: Any, tokens: Sequence[int], request: Any, sampling: Any, tally
                 _tell_apart(thoughts, step, tally, screen)
     finally:
         tally.in_thought = thoughts.stream.inside
-        tally.n_prefilled = model.session.n_prefilled if model.session else 0
+        if model.session:
+            tally.n_prefilled, tally.cached_from, tally.why_read = model.session.n_prefilled, model.session.cached_from, model.session.why_read
         if screen and tally.tokens:
             screen.end()
 

@@ -87,6 +87,7 @@ class Tally:
 
     spans: mode exact: (index of the last token, n_drafted, n_accepted) of each
     thoughts, answers: the text, told apart; in_thought: whether it ends in a thought
+    cached_from, why_read: see Slot
     s_first: seconds from the start of the process to the first token
     """
 
@@ -105,6 +106,8 @@ class Tally:
     answers: list[str] = field(default_factory=list)
     in_thought: bool = False
     s_first: float = 0.0
+    cached_from: str | None = None
+    why_read: str = ""
 
     def add(self, step: Step) -> None:
         """Count one item."""

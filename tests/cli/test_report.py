@@ -18,8 +18,8 @@ def model(mode="auto", depth=1024, found="measured before", why_stock="", qualit
 
 
 def tally(**steps):
-    return SimpleNamespace(steps=Counter(steps), tokens=[1] * 5, decode_tps=9.0, prefill_tps=99.0, n_prefilled=7, finish="end",
-                           reasons=Counter(), n_drafted=0, n_accepted=0, n_ties=0)
+    return SimpleNamespace(steps=Counter(steps), tokens=[1] * 5, decode_tps=9.0, prefill_tps=99.0, n_prompt=7, n_prefilled=7,
+                           cached_from=None, why_read="", finish="end", reasons=Counter(), n_drafted=0, n_accepted=0, n_ties=0)
 
 
 @pytest.mark.parametrize("one, steps, mode, depth, why", [
