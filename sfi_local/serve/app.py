@@ -24,6 +24,7 @@ from sfi_local.serve.metrics import Metrics
 from sfi_local.serve.page import CSP, page
 from sfi_local.serve.problems import Problem
 from sfi_local.serve.requests import ChatRequest, CompletionRequest, messages_of, parsed
+from sfi_local.serve.responses import ResponseShape, ResponsesRequest
 from sfi_local.serve.worker import Worker
 
 MAX_TOKENS = 1 << 20  # of /detokenize
@@ -115,7 +116,8 @@ class Server:
         return [get("/", self._page), get("/health", self._health), get("/metrics", self._metrics), get("/slots", self._slots),
                 get("/v1/models", self._models), get("/v1/models/{name:path}", self._model),
                 post("/v1/chat/completions", self._chat), post("/v1/completions", self._completion),
-                post("/v1/embeddings", self._embeddings), post("/tokenize", self._tokenize), post("/detokenize", self._detokenize)]
+                post("/v1/responses", self._responses), post("/v1/embeddings", self._embeddings),
+                post("/tokenize", self._tokenize), post("/detokenize", self._detokenize)]
 
     @staticmethod
     def _endpoint(path: str, do: Any) -> Any:
@@ -156,8 +158,8 @@ class Server:
                             "name": model.name, "chat": model.file.metadata.get("tokenizer.chat_template") is not None}
         return about
 
-    def _check_name(self, name: str | None) -> None:
-        if name is not None and name != self.settings.name:
+    def _check_name(self, name: str) -> None:
+        if name != self.settings.name:
             raise Problem(f"The model {name[:200]!r} does not exist here: this server has {self.settings.name!r}.", 404, "model_not_found", "model")
 
     async def _chat(self, http: HttpRequest, value: dict[str, Any]) -> Response:
@@ -165,18 +167,33 @@ class Server:
         self._check_name(request.model)
         asked = await asyncio.to_thread(asked_of_chat, worker.model, request, self._answers)
         shape = Shape(worker.model.vocabulary, self.settings.name, source_id())
+        return await self._answer(http, request, asked, shape, self._remembering(request))
+
+    def _remembering(self, request: ChatRequest) -> Any:
+        """Called with an answer that is whole, and its text: the next request of this conversation goes on from its tokens."""
         messages: list[Message] = messages_of(request)
 
         def ended(answer: Answering, text: str) -> None:
             tokens = answer.tokens if answer.finish == "length" else answer.tokens[:-1]
             if answer.finish != "tool_calls":
                 self._answers.remember(messages, text, tokens)
-        return await self._answer(http, request, asked, shape, ended)
+        return ended
+
+    async def _responses(self, http: HttpRequest, value: dict[str, Any]) -> Response:
+        worker, wanted = self._ready(), parsed(ResponsesRequest, value)
+        self._check_name(wanted.model)
+        request = parsed(ChatRequest, wanted.as_chat())
+        asked = await asyncio.to_thread(asked_of_chat, worker.model, request, self._answers)
+        answer, shape, ended = Answering(worker, asked[0]), ResponseShape(wanted, value, self.settings.name), self._remembering(request)
+        if wanted.stream:
+            return Events(shape.stream(answer, ended), answer.cancel)
+        return JsonResponse(await unless_gone(http.receive, shape.whole(answer, ended), answer.cancel))
 
     async def _completion(self, http: HttpRequest, value: dict[str, Any]) -> Response:
         worker, request = self._ready(), parsed(CompletionRequest, value)
         self._check_name(request.model)
         asked = await asyncio.to_thread(asked_of_completion, worker.model, request)
+
         def echo(answer: Answering) -> str:
             return worker.model.detokenize(answer.asked.tokens) if request.echo else ""
         shape = TextShape(worker.model.vocabulary, self.settings.name, source_id(), echo)

@@ -11,7 +11,7 @@ TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {
 
 
 def chat(client, **fields):
-    response = client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 8, "seed": 3, **fields})
+    response = client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "seed": 3, **fields})
     assert response.status_code == 200, response.text
     return response
 
@@ -66,14 +66,14 @@ def test_choices_stop_seed_and_logprobs(client):
     assert len(first) == 8 and all(len(one["top_logprobs"]) == 3 and one["logprob"] <= 0 for one in first)
     assert chat(client).json()["choices"][0]["message"] == answer["choices"][0]["message"]
     assert answer["usage"]["completion_tokens"] == 16
-    text = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 20, "temperature": 0}).json()["choices"][0]["text"]
-    stopped = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 20, "temperature": 0, "stop": text[5]}).json()["choices"][0]
+    text = client.post("/v1/completions", json={"model": "tiny", "prompt": "abc", "max_tokens": 20, "temperature": 0}).json()["choices"][0]["text"]
+    stopped = client.post("/v1/completions", json={"model": "tiny", "prompt": "abc", "max_tokens": 20, "temperature": 0, "stop": text[5]}).json()["choices"][0]
     assert stopped["text"] == text[:text.index(text[5])] and stopped["finish_reason"] == "stop"
 
 
 def test_logit_bias_and_our_samplers_reach_the_sampler(client):
     def text(**fields):
-        return client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4, "temperature": 0, **fields}).json()["choices"][0]["text"]
+        return client.post("/v1/completions", json={"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0, **fields}).json()["choices"][0]["text"]
     assert text(logit_bias={"81": 100}) == "QQQQ"
     assert text(repeat_penalty=50, logit_bias={"81": 20}) != "QQQQ"
     assert text(top_k=1) == text()
@@ -116,13 +116,14 @@ def test_tools_that_may_come_and_their_results_reach_the_prompt(client):
 
 
 def test_a_prompt_that_is_too_long_names_both_numbers(client):
-    error = problem(client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 5000}]}), 400)
+    error = problem(client.post("/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "x" * 5000}]}), 400)
     assert error["code"] == "context_length_exceeded" and "2048" in error["message"] and "50" in error["message"]
 
 
 def test_an_unknown_model_is_404_and_an_unknown_parameter_nothing(client):
     assert problem(client.post("/v1/chat/completions", json={"model": "gpt-9", "messages": MESSAGES}), 404)["code"] == "model_not_found"
     assert problem(client.get("/v1/models/gpt-9"), 404)["param"] == "model"
+    assert problem(client.post("/v1/chat/completions", json={"messages": MESSAGES}), 400)["param"] == "model"
     chat(client, wibble={"a": 1}, store=True, user="x", service_tier="auto", metadata={})
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny" == client.get("/v1/models/tiny").json()["id"]
 
@@ -134,14 +135,14 @@ def test_an_unknown_model_is_404_and_an_unknown_parameter_nothing(client):
     ({"response_format": {"type": "json_schema"}}, "response_format"), ({"stop": "\ud800"}, "stop"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice")])
 def test_a_wrong_parameter_is_named(client, fields, param):
-    content = json.dumps({"messages": MESSAGES, "max_tokens": 4, **fields})  # \ud800 as an escape
+    content = json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **fields})  # \ud800 as an escape
     assert problem(client.post("/v1/chat/completions", content=content), 400)["param"] == param
 
 
 @pytest.mark.parametrize("schema", [{"type": "string", "minLength": 10**9}, {"$ref": "file:///etc/passwd"}, {"type": "object", "x": "y" * 100_000},
                                     {"$ref": "https://127.0.0.1:1/x.json"}, {"type": "no such type"}, {"pattern": "(" * 400, "type": "string"}])
 def test_a_schema_that_cannot_be_obeyed_is_refused(client, schema):
-    body = {"messages": MESSAGES, "max_tokens": 4, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
     problem(client.post("/v1/chat/completions", json=body), 400)
 
 
@@ -158,7 +159,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(client):
 
 
 def test_text_that_is_no_unicode_is_refused(client):
-    problem(client.post("/v1/chat/completions", content=b'{"messages": [{"role": "user", "content": "\\ud800"}]}'), 400)
+    problem(client.post("/v1/chat/completions", content=b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}'), 400)
 
 
 def test_tokens_and_embeddings(client):

@@ -5,7 +5,7 @@ import logging
 import pytest
 from support.serving import client_of, make_server
 
-ASK = {"messages": [{"role": "user", "content": "A secret word."}], "max_tokens": 2}
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "A secret word."}], "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ class Served:
         """A socket on which n tokens were asked for and the first has come."""
         host, port = self.url.removeprefix("http://").split(":")
         one = socket.create_connection((host, int(port)), timeout=30)
-        body = json.dumps({"prompt": "abc", "max_tokens": n, "stream": True, "logit_bias": {"259": -100}}).encode()
+        body = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": n, "stream": True, "logit_bias": {"259": -100}}).encode()
         one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
         read = b""
         while b"data:" not in read:
