@@ -53,7 +53,7 @@ class Server:
         self.ending = False
         self.loaded = threading.Event()  # or failed
         self._answers, self._began = Answers(), int(time.time())
-        self.app = Guard(Starlette(routes=self._routes()), settings.key, self._counted)
+        self.app = Guard(Starlette(routes=self._routes(), exception_handlers={404: _no_route, 405: _no_route}), settings.key, self._counted)
 
     def start(self) -> None:
         """Begin to load."""
@@ -230,3 +230,8 @@ class Server:
         if not isinstance(tokens, list) or len(tokens) > MAX_TOKENS or not all(type(t) is int and 0 <= t < n_vocab for t in tokens):
             raise Problem(f"tokens must be a list of at most {MAX_TOKENS} token ids, 0 to {n_vocab - 1}.", param="tokens")
         return JsonResponse({"content": await asyncio.to_thread(model.detokenize, tokens)})
+
+
+async def _no_route(request: HttpRequest, error: Any) -> Response:
+    """For a path, or a method of one, that there is not."""
+    return refusal(Problem(f"There is no {request.method} {request.url.path[:200]} here.", error.status_code, "not_found"))

@@ -75,7 +75,7 @@ class Shape:
             yield self._chunk(i, self._opening(), None)
             async for piece in answer:
                 text += piece.text
-                extra = self._extra(piece)
+                extra = self._extra(piece, answer)
                 if extra:
                     yield event({**self.fields, "choices": [], "sfi": extra})
                 for delta in self._deltas(piece, calls):
@@ -100,7 +100,7 @@ class Shape:
         return event({**self.fields, "choices": [choice], **({"sfi": ours} if ours else {})})
 
     @staticmethod
-    def _extra(piece: Piece) -> dict[str, Any]:
+    def _extra(piece: Piece, answer: Answering) -> dict[str, Any]:
         """What goes to our page alone."""
         out: dict[str, Any] = {}
         if piece.reading:
@@ -109,6 +109,8 @@ class Shape:
             out["look"] = piece.look
         if piece.map:
             out["map"] = piece.map
+        if piece.step and answer.asked.progress:
+            out["step"] = {"kind": piece.step.kind, "n_cells": piece.step.n_cells, "depth": piece.step.depth}
         return out
 
     # ---- logprobs ----
@@ -148,7 +150,7 @@ class TextShape(Shape):
             if head := self._echo(answer):
                 yield self._text(i, head, None)
             async for piece in answer:
-                if extra := self._extra(piece):
+                if extra := self._extra(piece, answer):
                     yield event({**self.fields, "choices": [], "sfi": extra})
                 if piece.text or (piece.step and answer.asked.n_top is not None):
                     yield self._text(i, piece.text, None, self._legacy(answer, [piece.step] if piece.step else []))

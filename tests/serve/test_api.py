@@ -162,6 +162,11 @@ def test_text_that_is_no_unicode_is_refused(client):
     problem(client.post("/v1/chat/completions", content=b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}'), 400)
 
 
+def test_a_route_or_a_method_that_there_is_not_is_an_error_object(client):
+    problem(client.get("/v1/nothing"), 404)
+    problem(client.get("/v1/chat/completions"), 405)
+
+
 def test_tokens_and_embeddings(client):
     tokens = client.post("/tokenize", json={"content": "fox"}).json()["tokens"]
     assert client.post("/detokenize", json={"tokens": tokens}).json()["content"] == "fox"

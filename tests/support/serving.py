@@ -1,6 +1,16 @@
-"""A server in this process, and a client that asks it without a network."""
+"""A server in this process, and a client that asks it without a network; and the command as a process of its own."""
+
+import json
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 
 from starlette.testclient import TestClient
+
+from support.command_line import cli_command, cli_env
 
 
 def make_server(path, n_slots=2, key=None, **options):
@@ -19,3 +29,42 @@ def make_server(path, n_slots=2, key=None, **options):
 
 def client_of(server):
     return TestClient(server.app, base_url="http://127.0.0.1:8080", raise_server_exceptions=False)
+
+
+class Served:
+    """`sfi-local serve` as a process of its own."""
+
+    def __init__(self, folder, *args):
+        self.process = subprocess.Popen(cli_command("serve", *args, "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=cli_env(SFI_LOCAL_AUTO_DEPTH="0"), cwd=folder)
+        self.line = self.process.stdout.readline().decode()
+        self.url = re.match(r"http://\S+", self.line)[0]
+
+    def get(self, path):
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def until_ready(self):
+        until = time.monotonic() + 60
+        while self.get("/health")[1]["status"] != "ready":
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    def stream(self, n):
+        """(a socket on which n tokens were asked for, what has come of them): the first at least."""
+        host, port = self.url.removeprefix("http://").split(":")
+        one = socket.create_connection((host, int(port)), timeout=30)
+        body = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": n, "stream": True, "logit_bias": {"259": -100}}).encode()
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        read = b""
+        while b"data:" not in read:
+            read += one.recv(4096)
+        return one, read
+
+    def end(self, sign):
+        self.process.send_signal(sign)
+        _, err = self.process.communicate(timeout=60)
+        return self.process.returncode, err.decode()
