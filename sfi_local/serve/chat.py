@@ -30,7 +30,7 @@ def ours(usage: Usage) -> dict[str, Any]:
     """What only sfi-local knows; seconds, and shares of 1."""
     decoding = usage.seconds - usage.waited - usage.ttft
     steps = sum(usage.kinds.values())
-    return {"mode": usage.mode, "steps": {kind: usage.kinds[kind] for kind in ("slow", "fast", "dense", "stock")},
+    return {"mode": usage.mode, "cached_from": usage.cached_from, "steps": {kind: usage.kinds[kind] for kind in ("slow", "fast", "dense", "stock")},
             "kv_read_share": round(usage.kv_read_share, 4), "ttft": round(usage.ttft, 4), "waited": round(usage.waited, 4),
             "seconds": round(usage.seconds, 4), "tokens_per_second": round(steps / decoding, 2) if decoding > 0 and steps else None}
 

@@ -45,7 +45,8 @@ class ShutdownError(AbortedError):
 class Usage:
     """What an answer cost. times in seconds
 
-    n_cached: tokens of the prompt that a slot held already; n_drawn: tokens that were generated, the last included
+    n_cached: tokens of the prompt that a slot held already, or the prefix store; cached_from: ``memory``, ``disk`` or None
+    n_drawn: tokens that were generated, the last included
     ttft:     from add() to the first token; waited: in the queue
     kv_read_share: bytes of K and V that its steps read over those of dense ones
     """
@@ -59,6 +60,7 @@ class Usage:
     kinds: Counter = field(default_factory=Counter)
     kv_read_share: float = 1.0
     mode: str = ""
+    cached_from: str | None = None
 
 
 class Job:
@@ -217,6 +219,7 @@ class Worker:
         slot = job.slot
         self.model.make_room(slot, len(job.prompt), job.n)
         job.n_read = job.usage.n_cached = slot.reuse(job.prompt)
+        job.usage.cached_from = slot.cached_from
         job.usage.mode = self.model.mode if slot.engine else "stock"
         job.last_turn = time.monotonic()
         job.give("reading", (job.n_read, len(job.prompt)))
