@@ -83,7 +83,7 @@ struct ggml_tensor * ggml_sparse_attn(
     const int64_t ne[4] = { v->ne[0], n_head, n_tokens, n_stream };
     struct ggml_tensor * result = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne);
 
-    const struct sfi_attn_params params = { GGML_SFI_OP_SPARSE_ATTN, scale, logit_softcap };
+    const struct sfi_attn_params params = { GGML_SFI_OP_SPARSE_ATTN, scale, logit_softcap, 0 };
     ggml_set_op_params(result, &params, sizeof(params));
 
     result->op     = GGML_OP_SFI;
@@ -110,6 +110,17 @@ void ggml_sparse_attn_set_visible(
     GGML_ASSERT(visible->ne[1] == q->ne[3] && ggml_nrows(visible) == q->ne[3]);
 
     attn->src[7] = visible; // the place of mass, which is for one token
+}
+
+void ggml_sparse_attn_set_blocks(struct ggml_tensor * attn) {
+    GGML_ASSERT(is_sparse_attn(attn));
+    GGML_ASSERT(attn->src[7] && attn->src[7]->type == GGML_TYPE_I32 && !attn->src[5]);
+
+    ggml_set_op_params_i32(attn, offsetof(struct sfi_attn_params, in_blocks)/sizeof(int32_t), 1);
+}
+
+bool ggml_sparse_attn_in_blocks(const struct ggml_tensor * node) {
+    return is_sparse_attn(node) && ggml_get_op_params_i32(node, offsetof(struct sfi_attn_params, in_blocks)/sizeof(int32_t)) != 0;
 }
 
 void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass) {

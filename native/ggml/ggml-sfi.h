@@ -71,6 +71,12 @@ GGML_API void ggml_sparse_attn_set_visible(
         struct ggml_tensor * attn,
         struct ggml_tensor * visible);
 
+// The same for many tokens, as in prefill: tiles of K and V are converted once and serve all tokens and heads of a group, so a
+// result is rounded otherwise than that of the token alone (each weight of the softmax may be off by 1e-5 of itself). What a token
+// does not see does not touch it. attn has `visible` and no tail; it is not asked for its mass. A backend may refuse it.
+GGML_API void ggml_sparse_attn_set_blocks(struct ggml_tensor * attn);
+GGML_API bool ggml_sparse_attn_in_blocks (const struct ggml_tensor * node);
+
 // Have the operation also say where the attention went, for one token:
 //
 //   mass      F32 [2, n_head]                           // written

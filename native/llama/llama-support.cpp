@@ -17,6 +17,7 @@
 
 // The list of all cells is padded to this, so that a graph fits many depths.
 static constexpr int64_t list_pad = 1024;
+static constexpr int32_t min_block = 8; // tokens from which packing K and V once for all of them pays
 static constexpr int64_t skip_pad = 256;
 
 // ---- layers and their memory -------------------------------------------------------------------------------------------
@@ -65,6 +66,7 @@ llama_support::llama_support(llama_kv_cache * kv, const llama_kv_cache * kv_swa,
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
         if (is_sparse(il)) {
             layers[il].path = path_of(model, il, this->params, &layers[il].lacks);
+            has_blocks |= layers[il].path == LLAMA_PATH_NATIVE && ggml_backend_buffer_is_host(kv->get_k_storage(il)->buffer);
         }
     }
     if (params.selects() || has_portable()) {
@@ -431,7 +433,8 @@ llama_support_key llama_support::graph_key() const {
         const bool fast = ubatch_kind == LLAMA_SUPPORT_FAST;
         k.refresh  = ubatch_refresh && params.refreshes();
         k.stream   = stream;
-        const bool lists_all = fast ? params.policy == LLAMA_SUPPORT_ORACLE : ubatch_kind != LLAMA_SUPPORT_PREFILL || k.refresh;
+        k.blocks   = ubatch_kind == LLAMA_SUPPORT_PREFILL && has_blocks && ubatch_tokens >= min_block;
+        const bool lists_all = fast ? params.policy == LLAMA_SUPPORT_ORACLE : ubatch_kind != LLAMA_SUPPORT_PREFILL || k.refresh || k.blocks;
         k.n_list   = lists_all ? list_size() : 0;
         k.n_stored = params.selects() ? ubatch_stored : 0;
         if (has_portable() && !ubatch_refresh && st.valid) { // a refresh writes all of always anew
@@ -544,7 +547,7 @@ static const llama_support_input * build_input(const llm_graph_context & g, cons
     if (key.n_list > 0) {
         inp->cells = new_input(g, GGML_TYPE_I32, key.n_list, "support_cells");
     }
-    if (key.kind == LLAMA_SUPPORT_VERIFY) {
+    if (key.kind == LLAMA_SUPPORT_VERIFY || key.blocks) {
         inp->visible = new_input(g, GGML_TYPE_I32, g.n_tokens, "support_visible");
     }
     if (key.refresh) {
@@ -715,7 +718,7 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         refresh_support(g, inp, layer, build_evidence(g, inp, layer, k, q->ne[1], kq_scale, softcap), inp->plan, k, il);
     }
     const bool on_host = ggml_backend_buffer_is_host(inp->support->get_kv()->get_k_storage(il)->buffer);
-    if (key.kind == LLAMA_SUPPORT_PREFILL || (key.kind == LLAMA_SUPPORT_SHORT && !on_host)) {
+    if ((key.kind == LLAMA_SUPPORT_PREFILL && !(key.blocks && on_host)) || (key.kind == LLAMA_SUPPORT_SHORT && !on_host)) {
         return nullptr;
     }
 
@@ -741,6 +744,9 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
     }
     if (inp->visible) {
         ggml_sparse_attn_set_visible(cur, inp->visible);
+    }
+    if (key.blocks) {
+        ggml_sparse_attn_set_blocks(cur);
     }
     g.cb(cur, "sparse_attn", il);
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

@@ -140,6 +140,7 @@ private:
     llama_support_kind ubatch_kind    = LLAMA_SUPPORT_NONE;
     bool               ubatch_refresh = false;
     int32_t            ubatch_tokens  = 0;
+    bool               has_blocks     = false; // some layer is prefilled by our kernel
     int32_t            ubatch_stored  = 0; // of their queries
     llama_side_graph   side;
 

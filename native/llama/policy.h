@@ -24,7 +24,7 @@
 // What the next ubatch does with its attention.
 enum llama_support_kind {
     LLAMA_SUPPORT_NONE,    // upstream's own path
-    LLAMA_SUPPORT_PREFILL, // upstream's own path; the last queries are kept, the last ubatch refreshes
+    LLAMA_SUPPORT_PREFILL, // on a CPU our kernel for many tokens, elsewhere upstream's path; the last queries are kept, the last ubatch refreshes
     LLAMA_SUPPORT_DENSE,   // every cell, our kernel
     LLAMA_SUPPORT_SHORT,   // every cell, by what is faster: our kernel in the host's memory, elsewhere upstream's own path
     LLAMA_SUPPORT_SLOW,    // every cell, our kernel, then a refresh
@@ -119,6 +119,7 @@ struct llama_sequence {
 struct llama_support_key {
     llama_support_kind kind = LLAMA_SUPPORT_NONE;
     bool     refresh  = false;
+    bool     blocks   = false; // prefill by our kernel
     uint32_t stream   = 0;
     int64_t  n_list   = 0; // length of the list of all cells
     int64_t  n_stored = 0; // queries written to the ring
@@ -127,7 +128,7 @@ struct llama_support_key {
     int64_t  n_append = 0; // portable: rows of compact caches that are written
 
     bool operator==(const llama_support_key & o) const {
-        return kind == o.kind && refresh == o.refresh && stream == o.stream && n_list == o.n_list
+        return kind == o.kind && refresh == o.refresh && blocks == o.blocks && stream == o.stream && n_list == o.n_list
             && n_stored == o.n_stored && n_skip == o.n_skip && n_scan == o.n_scan && n_append == o.n_append;
     }
 };

@@ -10,6 +10,10 @@ void   sparse_attn          (const ggml_compute_params * params, ggml_tensor * d
 size_t sparse_attn_work_size(const ggml_tensor * dst, int n_threads);
 bool   sparse_attn_supported(const ggml_tensor * dst);
 
+// ... of many tokens
+void   sparse_attn_blocks          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t sparse_attn_blocks_work_size(const ggml_tensor * dst, int n_threads);
+
 void   evidence          (const ggml_compute_params * params, ggml_tensor * dst);
 size_t evidence_work_size(const ggml_tensor * dst, int n_threads);
 bool   evidence_supported(const ggml_tensor * dst);

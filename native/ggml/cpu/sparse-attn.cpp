@@ -459,6 +459,9 @@ int64_t attn_floats(const layout & l, int n_threads) {
 } // namespace
 
 void sfi::sparse_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    if (ggml_sparse_attn_in_blocks(dst)) {
+        return sparse_attn_blocks(params, dst);
+    }
     task a(params, dst);
     const int ith = params->ith, nth = params->nth;
     float * scratch = a.partials + a.l.n_partials()*a.l.partial + ith*a.l.scratch();
@@ -494,6 +497,9 @@ static size_t evidence_bytes(const ggml_tensor * dst) {
 }
 
 size_t sfi::sparse_attn_work_size(const ggml_tensor * dst, int n_threads) {
+    if (ggml_sparse_attn_in_blocks(dst)) {
+        return sparse_attn_blocks_work_size(dst, n_threads);
+    }
     return attn_floats(layout(dst), n_threads)*sizeof(float) + evidence_bytes(dst);
 }
 

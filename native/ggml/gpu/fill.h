@@ -39,7 +39,7 @@ inline const ggml_tensor * mass_of   (const ggml_tensor * dst) { return dst->src
 inline bool attn_supported(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
     const int64_t d = k->ne[0];
-    return k->type == v->type && d == v->ne[0] && (d == 64 || d == 80 || d == 96 || d == 128 || d == 256)
+    return !ggml_sparse_attn_in_blocks(dst) && k->type == v->type && d == v->ne[0] && (d == 64 || d == 80 || d == 96 || d == 128 || d == 256)
         && is_kv(k) && is_kv(v) && has_aligned_rows(q) && q->ne[1]*q->ne[3] <= 65535;
 }
 

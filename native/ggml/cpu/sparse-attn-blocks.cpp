@@ -1,0 +1,238 @@
+// SPARSE_ATTN on the CPU for many tokens of one text, as in prefill: ggml_sparse_attn_set_blocks().
+//
+// The unit of work is a block of tokens and one KV head, about block_rows query rows: enough that converting and packing a
+// tile of K and V, which is done once per block and tile, is a small part of its products. A thread keeps the block's scaled
+// queries and running outputs and goes through the cells from the first to the last that the block's last token sees.
+// Within a tile, strips of strip_rows rows take turns, so that their logits and outputs stay in the nearest cache.
+//
+//   pass 1  gather the rows of a tile, pack K and V
+//   pass 2  logits of a strip
+//   pass 3  hide what a token does not see, weights with a running maximum
+//   pass 4  accumulate V
+//   pass 5  divide by the sum, learned sink included
+//
+// Logits are kept in base 2. Which thread takes which block changes nothing in the result.
+
+#include "sfi-ops.h"
+
+#include "attn-block.h"
+#include "ggml-cpu-impl.h"
+#include "sfi-params.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+
+constexpr int   tile_cells = 128;
+constexpr int   strip_rows = 48;
+constexpr int   block_rows = 192;
+constexpr int   line_floats = 16;
+constexpr float log2e = 1.44269504f;
+
+int64_t padded(int64_t n) {
+    return GGML_PAD(n, sfi::max_panel);
+}
+
+struct task {
+    const ggml_tensor * dst, * q, * k, * v, * cells, * visible, * sinks;
+    sfi::block_ops ops;
+    float   scale, softcap;
+    int64_t d_k, d_v, n_tokens, n_head, n_head_kv, group, n_stream, n_list;
+    int64_t block_tokens, n_blocks;
+
+    explicit task(const ggml_tensor * dst, bool reference = false) :
+        dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), cells(dst->src[3]), visible(dst->src[7]), sinks(dst->src[6]),
+        ops(sfi::block_ops_for(k->type, v->type, reference)),
+        scale(sfi::params_of<sfi_attn_params>(dst).scale), softcap(sfi::params_of<sfi_attn_params>(dst).softcap),
+        d_k(q->ne[0]), d_v(v->ne[0]), n_tokens(q->ne[1]), n_head(q->ne[2]), n_head_kv(k->ne[2]), group(n_head/n_head_kv),
+        n_stream(q->ne[3]), n_list(cells->ne[0]),
+        block_tokens(std::clamp<int64_t>(block_rows/group, 1, n_tokens)),
+        n_blocks((n_tokens + block_tokens - 1)/block_tokens) {}
+
+    int64_t rows() const { return block_tokens*group; }
+
+    // floats of one thread, see scratch
+    int64_t scratch_floats() const {
+        return rows()*(d_k + padded(d_v) + 2) + strip_rows*(tile_cells + 1) + tile_cells*(d_k + padded(d_v)) + sfi::max_vector*d_k
+            + 8*line_floats;
+    }
+
+    const int32_t * cells_of(int64_t s) const { return (const int32_t *) ((const char *) cells->data + s*cells->nb[3]); }
+
+    int64_t seen(int64_t s, int64_t t) const {
+        return std::clamp<int64_t>(((const int32_t *) ((const char *) visible->data + s*visible->nb[1]))[t], 0, n_list);
+    }
+};
+
+struct scratch {
+    float * q, * o, * max, * sum;     // of the rows of a block
+    float * k, * v, * transposed;     // of a tile
+    float * x, * keep;                // of a strip
+    const char * k_rows[tile_cells], * v_rows[tile_cells];
+    int     place[tile_cells];        // in the list
+
+    scratch(const task & a, float * p) {
+        const auto take = [&](int64_t n) { float * at = p; p += GGML_PAD(n, line_floats); return at; };
+        q = take(a.rows()*a.d_k);
+        o = take(a.rows()*padded(a.d_v));
+        max = take(a.rows());
+        sum = take(a.rows());
+        k = take(tile_cells*a.d_k);
+        v = take(tile_cells*padded(a.d_v));
+        transposed = take(sfi::max_vector*a.d_k);
+        x = take(strip_rows*tile_cells);
+        keep = take(strip_rows);
+    }
+};
+
+// The rows of one KV head for tokens [t0, t1): row r is query head h*group + r%group of token t0 + r/group.
+struct block {
+    int64_t s, h, t0, t1;
+};
+
+void begin(const task & a, const block & b, const scratch & w) {
+    const float scale = a.softcap > 0.0f ? a.scale/a.softcap : a.scale*log2e;
+    const int64_t n = (b.t1 - b.t0)*a.group;
+    float * to = w.q;
+    for (int64_t r = 0; r < n; ++r) {
+        const float * from = (const float *) ((const char *) a.q->data + (b.t0 + r/a.group)*a.q->nb[1]
+                + (b.h*a.group + r % a.group)*a.q->nb[2] + b.s*a.q->nb[3]);
+        for (int64_t i = 0; i < a.d_k; ++i) {
+            *to++ = scale*from[i];
+        }
+    }
+    std::fill(w.o,   w.o + n*padded(a.d_v), 0.0f);
+    std::fill(w.max, w.max + n, -INFINITY);
+    std::fill(w.sum, w.sum + n, 0.0f);
+}
+
+// pass 1: the cells of list [c0, c1), pads dropped; returns their number
+int pack(const task & a, const block & b, scratch & w, int64_t c0, int64_t c1) {
+    const int32_t * list = a.cells_of(b.s);
+    const char * k0 = (const char *) a.k->data + b.s*a.k->nb[3], * v0 = (const char *) a.v->data + b.s*a.v->nb[3];
+    int n = 0;
+    for (int64_t i = c0; i < c1; ++i) {
+        if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) { // negative cells are huge
+            w.k_rows[n] = k0 + list[i]*a.k->nb[1];
+            w.v_rows[n] = v0 + list[i]*a.v->nb[1];
+            w.place[n++] = (int) (i - c0);
+        }
+    }
+    a.ops.pack_k((int) a.d_k, { w.k_rows, b.h*a.k->nb[2], n, nullptr, 0, 0, 0 }, w.k, w.transposed);
+    a.ops.pack_v((int) a.d_v, { w.v_rows, b.h*a.v->nb[2], n, nullptr, 0, 0, 0 }, w.v);
+    return n;
+}
+
+// the rows of a tile that will be needed next
+void fetch(const task & a, const block & b, int64_t c0, int64_t c1) {
+    const int32_t * list = a.cells_of(b.s);
+    const auto lines = [](const ggml_tensor * t, const char * row, int64_t n) {
+        for (size_t i = 0; i < ggml_row_size(t->type, n); i += 64) {
+            sfi::prefetch(row + i);
+        }
+    };
+    for (int64_t i = c0; i < c1; ++i) {
+        if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) {
+            lines(a.k, (const char *) a.k->data + b.s*a.k->nb[3] + b.h*a.k->nb[2] + list[i]*a.k->nb[1], a.d_k);
+            lines(a.v, (const char *) a.v->data + b.s*a.v->nb[3] + b.h*a.v->nb[2] + list[i]*a.v->nb[1], a.d_v);
+        }
+    }
+}
+
+// pass 3 for one row: the first n logits count
+void weigh(const task & a, const scratch & w, float * x, int n, int64_t row, float * keep) {
+    for (int c = 0; c < n && a.softcap > 0.0f; ++c) {
+        x[c] = a.softcap*log2e*tanhf(x[c]);
+    }
+    const int n_pad = GGML_PAD(n, sfi::max_vector);
+    std::fill(x + n, x + n_pad, -INFINITY);
+    *keep = n > 0 ? a.ops.weigh(x, n_pad, w.max + row, w.sum + row) : 1.0f;
+}
+
+// Passes 2 to 4 for rows [r0, r0 + n_rows) and the first n of the n_tile cells of the tile.
+void attend(const task & a, const scratch & w, int64_t r0, int n_rows, int n_tile, int n) {
+    if (n == 0) {
+        return;
+    }
+    a.ops.dot(w.q + r0*a.d_k, n_rows, (int) a.d_k, w.k, n, w.x, tile_cells);
+    for (int r = 0; r < n_rows; ++r) {
+        weigh(a, w, w.x + r*tile_cells, n, r0 + r, w.keep + r);
+    }
+    a.ops.mad(w.x, tile_cells, n_rows, n, w.v, n_tile, (int) a.d_v, w.keep, w.o + r0*padded(a.d_v), padded(a.d_v));
+}
+
+void attend_tile(const task & a, const block & b, const scratch & w, int64_t c0, int n_tile) {
+    const auto strips = [&](int64_t t0, int64_t t1, int n) {
+        const int64_t r1 = (t1 - b.t0)*a.group;
+        for (int64_t r = (t0 - b.t0)*a.group; r < r1; r += strip_rows) {
+            attend(a, w, r, (int) std::min<int64_t>(strip_rows, r1 - r), n_tile, n);
+        }
+    };
+    int64_t whole = b.t0; // the tokens [whole, t) see all of the tile
+    for (int64_t t = b.t0; t < b.t1; ++t) {
+        const int64_t seen = a.seen(b.s, t);
+        if (seen < std::min(c0 + tile_cells, a.n_list)) { // what a token does not see must not touch it, not even times 0
+            strips(whole, t, n_tile);
+            strips(t, t + 1, (int) (std::lower_bound(w.place, w.place + n_tile, seen - c0) - w.place));
+            whole = t + 1;
+        }
+    }
+    strips(whole, b.t1, n_tile);
+}
+
+// pass 5
+void finish(const task & a, const block & b, const scratch & w) {
+    for (int64_t r = 0; r < (b.t1 - b.t0)*a.group; ++r) {
+        const int64_t t = b.t0 + r/a.group, h = b.h*a.group + r % a.group;
+        float * out = (float *) a.dst->data + ((b.s*a.n_tokens + t)*a.n_head + h)*a.d_v;
+        float max = w.max[r], sum = w.sum[r], keep = 1.0f;
+        if (a.sinks) {
+            const float sink = ((const float *) a.sinks->data)[h]*log2e;
+            const float most = std::max(max, sink);
+            keep = std::exp2(max - most);
+            sum  = sum*keep + std::exp2(sink - most);
+        }
+        const float factor = sum > 0.0f ? keep/sum : 0.0f; // nothing to attend to: zeros
+        for (int64_t i = 0; i < a.d_v; ++i) {
+            out[i] = w.o[r*padded(a.d_v) + i]*factor;
+        }
+    }
+}
+
+void attend_block(const task & a, const block & b, scratch & w) {
+    int64_t last = 0;
+    for (int64_t t = b.t0; t < b.t1; ++t) {
+        last = std::max(last, a.seen(b.s, t));
+    }
+    begin(a, b, w);
+    for (int64_t c0 = 0; c0 < last; c0 += tile_cells) {
+        const int64_t c1 = std::min<int64_t>(c0 + tile_cells, last);
+        const int n = pack(a, b, w, c0, c1);
+        fetch(a, b, c1, std::min<int64_t>(c1 + tile_cells, last));
+        attend_tile(a, b, w, c0, n);
+    }
+    finish(a, b, w);
+}
+
+} // namespace
+
+// Blocks of late tokens see most: they go first, so that the threads end together.
+void sfi::sparse_attn_blocks(const ggml_compute_params * params, ggml_tensor * dst) {
+    const task a(dst, params->use_ref);
+    float * base = (float *) GGML_PAD((uintptr_t) params->wdata, line_floats*sizeof(float));
+    scratch w(a, base + params->ith*a.scratch_floats());
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+    const int64_t n = a.n_stream*a.n_head_kv*a.n_blocks;
+    for (int64_t i = params->ith; i < n; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t number = a.n_blocks - 1 - i/(a.n_head_kv*a.n_stream), t0 = number*a.block_tokens;
+        attend_block(a, { i/a.n_head_kv % a.n_stream, i % a.n_head_kv, t0, std::min(t0 + a.block_tokens, a.n_tokens) }, w);
+    }
+}
+
+size_t sfi::sparse_attn_blocks_work_size(const ggml_tensor * dst, int n_threads) {
+    return (n_threads*task(dst).scratch_floats() + line_floats)*sizeof(float);
+}
