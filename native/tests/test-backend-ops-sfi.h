@@ -253,6 +253,23 @@ struct test_sparse_attn : public test_sfi {
     }
 };
 
+// SPARSE_ATTN of many tokens at once
+struct test_sparse_attn_blocks : public test_sparse_attn {
+    std::string vars() override {
+        return test_sparse_attn::vars() + ",blocks=1";
+    }
+
+    test_sparse_attn_blocks(int64_t n_cells, int64_t nb, int64_t hsk = 64, int64_t hsv = 64, int64_t nr = 3, ggml_type type_K = GGML_TYPE_F16,
+            ggml_type type_V = GGML_TYPE_F16, int64_t ns = 1, bool sinks = false, float logit_softcap = 0.0f)
+        : test_sparse_attn(n_cells, -1, hsk, hsv, 2, nr, type_K, type_V, nb, ns, false, false, sinks, logit_softcap, true, true) {}
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_tensor * attn = test_sparse_attn::build_graph(ctx);
+        ggml_sparse_attn_set_blocks(attn);
+        return attn;
+    }
+};
+
 // SPARSE_ATTN that says where the attention went, which no backend's result shows
 struct test_sparse_attn_mass : public test_sparse_attn {
     ggml_tensor * mass = nullptr;
@@ -1172,6 +1189,22 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
             }
         }
     }
+    for (int64_t n : { 0, 1, 64, 127, 128, 129, 700 }) {
+        for (int64_t nb : { 1, 2, 17, 65 }) {
+            test_cases.emplace_back(new test_sparse_attn_blocks(n, nb));
+        }
+    }
+    for (int hs : { 64, 80, 96, 128, 256 }) {
+        for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
+            if (hs % ggml_blck_size(type) == 0) {
+                test_cases.emplace_back(new test_sparse_attn_blocks(300, 19, hs, hs, 4, type, type));
+            }
+        }
+    }
+    for (int nr : { 1, 2, 5, 7, 8 }) {
+        test_cases.emplace_back(new test_sparse_attn_blocks(300, 131, 64, 64, nr, F16, Q8_0, 2, nr % 2 == 0, nr > 4 ? 10.0f : 0.0f));
+    }
+    test_cases.emplace_back(new test_sparse_attn_blocks(300, 19, 192, 128));
 
     // sparse_attn with evidence
     for (int64_t n_list : { 1, 63, 64, 65, 300, 1025, 2308 }) {

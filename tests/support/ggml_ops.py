@@ -85,6 +85,7 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn": (T, [c_void_p, T, T, T, T, T, T, T, F, F]),
     "ggml_sparse_attn_evidence": (T, [c_void_p, T, T, T, T, T, T, F, F]),
     "ggml_sparse_attn_set_visible": (None, [T, T]),
+    "ggml_sparse_attn_set_blocks": (None, [T]),
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
     "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
     "ggml_support_stability": (T, [c_void_p, T, T, T, T, T]),
@@ -231,10 +232,12 @@ class Graph:
     # -- operations: a method per function of ggml-sfi.h, without the context --
 
     def sparse_attn(self, q, k, v, always=None, selected=None, tail=None, sinks=None, scale=1.0, logit_softcap=0.0,
-                    visible=None):
+                    visible=None, blocks=False):
         out = self.lib.ggml_sparse_attn(self.ctx, q, k, v, always, selected, tail, sinks, scale, logit_softcap)
         if visible is not None:
             self.lib.ggml_sparse_attn_set_visible(out, visible)
+        if blocks:
+            self.lib.ggml_sparse_attn_set_blocks(out)
         return out
 
     def sparse_attn_evidence(self, q, k, v, cells, sinks, plan, scale=1.0, logit_softcap=0.0):
