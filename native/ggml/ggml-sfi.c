@@ -13,6 +13,7 @@ enum ggml_sfi_op ggml_get_sfi_op(const struct ggml_tensor * node) {
 const char * ggml_sfi_op_desc(const struct ggml_tensor * node) {
     static const char * names[] = {
         "SPARSE_ATTN", "SUPPORT_EVIDENCE", "SUPPORT_SELECT", "SUPPORT_STABILITY", "SKETCH_ENCODE", "SKETCH_SCAN",
+        "BLOCK_MUL_MAT",
     };
     return node->op == GGML_OP_SFI ? names[ggml_get_sfi_op(node)] : ggml_op_desc(node);
 }
@@ -266,6 +267,29 @@ struct ggml_tensor * ggml_support_stability(
     result->src[2] = plan;
     result->src[3] = selected;
     result->src[4] = previous;
+
+    return result;
+}
+
+bool ggml_can_block_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x) {
+    return x->type == GGML_TYPE_F32 && ggml_is_matrix(w) && ggml_is_matrix(x) && has_rows(w) && has_rows(x) && x->ne[0] == w->ne[0]
+        && w->ne[0] % 16 == 0 && w->ne[1] % 32 == 0 && (w->type == GGML_TYPE_F32 || ggml_get_type_traits(w->type)->to_float);
+}
+
+struct ggml_tensor * ggml_block_mul_mat(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * w,
+        struct ggml_tensor  * x) {
+    GGML_ASSERT(ggml_can_block_mul_mat(w, x));
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, w->ne[1], x->ne[1]);
+
+    const struct sfi_block_mul_mat_params params = { GGML_SFI_OP_BLOCK_MUL_MAT };
+    ggml_set_op_params(result, &params, sizeof(params));
+
+    result->op     = GGML_OP_SFI;
+    result->src[0] = w;
+    result->src[1] = x;
 
     return result;
 }

@@ -24,6 +24,7 @@ enum ggml_sfi_op {
     GGML_SFI_OP_SUPPORT_STABILITY,
     GGML_SFI_OP_SKETCH_ENCODE,
     GGML_SFI_OP_SKETCH_SCAN,
+    GGML_SFI_OP_BLOCK_MUL_MAT,
 
     GGML_SFI_OP_COUNT,
 };
@@ -276,6 +277,18 @@ GGML_API struct ggml_tensor * ggml_sketch_scan(
         float                             logit_softcap,
         float                             second_look,
         const struct ggml_sketch_format * format);
+
+// Product of weights with the activations of many tokens, on the CPU: a weight is converted to F32 once for all of them, and
+// activations are not rounded, as they are by ggml_mul_mat() with quantised weights.
+//
+//   w       *   [n_in, n_out]       // any type that can be converted; n_in % 16 == 0, n_out % 32 == 0
+//   x       F32 [n_in, n_tokens]
+//   result  F32 [n_out, n_tokens]
+GGML_API struct ggml_tensor * ggml_block_mul_mat(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * w,
+        struct ggml_tensor  * x);
+GGML_API bool ggml_can_block_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x);
 
 #ifdef  __cplusplus
 }

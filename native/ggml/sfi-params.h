@@ -41,6 +41,10 @@ struct sfi_scan_params {
     float   scale, softcap, second_look;
 };
 
+struct sfi_block_mul_mat_params {
+    int32_t op;
+};
+
 #ifdef  __cplusplus
 namespace sfi {
 

@@ -18,6 +18,7 @@
 // The list of all cells is padded to this, so that a graph fits many depths.
 static constexpr int64_t list_pad = 1024;
 static constexpr int32_t min_block = 8; // tokens from which packing K and V once for all of them pays
+static constexpr int64_t min_convert = 32; // tokens from which converting weights once for all of them pays
 static constexpr int64_t skip_pad = 256;
 
 // ---- layers and their memory -------------------------------------------------------------------------------------------
@@ -752,4 +753,32 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(g.gf, cur);
     return cur;
+}
+
+// Types of which upstream's product takes one row of weights and one token at a time, and slowly (docs/speed-log.md). Others it has
+// kernels for, or it repacks them at loading, into buffers that are not the host's. On ARM its integer products are faster than ours.
+static bool is_slow_upstream(const ggml_tensor * w) {
+#if defined(__aarch64__) || defined(_M_ARM64)
+    GGML_UNUSED(w);
+    return false;
+#else
+    switch (w->type) {
+        case GGML_TYPE_Q4_1: case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_IQ4_NL:
+            return w->buffer && ggml_backend_buffer_is_host(w->buffer);
+        default:
+            return false;
+    }
+#endif
+}
+
+ggml_tensor * llama_support_build_mul_mat(const llm_graph_context & g, ggml_tensor * w, ggml_tensor * x) {
+    const bool has_policy = g.prec_policy && g.prec_policy->prec_src1.count(w) > 0;
+    const bool cpu_alone  = ggml_backend_sched_get_n_backends(g.sched) == 1; // a GPU takes such products even where weights are not on it
+    if (x->ne[1] >= min_convert && cpu_alone && !has_policy && ggml_can_block_mul_mat(w, x) && is_slow_upstream(w)) {
+        const llama_support_input * inp = input_of(g);
+        if (inp && inp->built.kind == LLAMA_SUPPORT_PREFILL) {
+            return ggml_block_mul_mat(g.ctx0, w, x);
+        }
+    }
+    return ggml_mul_mat(g.ctx0, w, x);
 }

@@ -87,7 +87,8 @@ def test_dense_follows_stock(session, kv):
         one.prefill(TEXT)
     for token in [1, 2, 3, 46, 32, 65] * 3:
         dense.step(token), stock.step(token)
-        assert np.abs(logits(dense) - logits(stock)).max() < 0.1 * logits(stock).std()
+        near = 0.15 if kv == "q4_0" else 0.1  # stock rounds queries to 8 bits where K is quantised
+        assert np.abs(logits(dense) - logits(stock)).max() < near * logits(stock).std()
 
 
 def test_dense_equals_attention_without_flash_where_stock_flash_attention_is_coarser(weights, session, plain_attention):

@@ -146,6 +146,8 @@ def test_layers_with_a_sliding_window_stay_as_they_are(native, open_context, sma
         context = Context(native, weights, small, watch=Watch("sparse_attn"))
         assert [layer.sparse for layer in context.engine.layers()] == [False, False, False, True]
         context.prefill(prompt)
+        assert set(context.watch.seen) == {(3, "SPARSE_ATTN")}
+        context.watch.seen.clear()
         fast = context.steps([1, 2, 3], "fast")[-1]
         assert context.watch.seen == [(3, "SPARSE_ATTN")] * 3
         cells = support(context, len(prompt), len(prompt) + 3)
@@ -217,7 +219,14 @@ def test_prefill_has_the_logits_of_plain_decode(open_context, tiny_weights, smal
         for i in range(0, len(part), 128):
             plain.decode(part[i:i + 128])
         ours.prefill(part)
-        assert np.array_equal(ours.logits(), plain.logits())
+        assert np.abs(ours.logits() - plain.logits()).max() < 0.1 * plain.logits().std()  # upstream adds up V in F16
+
+
+def test_prefill_has_the_logits_of_dense_steps(open_context, tiny_weights, small, prompt):
+    prefilled, stepped = (open_context(tiny_weights, small, n_ubatch=64) for _ in range(2))
+    prefilled.prefill(prompt)
+    logits = stepped.steps(prompt, "dense")[-1]
+    assert np.abs(prefilled.logits() - logits).max() < 0.01 * logits.std()
 
 
 # ---- what must not matter ---------------------------------------------------------------------------------------------
@@ -238,5 +247,6 @@ def test_the_number_of_threads_changes_nothing(open_context, tiny_weights, small
 def test_detaching_leaves_the_stock_context(open_context, tiny_weights, small, prompt):
     plain, ours = (open_context(tiny_weights, params) for params in (None, small))
     ours.prefill(prompt), ours.steps([1, 2], "dense"), ours.engine.close()
-    ours.cut(len(prompt)), plain.decode(prompt)
+    ours.cut(0)
+    assert np.array_equal(ours.decode(prompt), plain.decode(prompt))
     assert np.array_equal(ours.decode([7, 8, 9]), plain.decode([7, 8, 9]))

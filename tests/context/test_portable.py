@@ -54,8 +54,7 @@ def test_a_fast_step_reads_no_more_where_there_is_more(opened, prompts, n_ctx):
 @pytest.mark.parametrize("kv", ROW_KINDS)
 def test_a_fast_step_equals_attention_masked_to_its_support(opened, prompts, small, kv):
     fast, dense = opened(small, kv=kv), opened(small, native=True, kv=kv, watch=Watch("sparse_attn"))
-    for context in (fast, dense):
-        context.prefill(prompts[0])
+    fast.prefill(prompts[0]), dense.set_state(fast.state())
     logits = []
     for i, token in enumerate((1, 2, 3)):
         assert fast.step(token, "fast").kind == "fast"
@@ -82,8 +81,7 @@ def test_the_compact_cache_holds_the_rows_of_the_cells(opened, prompts, small, k
         return node_rows(node)[1].view(np.float32)
 
     ours.watch.replace = theirs.watch.replace = look
-    for context in (ours, theirs):
-        context.prefill(prompts[0])
+    ours.prefill(prompts[0]), theirs.set_state(ours.state())
     ours.step(1, "fast")
     compact, rows = rows, {}
     theirs.step(1, "dense")
@@ -189,10 +187,11 @@ def edited(context, prompts):
 def test_a_slow_step_selects_what_the_native_path_selects(opened, prompts, small, after, before, in_order):
     params = small.replace(n_queries=16, pool_after=after, pool_before=before)
     ours, theirs = opened(params, kv="f32"), opened(params, native=True, kv="f32", watch=Look())
+    ours.prefill(prompts[0])
+    if not in_order:
+        edited(ours, prompts)
+    theirs.set_state(ours.state())
     for context in (ours, theirs):
-        context.prefill(prompts[0])
-        if not in_order:
-            edited(context, prompts)
         context.steps(range(6), "dense"), context.step(7, "slow")
     n = theirs.step(0, "dense").depth - 1
     for il in LAYERS:

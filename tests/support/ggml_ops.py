@@ -68,6 +68,7 @@ SIGNATURES = {
     "ggml_build_forward_expand": (None, [c_void_p, T]),
     "ggml_flash_attn_ext": (T, [c_void_p, T, T, T, T, F, F, F]),
     "ggml_flash_attn_ext_add_sinks": (None, [T, T]),
+    "ggml_mul_mat": (T, [c_void_p, T, T]),
     "ggml_backend_dev_count": (SIZE, []),
     "ggml_backend_load_all_from_path": (None, [c_char_p]),
     "ggml_backend_init_by_type": (c_void_p, [I, c_char_p]),
@@ -86,6 +87,7 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn_evidence": (T, [c_void_p, T, T, T, T, T, T, F, F]),
     "ggml_sparse_attn_set_visible": (None, [T, T]),
     "ggml_sparse_attn_set_blocks": (None, [T]),
+    "ggml_block_mul_mat": (T, [c_void_p, T, T]),
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
     "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
     "ggml_support_stability": (T, [c_void_p, T, T, T, T, T]),
@@ -259,6 +261,12 @@ class Graph:
                     second_look=0.0):
         return self.lib.ggml_sketch_scan(self.ctx, q, codes, basis, skip, plan, least, selected, counts, n_list, n_embd_v, scale,
                                          logit_softcap, second_look, SketchFormat(*form))
+
+    def mul_mat(self, w, x):
+        return self.lib.ggml_mul_mat(self.ctx, w, x)
+
+    def block_mul_mat(self, w, x):
+        return self.lib.ggml_block_mul_mat(self.ctx, w, x)
 
     def flash_attn(self, q, k, v, mask=None, sinks=None, scale=1.0, logit_softcap=0.0):
         out = self.lib.ggml_flash_attn_ext(self.ctx, q, k, v, mask, scale, 0.0, logit_softcap)

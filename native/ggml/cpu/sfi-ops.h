@@ -34,4 +34,8 @@ void   sketch_scan          (const ggml_compute_params * params, ggml_tensor * d
 size_t sketch_scan_work_size(const ggml_tensor * dst, int n_threads);
 bool   sketch_scan_supported(const ggml_tensor * dst);
 
+void   block_mul_mat          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t block_mul_mat_work_size(const ggml_tensor * dst, int n_threads);
+bool   block_mul_mat_supported(const ggml_tensor * dst);
+
 } // namespace sfi

@@ -26,7 +26,7 @@
         void   (*compute)  (context & c, const ggml_tensor * dst); \
     }; \
     \
-    /* null: not one of ours */ \
+    /* null: not one of ours, or one of the CPU alone */ \
     inline const operation * operation_of(const ggml_tensor * dst) { \
         static const operation all[GGML_SFI_OP_COUNT] = { \
             { sparse_attn_supported,   sparse_attn_scratch,   sparse_attn   }, \
@@ -36,5 +36,5 @@
             { sketch_encode_supported, sketch_encode_scratch, sketch_encode }, \
             { sketch_scan_supported,   sketch_scan_scratch,   sketch_scan   }, \
         }; \
-        return dst->op == GGML_OP_SFI ? &all[ggml_get_sfi_op(dst)] : nullptr; \
+        return dst->op == GGML_OP_SFI && all[ggml_get_sfi_op(dst)].supported ? &all[ggml_get_sfi_op(dst)] : nullptr; \
     }
