@@ -1133,8 +1133,63 @@ struct test_sketch_scan : public test_sketch {
     }
 };
 
+// BLOCK_MUL_MAT
+struct test_block_mul_mat : public test_sfi {
+    const ggml_type type_W;
+    const int64_t n_in;
+    const int64_t n_out;
+    const int64_t nb; // tokens
+
+    ggml_tensor * w = nullptr, * x = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR4(type_W, n_in, n_out, nb);
+    }
+
+    test_block_mul_mat(ggml_type type_W, int64_t n_in = 512, int64_t n_out = 96, int64_t nb = 37)
+        : type_W(type_W), n_in(n_in), n_out(n_out), nb(nb) {}
+
+    uint64_t op_flops(ggml_tensor * out) override {
+        GGML_UNUSED(out);
+        return 2*n_in*n_out*nb;
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        w = ggml_new_tensor_2d(ctx, type_W, n_in, n_out);
+        x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_in, nb);
+        return result(ggml_block_mul_mat(ctx, w, x));
+    }
+
+    void init_list(ggml_tensor * t) override {
+        GGML_UNUSED(t);
+    }
+
+    std::vector<float> expected() override {
+        const auto a = tensor_to_float(w), b = tensor_to_float(x);
+        std::vector<float> res;
+        for (int64_t t = 0; t < nb; t++) {
+            for (int64_t r = 0; r < n_out; r++) {
+                double sum = 0.0;
+                for (int64_t i = 0; i < n_in; i++) {
+                    sum += (double) a[r*n_in + i]*b[t*n_in + i];
+                }
+                res.push_back((float) sum);
+            }
+        }
+        return res;
+    }
+};
+
 static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & test_cases) {
     const ggml_type F32 = GGML_TYPE_F32, F16 = GGML_TYPE_F16, BF16 = GGML_TYPE_BF16, Q8_0 = GGML_TYPE_Q8_0, Q4_0 = GGML_TYPE_Q4_0;
+
+    for (ggml_type type : { F32, F16, BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K,
+            GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS }) {
+        test_cases.emplace_back(new test_block_mul_mat(type));
+    }
+    for (int64_t nb : { 1, 6, 191, 193 }) {
+        test_cases.emplace_back(new test_block_mul_mat(GGML_TYPE_Q4_1, 288, 544, nb));
+    }
 
     // sparse_attn: lengths, head sizes and types, groups, tokens and streams, tail and sinks and softcap
     for (int n : { -1, 0, 1, 7, 8, 63, 64, 65, 255, 256, 257, 2308 }) {
