@@ -25,6 +25,7 @@ from sfi_local.binding import gpu  # noqa: E402
 from sfi_local.binding.context import GGML_TYPES, logits  # noqa: E402
 from sfi_local.binding.engine import Engine, Stats, StepInfo  # noqa: E402
 from sfi_local.binding.library import log  # noqa: E402
+from sfi_local.binding.state import get_state  # noqa: E402
 from sfi_local.errors import ArgumentError, DetachedError, KvTypeError  # noqa: E402
 from sfi_local.loading import taken_for  # noqa: E402
 from sfi_local.machine import physical_cores  # noqa: E402
@@ -162,13 +163,16 @@ class SlowFastLlama(Llama):
             self._slot.cut(0)
 
     def save_state(self) -> Any:
+        """A LlamaState that carries what fast steps need as well, as its sfi_state."""
         with self._slot.access:
-            return super().save_state()
+            state = super().save_state()
+            state.sfi_state = bytes(get_state(self.engine)) if self.engine else b""
+            return state
 
     def load_state(self, state: Any) -> None:
         with self._slot.access:
             super().load_state(state)
-        self._slot.adopt(self._input_ids.tolist())
+        self._slot.adopt(self._input_ids.tolist(), getattr(state, "sfi_state", b""))
 
     def embed(self, *_: Any, **__: Any) -> Any:
         raise ArgumentError("SlowFastLlama decodes text and makes no embeddings: use llama_cpp.Llama for them.")

@@ -175,12 +175,14 @@ class Slot:
         with self.access:
             self._cut(n)
 
-    def adopt(self, tokens: Sequence[int]) -> None:
-        """The cache was filled from outside with these tokens."""
+    def adopt(self, tokens: Sequence[int], state: bytes = b"") -> None:
+        """The cache was filled from outside with these tokens. state: of their fast steps, if it is known; see binding.state"""
         with self.access:
             self._forget()
             self.tokens = list(tokens)
             self._reconcile()
+            if self.engine and state:
+                kept.set_state(self.engine, state)  # where it does not serve, the next step is slow
 
     def fill(self, compute: Callable[[], None], tokens: Sequence[int]) -> None:
         """Let others compute tokens after what the cache holds."""

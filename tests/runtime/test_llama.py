@@ -11,6 +11,7 @@ from support.stacks import on_a_small_stack  # noqa: E402
 from support.tiny_model import write_tiny  # noqa: E402
 
 from sfi_local import SfiParams, SlowFastLlama  # noqa: E402
+from sfi_local.binding.context import logits  # noqa: E402
 from sfi_local.errors import ArgumentError, BusyError, DetachedError, InputError, ModelFileError  # noqa: E402
 from sfi_local.tuning import auto_depth  # noqa: E402
 from sfi_local.tuning.tolerance import Setting, remember  # noqa: E402
@@ -102,10 +103,23 @@ def test_logits_of_every_token_come_from_slow_and_fast_steps_too(llama, tiny, pr
     theirs.close()
 
 
-def test_a_saved_state_decodes_on(llama):
+@pytest.mark.parametrize("params", [SMALL, SfiParams.of("sketch", n_recent=32, n_selected=40)])
+def test_a_saved_state_goes_on_with_a_fast_step(llama, params):
+    llm, other = llama(sfi_params=params), llama(sfi_params=params, n_ctx=1280)
+    complete(llm, n=5)
+    state = pickle.loads(pickle.dumps(llm.save_state()))
+    other.load_state(state)
+    for one in (llm, other):
+        one.eval([65])
+        assert one.last_step.kind == "fast"
+    assert logits(llm._ctx, -1).tolist() == logits(other._ctx, -1).tolist()
+
+
+def test_a_state_of_llama_cpp_python_decodes_on(llama):
     llm = llama()
     complete(llm, n=5)
     state = llm.save_state()
+    del state.sfi_state
     llm.reset()
     llm.load_state(state)
     llm.eval([65])
