@@ -403,9 +403,9 @@ def fit_document(document: Head, build: Callable[[str], list[int]], tokenize: Ca
 
 def beginning(document: Head, tokenize: Callable[[str], list[int]], n: int) -> tuple[str, list[int]]:
     """(text, its tokens) of as much of a document as gives more than n tokens, and of no more than a little above; or all of it."""
-    text = document.head(16 * max(1, n))
+    text = document.head(6 * max(1, n))
     while len(tokens := tokenize(text)) <= n and not document.whole:
-        text = document.head(4 * len(text))
+        text = document.head(3 * len(text))
     return text, tokens
 
 

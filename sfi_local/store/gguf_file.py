@@ -154,6 +154,19 @@ class _Header:
         self._check_room(n)
         self.at += n
 
+    def _skip_strings(self, n: int) -> None:
+        """As so many times _skip_string(); a vocabulary has a hundred thousand."""
+        data, at, last, length = self.data, self.at, len(self.data) - 8, struct.Struct("<Q").unpack_from
+        for _ in range(n):
+            if at > last:
+                break
+            at += 8 + length(data, at)[0]
+        else:
+            if at <= len(data):
+                self.at = at
+                return
+        self._check_room(len(data) + 1)
+
     def _string(self) -> str:
         start = self.at + 8
         self._skip_string()
@@ -181,8 +194,7 @@ class _Header:
         kind, n = self._scalar("<I"), self._scalar("<Q")
         if kind == _STRING:
             self._check_room(8 * n)
-            for _ in range(n):
-                self._skip_string()
+            self._skip_strings(n)
             return n
         if kind not in _SCALARS:
             raise self._damaged(f"array of unknown type {kind}")
