@@ -165,7 +165,7 @@ class SlowFastLlama(Llama):
     def save_state(self) -> Any:
         """A LlamaState that carries what fast steps need as well, as its sfi_state."""
         with self._slot.access:
-            state = super().save_state()
+            state: Any = super().save_state()
             state.sfi_state = bytes(get_state(self.engine)) if self.engine else b""
             return state
 
