@@ -96,6 +96,11 @@ class Model:
         return self._mode.name
 
     @property
+    def verifies(self) -> bool:
+        """Whether tokens are drafted and verified, so that rounding matters."""
+        return self._mode.verifies
+
+    @property
     def session(self) -> Slot | None:
         """The slot; None as long as it has no context."""
         return self.slot if self.slot.n_ctx else None

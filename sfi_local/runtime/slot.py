@@ -119,6 +119,11 @@ class Slot:
         """End what is running, from any thread; it raises AbortedError, and the slot stays usable."""
         self.access.cancel()
 
+    def set_threads(self, n: int) -> None:
+        """Compute with so many threads from now on, until the context grows; by who steps it, between two steps."""
+        if self._context is not None:
+            self._llama.llama_set_n_threads(self._context.ctx, n, n)
+
     def close(self) -> None:
         """End what is running, wait for it, free the context. May be called twice."""
         self.access.close()

@@ -1,4 +1,7 @@
-"""The one thread that computes: answers wait in a queue, and those that have a slot take turns, token by token.
+"""The one thread that decides what is computed: answers wait in a queue, and those that have a slot take turns, token by token.
+
+Several streams are stepped side by side, in lanes, each with its share of the threads: a step by one thread on half of the cores costs less
+than twice the time, for nobody waits for the other within it.
 
 The life of an answer: 1 add() puts it into the queue; 2 the free slot that holds most of its beginning takes it; 3 what the slot does
 not hold is read in pieces, short ones where others are being answered; 4 each round of turns draws one token; 5 the last one, a
@@ -12,6 +15,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Sequence
 
@@ -113,7 +117,14 @@ class Worker:
         self._count = itertools.count(1)
         self._round_began = 0.0
         self._stopped = False
+        self._lanes = self._n_lanes(model, n_slots)
+        self._pool = ThreadPoolExecutor(self._lanes, "sfi-lane")
         self._thread = threading.Thread(target=self._run, name="sfi-worker", daemon=True)
+
+    @staticmethod
+    def _n_lanes(model: Any, n_slots: int) -> int:
+        """Streams that are stepped at the same time: no two of them share a core. In mode exact the rounding decides, and a GPU is one."""
+        return 1 if model.verifies or model.gpus else min(n_slots, model.n_threads)
 
     def start(self) -> None:
         self._thread.start()
@@ -174,6 +185,7 @@ class Worker:
         while self._wait():
             self._admit()
             self._round()
+        self._pool.shutdown()
 
     def _wait(self) -> bool:
         """Until there is something to do; False at the end."""
@@ -234,9 +246,19 @@ class Worker:
 
     def _steps(self, but: Job | None = None) -> None:
         self._round_began = time.monotonic()
-        for job in [job for job in self._active if job.streams and job is not but]:
-            self._on_pause(time.monotonic() - job.last_turn)
-            self._turn(job, self._step)
+        jobs = [job for job in self._active if job.streams and job is not but]
+        lanes = min(len(jobs), self._lanes)
+        for job in jobs:
+            job.slot.set_threads(self.model.n_threads // max(1, lanes))
+        if lanes < 2:
+            for job in jobs:
+                self._stream(job)
+        else:
+            list(self._pool.map(self._stream, jobs))
+
+    def _stream(self, job: Job) -> None:
+        self._on_pause(time.monotonic() - job.last_turn)
+        self._turn(job, self._step)
 
     def _turn(self, job: Job, do: Callable[[Job], None]) -> None:
         if job.ending or self._due(job):
@@ -265,6 +287,7 @@ class Worker:
         """The next piece of a prompt; the last one draws the first token."""
         left = len(job.prompt) - job.n_read
         piece = self._piece(job)
+        job.slot.set_threads(self.model.n_threads)
         if left <= max(piece, LAST_PIECE):
             job.steps = job.start(job.slot)
             self._step(job)

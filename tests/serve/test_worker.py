@@ -44,10 +44,10 @@ class Heard:
         return [value.token for kind, value in self.given if kind == "step"]
 
 
-@pytest.fixture
-def worker(tiny):
+@pytest.fixture(params=[1, 2], ids=["one lane", "two lanes"])
+def worker(tiny, request):
     pauses = []
-    with load(tiny, mode="sfi", n_ctx=2048, n_threads=1) as model:
+    with load(tiny, mode="sfi", n_ctx=2048, n_threads=request.param, cache=False) as model:
         one = Worker(model, 2, pauses.append)
         one.pauses = pauses
         one.start()
