@@ -24,6 +24,7 @@ from sfi_local.loading import load_as
 from sfi_local.runtime.modes import MODES
 from sfi_local.runtime.settings import Settings as ModelSettings
 from sfi_local.serve.app import Server, Settings
+from sfi_local.serve.connections import Protocol
 from sfi_local.serve.guard import LOOPBACK
 from sfi_local.serve.metrics import Metrics
 from sfi_local.serve.worker import Worker
@@ -112,7 +113,7 @@ def name_of(model: str) -> str:
 
 async def run(server: Server, address: socket.socket) -> None:
     """Answer requests until a signal comes, or the model cannot be loaded."""
-    config = uvicorn.Config(server.app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_keep_alive=15,
+    config = uvicorn.Config(server.app, http=Protocol, ws="none", log_config=None, access_log=False, lifespan="off", server_header=False, timeout_keep_alive=15,
                             limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=32 << 10,
                             timeout_graceful_shutdown=int(server.settings.grace) + 5)
     web = _Web(config)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -41,3 +42,22 @@ def test_a_model_that_cannot_be_loaded_is_a_sentence(tmp_path, cli):
     broken.write_bytes(b"GGUF" + os.urandom(100))
     done = cli("serve", broken, "--port", 0)
     assert done.returncode == 1 and b"Traceback" not in done.stderr and b"broken.gguf" in done.stderr
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(tiny, tmp_path):
+    """Neither that of the first request nor that of the next one; a request that is answered is left alone."""
+    (tmp_path / "fast.py").write_text("import sys\nfrom sfi_local.serve import connections\nconnections.HEAD_SECONDS = 0.3\n"
+                                      "from sfi_local.cli.main import main\nsys.argv[0] = 'sfi-local'\nsys.exit(main())\n")
+    served = Served(tmp_path, tiny, "--ctx", 1024, "--threads", 1, program=[sys.executable, str(tmp_path / "fast.py")])
+    served.until_ready()
+    for sent in (b"", b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\nx-slow: ", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\nGET /heal"):
+        with served.connect() as one:
+            one.sendall(sent)
+            while one.recv(4096):  # until it is closed
+                pass
+    answered, read = served.stream(900)
+    while b"[DONE]" not in read:
+        part = answered.recv(4096)
+        assert part
+        read += part
+    assert served.end(signal.SIGTERM)[0] == 0

@@ -34,8 +34,9 @@ def client_of(server):
 class Served:
     """`sfi-local serve` as a process of its own."""
 
-    def __init__(self, folder, *args):
-        self.process = subprocess.Popen(cli_command("serve", *args, "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    def __init__(self, folder, *args, program=None):
+        command = cli_command("serve", *args, "--port", "0") if program is None else [*program, "serve", *map(str, args), "--port", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         env=cli_env(SFI_LOCAL_AUTO_DEPTH="0"), cwd=folder)
         self.line = self.process.stdout.readline().decode()
         self.url = re.match(r"http://\S+", self.line)[0]
@@ -53,10 +54,13 @@ class Served:
             assert time.monotonic() < until
             time.sleep(0.05)
 
+    def connect(self):
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=30)
+
     def stream(self, n):
         """(a socket on which n tokens were asked for, what has come of them): the first at least."""
-        host, port = self.url.removeprefix("http://").split(":")
-        one = socket.create_connection((host, int(port)), timeout=30)
+        one = self.connect()
         body = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": n, "stream": True, "logit_bias": {"259": -100}}).encode()
         one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
         read = b""
