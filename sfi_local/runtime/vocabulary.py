@@ -27,6 +27,8 @@ class Vocabulary:
 
     def __init__(self, weights: Any, access: ContextManager | None = None):
         self.weights, self._llama, self.access = weights, open_library().llama_cpp, access or nullcontext()
+        self._check_open = getattr(access, "check_open", None)
+        self._pieces: dict[int, bytes] = {}
         self.n_vocab = weights.n_vocab()  # how many tokens there are; ids are smaller
         self._bos = weights.token_bos()
         self._slow_digits = self._splitter() == b"superbpe"
@@ -85,7 +87,15 @@ class Vocabulary:
         return (piece, False) if piece else (self._text(token).encode(), True)
 
     def piece(self, token: int) -> bytes:
-        """The bytes of a token; b"" for a special one."""
+        """The bytes of a token; b"" for a special one. A text has each of its tokens many times."""
+        known = self._pieces.get(token)
+        if known is None:
+            known = self._pieces[token] = self._read_piece(token)
+        elif self._check_open:
+            self._check_open()
+        return known
+
+    def _read_piece(self, token: int) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)

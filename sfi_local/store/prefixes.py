@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,20 +114,26 @@ class Prefixes:
         row_size: bytes of a token. Only what its checksum proves is handed on; the tokens of each block are compared.
         """
         self._read_ahead(found)
-        buffer, parent = bytearray(row_size * BLOCK), ""
-        for i, name in enumerate(found.head.blocks[:-(-found.n // BLOCK)]):
-            tokens = found.tokens[i * BLOCK:(i + 1) * BLOCK]
-            try:
-                with open(self._blocks / name, "rb", buffering=0) as file:
-                    head = read_head(file, BlockHead, self._checksum)
-                    self._check_block(head, file, name, parent, tokens, len(buffer))
-                    read_part(file, buffer, head.rows_sum, self._checksum)
-            except (Damaged, OSError) as error:
-                self._drop(self._blocks / name, error)
-                return i * BLOCK, bytearray()
-            add_rows(tokens[:found.n - i * BLOCK], buffer, BLOCK)
-            parent = name
+        names, buffers = found.head.blocks[:-(-found.n // BLOCK)], [bytearray(row_size * BLOCK), bytearray(row_size * BLOCK)]
+        with ThreadPoolExecutor(1) as reader:  # a block is read while the one before is handed on
+            coming = reader.submit(self._read_block, found, 0, buffers[0]) if names else None
+            for i, name in enumerate(names):
+                try:
+                    rows = coming.result() if coming else bytearray()
+                except (Damaged, OSError) as error:
+                    self._drop(self._blocks / name, error)
+                    return i * BLOCK, bytearray()
+                coming = reader.submit(self._read_block, found, i + 1, buffers[(i + 1) % 2]) if i + 1 < len(names) else None
+                add_rows(found.tokens[i * BLOCK:(i + 1) * BLOCK][:found.n - i * BLOCK], rows, BLOCK)
         return self._fetch_rest(found, add_rows, row_size)
+
+    def _read_block(self, found: Found, i: int, into: bytearray) -> bytearray:
+        """The rows of the i-th block of an entry, which are proved to be its own. Raises Damaged, OSError."""
+        name, parent = found.head.blocks[i], found.head.blocks[i - 1] if i else ""
+        with open(self._blocks / name, "rb", buffering=0) as file:
+            head = read_head(file, BlockHead, self._checksum)
+            self._check_block(head, file, name, parent, found.tokens[i * BLOCK:(i + 1) * BLOCK], len(into))
+            return read_part(file, into, head.rows_sum, self._checksum)
 
     def _fetch_rest(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
         """What fills no block, and the state."""
