@@ -32,7 +32,8 @@ def main() -> None:
         first, *more = [ask(args, question) for question in QUESTIONS]
         again = [ask(args, question) for question in QUESTIONS[1:]]
         ttft = statistics.median(a["ttft_s"] for a in more)
-        record = {"command": ["prefix_store.py", *(Path(word).name for word in sys.argv[1:])], "date": time.strftime("%Y-%m-%d"), "machine": machine(), "source_id": first["source_id"],
+        record = {"command": ["prefix_store.py", *(Path(word).name for word in sys.argv[1:])], "date": time.strftime("%Y-%m-%d"),
+                  "machine": machine(), "source_id": first["source_id"],
                   "first": short(first), "second": [short(a) for a in more], "again": [short(a) for a in again],
                   "first_over_second": round(first["ttft_s"] / ttft, 1), "parts": parts(args)}
     print(json.dumps(record, indent=1))

@@ -15,6 +15,7 @@ from support.command_line import cli_env
 
 import sfi_local
 from sfi_local.binding import context as native_context
+from sfi_local.binding.state import checksum
 from sfi_local.store import prefixes
 
 N = 900
@@ -212,7 +213,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_half(tiny, stor
     for n_bytes in (10, 1000, 200_000, 900_000):
         done = subprocess.run([sys.executable, "-c", KILLED, str(tiny), str(n_bytes), TEXT], env=env, timeout=120)
         assert done.returncode == -signal.SIGKILL
-        assert prefixes.verify(sfi_local.binding.state.checksum)[1] == []
+        assert prefixes.verify(checksum)[1] == []
     with sfi_local.load(tiny, n_threads=1, n_ctx=1280) as model:
         assert answered(model, TEXT)[2] == N and not model.notes
     with sfi_local.load(tiny, n_threads=1, n_ctx=1280) as model:
