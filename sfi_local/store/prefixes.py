@@ -113,7 +113,6 @@ class Prefixes:
 
         row_size: bytes of a token. Only what its checksum proves is handed on; the tokens of each block are compared.
         """
-        self._read_ahead(found)
         names, buffers = found.head.blocks[:-(-found.n // BLOCK)], [bytearray(row_size * BLOCK), bytearray(row_size * BLOCK)]
         with ThreadPoolExecutor(1) as reader:  # a block is read while the one before is handed on
             coming = reader.submit(self._read_block, found, 0, buffers[0]) if names else None
@@ -165,17 +164,6 @@ class Prefixes:
             raise Damaged("it is another block")
         if read_tokens(file, head, self._checksum) != list(tokens):
             raise Damaged("it has other tokens")
-
-    def _read_ahead(self, found: Found) -> None:
-        """Tell the system what is read next."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for path in (*(self._blocks / name for name in found.head.blocks[:-(-found.n // BLOCK)]), found.path):
-            try:
-                with open(path, "rb", buffering=0) as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            except OSError:
-                return
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
