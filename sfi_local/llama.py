@@ -17,18 +17,18 @@ from typing import Any, Callable, Generator, Iterator, Mapping, Sequence
 
 from sfi_local.binding.library import open_library
 
-open_library()  # before llama_cpp is imported: it must run on our library
+_native = open_library()  # before llama_cpp is imported: it must run on our library
 
 from llama_cpp import Llama  # noqa: E402
 
 from sfi_local.binding import gpu  # noqa: E402
-from sfi_local.binding.context import GGML_TYPES, logits  # noqa: E402
+from sfi_local.binding.context import GGML_TYPES, logits, mapped_weights  # noqa: E402
 from sfi_local.binding.engine import Engine, Stats, StepInfo  # noqa: E402
 from sfi_local.binding.library import log  # noqa: E402
 from sfi_local.binding.state import get_state  # noqa: E402
 from sfi_local.errors import ArgumentError, DetachedError, KvTypeError  # noqa: E402
 from sfi_local.loading import taken_for  # noqa: E402
-from sfi_local.machine import physical_cores  # noqa: E402
+from sfi_local.machine import physical_cores, reads_mapped_weights  # noqa: E402
 from sfi_local.params import SfiParams  # noqa: E402
 from sfi_local.runtime.access import Access  # noqa: E402
 from sfi_local.runtime.auto import find_depth  # noqa: E402
@@ -98,7 +98,8 @@ class SlowFastLlama(Llama):
         kwargs["n_ctx"] = _round_up(kwargs.get("n_ctx", 512) or file.n_ctx_train or 512)
         log.verbose = kwargs.setdefault("verbose", False)
         self._weights = Access("model", self._free)
-        super().__init__(os.fspath(model_path), **kwargs)
+        with mapped_weights(_native.llama_cpp, wanted.attaches and kwargs.get("n_gpu_layers", 0) == 0 and reads_mapped_weights()):
+            super().__init__(os.fspath(model_path), **kwargs)
         self._vocabulary = Vocabulary(self._model, self._weights)
         self._slot = self._new_slot(STOCK if self.draft_model else wanted, taken)
         self._tell(wanted, file, params)

@@ -13,7 +13,7 @@ from sfi_local.binding.context import load_weights
 from sfi_local.binding.devices import all_native
 from sfi_local.binding.library import log, open_library, source_id
 from sfi_local.errors import ModelFileError
-from sfi_local.machine import physical_cores
+from sfi_local.machine import physical_cores, reads_mapped_weights
 from sfi_local.params import SfiParams
 from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
 from sfi_local.runtime.model import Model
@@ -73,7 +73,8 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     room = check_memory(file, cost, asked.n_ctx or MIN_CTX, share, gpus, asked.force)
     native = open_library()
     log.verbose = verbose
-    weights = load_weights(native.llama_cpp, file.path, asked.gpu_layers, progress, room.mapped_only, stretched)
+    mapped = room.mapped_only or (taken.mode != "stock" and not gpus and reads_mapped_weights())
+    weights = load_weights(native.llama_cpp, file.path, asked.gpu_layers, progress, mapped, stretched)
     loaded = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
                    n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
                    fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,

@@ -1,4 +1,4 @@
-"""docs/a-fast-step.md names functions and files that exist."""
+"""docs/a-fast-step.md and docs/a-prefill.md name functions and files that exist."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "a-fast-step.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("a-fast-step", "a-prefill")}
+PAGE = "\n".join(PAGES.values())
 NAMED = sorted({*re.findall(r"^\| *\d+ \| `(\w+)` \| `([^`]+)` \|", PAGE, re.M), *re.findall(r"`(\w+)` ?\(?,? ?`(native/[^`]+)`", PAGE)})
 
 
@@ -15,8 +16,9 @@ def test_the_file_has_the_function(function, file):
     assert re.search(rf"\b{function}\(", (ROOT / file).read_text(encoding="utf-8")), f"{file} has no {function}()"
 
 
-def test_every_step_of_the_walk_is_looked_at():
-    steps = re.findall(r"^\| *(\d+) \|", PAGE, re.M)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_step_of_the_walk_is_looked_at(page):
+    steps = re.findall(r"^\| *(\d+) \| `", PAGES[page], re.M)
     assert steps == [str(i + 1) for i in range(len(steps))] and len(NAMED) >= len(steps) >= 10
 
 

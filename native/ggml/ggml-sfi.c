@@ -272,8 +272,13 @@ struct ggml_tensor * ggml_support_stability(
 }
 
 bool ggml_can_block_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x) {
+    switch (w->type) {
+        case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K: break;
+        default: return false;
+    }
     return x->type == GGML_TYPE_F32 && ggml_is_matrix(w) && ggml_is_matrix(x) && has_rows(w) && has_rows(x) && x->ne[0] == w->ne[0]
-        && w->ne[0] % 16 == 0 && w->ne[1] % 32 == 0 && (w->type == GGML_TYPE_F32 || ggml_get_type_traits(w->type)->to_float);
+        && w->ne[1] % 32 == 0;
 }
 
 struct ggml_tensor * ggml_block_mul_mat(

@@ -278,10 +278,11 @@ GGML_API struct ggml_tensor * ggml_sketch_scan(
         float                             second_look,
         const struct ggml_sketch_format * format);
 
-// Product of weights with the activations of many tokens, on the CPU: a weight is converted to F32 once for all of them, and
-// activations are not rounded, as they are by ggml_mul_mat() with quantised weights.
+// Product of quantised weights with the activations of many tokens, on the CPU: weights are unpacked once for all of them. As in
+// ggml_mul_mat() activations are rounded to 8 bits, here in blocks of 32 by their largest; all else is exact to the rounding of F32.
+// A token that has a value which is not finite has a result which is not.
 //
-//   w       *   [n_in, n_out]       // any type that can be converted; n_in % 16 == 0, n_out % 32 == 0
+//   w       *   [n_in, n_out]       // Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q6_K; n_out % 32 == 0
 //   x       F32 [n_in, n_tokens]
 //   result  F32 [n_out, n_tokens]
 GGML_API struct ggml_tensor * ggml_block_mul_mat(

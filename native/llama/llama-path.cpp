@@ -16,6 +16,17 @@ ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer) {
     return dev;
 }
 
+bool llama_path_cpu_has(const char * feature) {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const auto features = cpu ? (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_get_features") : nullptr;
+    for (const ggml_backend_feature * f = features ? features(ggml_backend_dev_backend_reg(cpu)) : nullptr; f && f->name; ++f) {
+        if (strcmp(f->name, feature) == 0) {
+            return strcmp(f->value, "1") == 0;
+        }
+    }
+    return false;
+}
+
 // The sketch operations of a layer, on tensors without data.
 static std::vector<ggml_tensor *> sketch_operations(ggml_context * c, const ggml_sketch_format & format, ggml_tensor * q, ggml_tensor * k,
                                                     ggml_tensor * v, ggml_tensor * cells) {

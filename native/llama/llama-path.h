@@ -15,6 +15,9 @@ std::vector<std::string> llama_path_native(ggml_backend_dev_t dev);
 // The device that computes on a buffer; null if there is none.
 ggml_backend_dev_t llama_path_device(ggml_backend_buffer_t buffer);
 
+// The CPU's backend was built for this feature, "AVX2" say, and runs on it.
+bool llama_path_cpu_has(const char * feature);
+
 // The chosen format of a layer's sketch, or the default one. With soft-capped logits the first look is at all of K, and where no format
 // was chosen, so is that without a tolerance.
 ggml_sketch_format llama_path_format(const llama_path_shape & shape, const llama_support_params & params);

@@ -18,7 +18,7 @@
 // The list of all cells is padded to this, so that a graph fits many depths.
 static constexpr int64_t list_pad = 1024;
 static constexpr int32_t min_block = 8; // tokens from which packing K and V once for all of them pays
-static constexpr int64_t min_convert = 32; // tokens from which converting weights once for all of them pays
+static constexpr int64_t min_unpack = 32; // tokens from which unpacking weights once for all of them pays
 static constexpr int64_t skip_pad = 256;
 
 // ---- layers and their memory -------------------------------------------------------------------------------------------
@@ -755,26 +755,22 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
     return cur;
 }
 
-// Types of which upstream's product takes one row of weights and one token at a time, and slowly (docs/speed-log.md). Others it has
-// kernels for, or it repacks them at loading, into buffers that are not the host's. On ARM its integer products are faster than ours.
-static bool is_slow_upstream(const ggml_tensor * w) {
-#if defined(__aarch64__) || defined(_M_ARM64)
+// Weights in buffers that are not the host's are a GPU's, or upstream has repacked them at loading. On ARM upstream's products are
+// faster than ours, and without AVX2 we have none.
+static bool is_ours(const ggml_tensor * w) {
+#if defined(__x86_64__) || defined(_M_X64)
+    static const bool has_avx2 = llama_path_cpu_has("AVX2");
+    return has_avx2 && w->buffer && ggml_backend_buffer_is_host(w->buffer);
+#else
     GGML_UNUSED(w);
     return false;
-#else
-    switch (w->type) {
-        case GGML_TYPE_Q4_1: case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_IQ4_NL:
-            return w->buffer && ggml_backend_buffer_is_host(w->buffer);
-        default:
-            return false;
-    }
 #endif
 }
 
 ggml_tensor * llama_support_build_mul_mat(const llm_graph_context & g, ggml_tensor * w, ggml_tensor * x) {
     const bool has_policy = g.prec_policy && g.prec_policy->prec_src1.count(w) > 0;
     const bool cpu_alone  = ggml_backend_sched_get_n_backends(g.sched) == 1; // a GPU takes such products even where weights are not on it
-    if (x->ne[1] >= min_convert && cpu_alone && !has_policy && ggml_can_block_mul_mat(w, x) && is_slow_upstream(w)) {
+    if (x->ne[1] >= min_unpack && cpu_alone && !has_policy && ggml_can_block_mul_mat(w, x) && is_ours(w)) {
         const llama_support_input * inp = input_of(g);
         if (inp && inp->built.kind == LLAMA_SUPPORT_PREFILL) {
             return ggml_block_mul_mat(g.ctx0, w, x);

@@ -210,5 +210,5 @@ struct llama_support_input : public llm_graph_input_i {
 ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);
 
-// A product of weights w with activations x: ggml_mul_mat(), or ours where many tokens are read and upstream has no fast kernel.
+// A product of weights w with activations x: ggml_mul_mat(), or in prefill on a CPU ours.
 ggml_tensor * llama_support_build_mul_mat(const llm_graph_context & g, ggml_tensor * w, ggml_tensor * x);

@@ -1149,6 +1149,10 @@ struct test_block_mul_mat : public test_sfi {
     test_block_mul_mat(ggml_type type_W, int64_t n_in = 512, int64_t n_out = 96, int64_t nb = 37)
         : type_W(type_W), n_in(n_in), n_out(n_out), nb(nb) {}
 
+    double max_nmse_err() override {
+        return 5e-4; // activations are rounded to 8 bits, as in MUL_MAT
+    }
+
     uint64_t op_flops(ggml_tensor * out) override {
         GGML_UNUSED(out);
         return 2*n_in*n_out*nb;
@@ -1183,12 +1187,12 @@ struct test_block_mul_mat : public test_sfi {
 static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & test_cases) {
     const ggml_type F32 = GGML_TYPE_F32, F16 = GGML_TYPE_F16, BF16 = GGML_TYPE_BF16, Q8_0 = GGML_TYPE_Q8_0, Q4_0 = GGML_TYPE_Q4_0;
 
-    for (ggml_type type : { F32, F16, BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K,
-            GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS }) {
-        test_cases.emplace_back(new test_block_mul_mat(type));
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_K, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K }) {
+        test_cases.emplace_back(new test_block_mul_mat(type, 512));
+        test_cases.emplace_back(new test_block_mul_mat(type, 768, 544, 130));
     }
-    for (int64_t nb : { 1, 6, 191, 193 }) {
-        test_cases.emplace_back(new test_block_mul_mat(GGML_TYPE_Q4_1, 288, 544, nb));
+    for (int64_t nb : { 1, 3, 4, 5 }) {
+        test_cases.emplace_back(new test_block_mul_mat(GGML_TYPE_Q4_1, 544, 32, nb));
     }
 
     // sparse_attn: lengths, head sizes and types, groups, tokens and streams, tail and sinks and softcap

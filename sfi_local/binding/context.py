@@ -17,6 +17,24 @@ N_BATCH = 512
 MAX_OUTPUTS = 64  # tokens of a batch whose logits are wanted, a verified span being the most; more are possible, but not reserved for
 
 
+@contextmanager
+def mapped_weights(llama: Any, wanted: bool) -> Iterator[None]:
+    """Models that llama-cpp-python loads meanwhile keep their weights in the mapped file: its Llama has no argument for that."""
+    module, default = llama.llama_cpp, llama.llama_cpp.llama_model_default_params
+
+    def mapped() -> Any:
+        params = default()
+        params.use_extra_bufts = False
+        return params
+
+    if wanted:
+        module.llama_model_default_params = mapped
+    try:
+        yield
+    finally:
+        module.llama_model_default_params = default
+
+
 def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None,
                  mapped_only: bool = False, metadata: Mapping[str, int | float | str] | None = None) -> Any:
     """llama_cpp._internals.LlamaModel; Ctrl-C, or an exception of progress, stops between two tensors.
