@@ -38,9 +38,15 @@ def shell(smollm2, tmp_path_factory):
     for name, target in (("sfi-local", f'"{sys.executable}" -m sfi_local'), ("python", f'"{sys.executable}"')):
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {target} "$@"\n')
         (folder / "bin" / name).chmod(0o755)
-    env = cli_env(PATH=f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    return lambda command: subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True,
-                                          stdin=subprocess.DEVNULL, timeout=580)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "models").symlink_to(Path(smollm2).resolve().parents[1])
+    env = cli_env(PATH=f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", SFI_LOCAL_CACHE=str(folder / "cache"))
+
+    def run(command):
+        budget = "1e9" if command.startswith("sfi-local cache") else "0"  # other commands read their texts, each time
+        return subprocess.run(command, shell=True, cwd=folder, env={**env, "SFI_LOCAL_PREFIX_BUDGET": budget}, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=580)
+    return run
 
 
 def test_every_command_works(shell):
