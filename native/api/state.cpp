@@ -16,21 +16,10 @@ struct row_range {
     size_t        row;       // bytes
 };
 
-// The V of all streams, [n_embd_v_gqa, n_cells, n_stream].
-static ggml_tensor * v_storage(const llama_kv_cache & kv, int32_t il) {
-    ggml_context_ptr scratch(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-    if (!scratch) {
-        throw std::bad_alloc();
-    }
-    llama_kv_cache::slot_info first;
-    first.s0 = first.s1 = 0;
-    return kv.get_v(scratch.get(), il, kv.get_size(), first)->view_src;
-}
-
 static std::vector<row_range> tensors_of(const llama_kv_cache & kv, uint32_t stream) {
     std::vector<row_range> out;
     for (const uint32_t il : kv.get_layer_ids()) {
-        for (ggml_tensor * t : { kv.get_k_storage(il), v_storage(kv, il) }) {
+        for (ggml_tensor * t : { kv.get_k_storage(il), llama_support_v_storage(kv, il) }) {
             out.push_back({ t, stream*t->nb[2], t->nb[1] });
         }
     }

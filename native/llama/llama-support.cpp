@@ -164,8 +164,7 @@ void llama_support::allocate(const llama_model & model) {
     }
 }
 
-// the cache's V of all streams, [n_embd_v_gqa, n_cells, n_stream]
-static ggml_tensor * v_storage(const llama_kv_cache & kv, int32_t il) {
+ggml_tensor * llama_support_v_storage(const llama_kv_cache & kv, int32_t il) {
     ggml_context_ptr scratch(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
     if (!scratch) {
         throw std::bad_alloc();
@@ -184,7 +183,7 @@ void llama_support::allocate_sketch(ggml_context * ctx, const llama_model & mode
     layer.n_embd_k = d_k;
     layer.n_embd_v = d_v;
     layer.n_head_kv = n_head_kv;
-    layer.v = v_storage(*kv, il);
+    layer.v = llama_support_v_storage(*kv, il);
     layer.format = llama_path_format(shape_of(model, *kv, il), params);
     layer.codes  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  16*ggml_sketch_cell_bytes(&layer.format), n_blocks, n_head_kv*n_stream);
     layer.basis  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ggml_sketch_basis_size(&layer.format, d_k, d_v), n_head_kv*n_stream);
@@ -225,7 +224,7 @@ void llama_support::use_huge_pages(uint32_t s) {
         if (!is_sparse(il) || !ggml_backend_buffer_is_host(kv->get_k_storage(il)->buffer)) {
             continue;
         }
-        for (const ggml_tensor * t : { kv->get_k_storage(il), v_storage(*kv, il) }) {
+        for (const ggml_tensor * t : { kv->get_k_storage(il), llama_support_v_storage(*kv, il) }) {
             const int64_t first = std::max<int64_t>(0, st.n_huge - (int64_t) (llama_huge_page/t->nb[1]) - 1); // the page that was not full
             llama_use_huge_pages((char *) t->data + s*t->nb[2] + first*t->nb[1], (st.mirror.n_used() - first)*t->nb[1]);
         }

@@ -177,6 +177,9 @@ private:
     int64_t list_size() const;
 };
 
+// The cache's V of all streams, [n_embd_v_gqa, n_cells, n_stream].
+ggml_tensor * llama_support_v_storage(const llama_kv_cache & kv, int32_t il);
+
 // The cells of a stream were edited; -1: of all streams. Called by the KV cache where their number tells nothing.
 void llama_support_edited(llama_support * support, int64_t stream);
 

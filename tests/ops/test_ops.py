@@ -11,23 +11,11 @@ import numpy as np
 import pytest
 from support import reference as ref
 from support.ggml_ops import POISON, Graph, encode
-from support.op_cases import EPS32, SEED, TYPES, Case, pass_on_path, simd_paths
+from support.op_cases import EPS32, SEED, TYPES, Case, logit_error, pass_on_path, simd_paths
 
 LENGTHS = (0, 1, 7, 8, 63, 64, 65, 255, 256, 257, 2308)  # both sides of every tile edge; 2308 = 4 + 256 + 2048
 GROUPS = {"1": (2, 2), "2": (4, 2), "4": (8, 2), "8": (16, 2), "3": (9, 3), "7": (7, 1)}  # n_head, n_head_kv
 TOPK, PAPER = 0, 1
-
-
-def logit_error(q, k, scale, logit_softcap):
-    """Bound of the rounding error of a float32 logit: a sum of products errs by a few eps of the sum of their sizes.
-
-    16 is the square root of 256: along the longest sequential sums the errors behave like a random walk. A softcap's
-    tanh errs by an eps of the cap.
-    """
-    group = q.shape[-3] // k.shape[-3]
-    sizes = np.abs(q) @ np.abs(np.repeat(k, group, axis=-3)).swapaxes(-1, -2)
-    largest = np.max(sizes, initial=0.0, where=~np.isnan(sizes))
-    return 16 * EPS32 * (1 + scale * largest + logit_softcap)
 
 
 # ---- sparse_attn --------------------------------------------------------------------------------------------------

@@ -25,6 +25,18 @@ class Case:
         return np.random.default_rng([self.seed, *str(self).encode()])
 
 
+def logit_error(q, k, scale, logit_softcap):
+    """Bound of the rounding error of a float32 logit: a sum of products errs by a few eps of the sum of their sizes.
+
+    16 is the square root of 256: along the longest sequential sums the errors behave like a random walk. A softcap's
+    tanh errs by an eps of the cap.
+    """
+    group = q.shape[-3] // k.shape[-3]
+    sizes = np.abs(q) @ np.abs(np.repeat(k, group, axis=-3)).swapaxes(-1, -2)
+    largest = np.max(sizes, initial=0.0, where=~np.isnan(sizes))
+    return 16 * EPS32 * (1 + scale * largest + logit_softcap)
+
+
 def simd_paths():
     """The values of SFI_SIMD that select a path of their own here."""
     if platform.machine().lower() in ("arm64", "aarch64"):

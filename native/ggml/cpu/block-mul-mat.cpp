@@ -55,37 +55,23 @@ void fifth_bits(const uint8_t * packed, uint8_t * q) {
     }
 }
 
-void unpack(const block_q4_0 * x, int n, unpacked_row & to) {
-    for (int b = 0; b < n/32; ++b) {
-        low_and_high(x[b].qs, to.q + 32*b);
-        to.scale[b] = half(x[b].d);
-        to.min[b]   = -8*to.scale[b];
-    }
-}
+float min_of(const block_q4_0 & x) { return -8*half(x.d); }
+float min_of(const block_q4_1 & x) { return half(x.m); }
+float min_of(const block_q5_0 & x) { return -16*half(x.d); }
+float min_of(const block_q5_1 & x) { return half(x.m); }
 
-void unpack(const block_q4_1 * x, int n, unpacked_row & to) {
-    for (int b = 0; b < n/32; ++b) {
-        low_and_high(x[b].qs, to.q + 32*b);
-        to.scale[b] = half(x[b].d);
-        to.min[b]   = half(x[b].m);
-    }
-}
+void add_fifth_bits(const block_q4_0 &, uint8_t *) {}
+void add_fifth_bits(const block_q4_1 &, uint8_t *) {}
+void add_fifth_bits(const block_q5_0 & x, uint8_t * q) { fifth_bits(x.qh, q); }
+void add_fifth_bits(const block_q5_1 & x, uint8_t * q) { fifth_bits(x.qh, q); }
 
-void unpack(const block_q5_0 * x, int n, unpacked_row & to) {
+template <class Block> // of 32 values
+void unpack(const Block * x, int n, unpacked_row & to) {
     for (int b = 0; b < n/32; ++b) {
         low_and_high(x[b].qs, to.q + 32*b);
-        fifth_bits(x[b].qh, to.q + 32*b);
+        add_fifth_bits(x[b], to.q + 32*b);
         to.scale[b] = half(x[b].d);
-        to.min[b]   = -16*to.scale[b];
-    }
-}
-
-void unpack(const block_q5_1 * x, int n, unpacked_row & to) {
-    for (int b = 0; b < n/32; ++b) {
-        low_and_high(x[b].qs, to.q + 32*b);
-        fifth_bits(x[b].qh, to.q + 32*b);
-        to.scale[b] = half(x[b].d);
-        to.min[b]   = half(x[b].m);
+        to.min[b]   = min_of(x[b]);
     }
 }
 
