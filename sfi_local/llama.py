@@ -32,8 +32,7 @@ from sfi_local.machine import physical_cores, reads_mapped_weights  # noqa: E402
 from sfi_local.params import SfiParams  # noqa: E402
 from sfi_local.runtime.access import Access  # noqa: E402
 from sfi_local.runtime.auto import find_depth  # noqa: E402
-from sfi_local.runtime.draft_length import SpanLength  # noqa: E402
-from sfi_local.runtime.exact import decode_span  # noqa: E402
+from sfi_local.runtime.exact import Drafting, decode_span  # noqa: E402
 from sfi_local.runtime.modes import STOCK, Mode, mode_of  # noqa: E402
 from sfi_local.runtime.sampling import MAX_SEED, Chain, Sampling  # noqa: E402
 from sfi_local.runtime.settings import Quality, Settings  # noqa: E402
@@ -246,13 +245,13 @@ class SlowFastLlama(Llama):
             self.eval([token, *(sent or [])])
 
     def _draw_exact(self, sampler: Chain) -> Generator[int, Any, None]:
-        slot, length = self._slot, SpanLength()
+        slot, drafting = self._slot, Drafting(self._slot)
         token = sampler.sample(self._ctx)
         yield token
         while len(slot.tokens) < self._n_ctx:
             room = self._n_ctx - len(slot.tokens) - 2
             with self._following():
-                span = decode_span(slot, self._vocabulary, sampler, token, room, length)
+                span = decode_span(slot, self._vocabulary, sampler, token, room, drafting)
             for token, self.last_step, _ in span:
                 yield token
 

@@ -7,6 +7,7 @@ from typing import Any
 from sfi_local.binding.library import source_id
 from sfi_local.cli.progress import first_that_fits
 from sfi_local.cli.request import PromptRequest
+from sfi_local.runtime.draft_length import FAST, NGRAM
 
 ENDS = {"length": "stopped at -n", "context": "the context is full", "stop": "stopped at a stop text", "": "stopped"}
 
@@ -46,13 +47,32 @@ def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dic
         "temp": sampling.temp,
         "seed": sampling.seed,
         "notes": model.notes,
-        **({"drafts": drafts(tally)} if request.mode == "exact" else {}),
+        **(drafts(model, tally) if request.mode == "exact" else {}),
     }
 
 
-def drafts(tally: Any) -> dict[str, int]:
-    """What --json says about mode exact, in tokens."""
-    return {"drafted": tally.n_drafted, "accepted": tally.n_accepted, "ties": tally.n_ties}
+def drafts(model: Any, tally: Any) -> dict[str, Any]:
+    """What --json says about mode exact.
+
+    accepted: share of the drafted tokens that were kept, verify_cost: a pass over 8 tokens in dense steps; None where there was none
+    drafts: in tokens, and of them those by fast steps and by the text itself, as [drafted, accepted]
+    """
+    return {
+        "accepted": tally.n_accepted / tally.n_drafted if tally.n_drafted else None,
+        "verify_cost": model.session.costs.verify_cost,
+        "drafts": {"drafted": tally.n_drafted, "accepted": tally.n_accepted, "ties": tally.n_ties,
+                   "ngram": list(tally.drafted(NGRAM)), "fast": list(tally.drafted(FAST))},
+    }
+
+
+def drafted(model: Any, tally: Any) -> list[str]:
+    """The same in a few words; nothing where nothing was drafted."""
+    if not tally.n_drafted:
+        return []
+    by = {"the text": tally.drafted(NGRAM)[0], "fast steps": tally.drafted(FAST)[0]}
+    names = " and ".join(name for name, n in by.items() if n)
+    return [f"{100 * tally.n_accepted / tally.n_drafted:.0f} % of {tally.n_drafted} drafts by {names} accepted",
+            f"verifying 8 costs {model.session.costs.verify_cost or 0:.1f} steps"]
 
 
 def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
@@ -65,7 +85,8 @@ def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
     share = f"KV read {100 * kv_read_share(model):.0f} %"
     whole = [f"{read} at {tally.prefill_tps:.0f}/s, {written}" + (f" ({kinds})" if kinds else ""), share]
     short = f"{tally.n_prefilled} read, {len(tally.tokens)} written, {tally.decode_tps:.1f}/s"
-    forms = ([*whole, *taken(model, tally), *end], [*whole, *end], [f"{read}, {written}", share, *end], [short, share, *end],
+    told = [*drafted(model, tally), *taken(model, tally)]
+    forms = ([*whole, *told, *end], [*whole, *told[:1], *end], [*whole, *end], [f"{read}, {written}", share, *end], [short, share, *end],
              [short, share.replace(" read", ""), *end], [short, *end], [f"{len(tally.tokens)} written", *end])
     return first_that_fits(["; ".join(parts) for parts in forms], width)
 
@@ -80,7 +101,10 @@ def statistics(model: Any, tally: Any) -> str:
     if tally.reasons and model.mode != "dense":  # there every step is, because that was asked for
         parts.append("because " + ", ".join(f"{reason} {n}" for reason, n in tally.reasons.most_common()))
     if tally.n_drafted:
-        parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted}, ties {tally.n_ties}")
+        by = ", ".join(f"{name} {n_kept} of {n}" for name, (n, n_kept) in (("n-gram", tally.drafted(NGRAM)), ("fast steps", tally.drafted(FAST))) if n)
+        cost = model.session.costs.verify_cost
+        parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted} ({by}), ties {tally.n_ties}")
+        parts += [f"verifying 8 tokens costs {cost:.1f} dense steps"] if cost else []
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
     if kernels(model) not in ("native", "stock"):
         parts.append(f"{kernels(model)} kernels")

@@ -1,85 +1,143 @@
-"""How many tokens to draft before a pass verifies them: where the expected tokens per second peak. Pure."""
+"""What to draft and how much of it: where the expected tokens per second peak. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from typing import Sequence
 
+NGRAM, FAST = "ngram", "fast"  # what drafts: the text itself, see ngram.py; fast steps
+SIZES = (1, 2, 3, 5, 7, 11, 15, 23, 31)  # drafts of one span: with the sure token before them as few sizes of a pass as will do
 MAX_DRAFTS = 32      # tokens of one span
-FIRST = 8            # length of the first span, before anything is known
+FIRST = 3            # drafts by fast steps of the first span, before anything is known
 FORGET = 0.9         # weight of what was known, at each new span
 LEAST_MS = 1e-6      # no step is faster
-PROBE_EVERY = 64     # dense steps after which a span is drafted again, though drafting did not pay
+HURDLE = 1.04        # times as fast as dense steps at least, for all of this is estimated
+PROBE_EVERY = 64     # dense steps after which what passes cost is forgotten, since it kept from drafting
+PROBE_SHARE = 0.005  # of the time of dense steps that may be lost by spans which only try whether fast steps pay by now
+SLOPE = 0.4          # dense steps that a token more of a pass is taken to cost before any pass
+
+
+@dataclass
+class Costs:
+    """What steps cost on this machine at this depth.
+
+    dense, fast: milliseconds, 0.0 before the first
+    passes: tokens of a pass -> dense steps
+    """
+
+    dense: float = 0.0
+    fast: float = 0.0
+    passes: dict[int, float] = field(default_factory=lambda: {1: 1.0})
+
+    def dense_took(self, ms: float) -> None:
+        self.dense = _least(self.dense, ms)
+
+    def fast_took(self, ms: float) -> None:
+        self.fast = _least(self.fast, ms)
+
+    def pass_took(self, n: int, ms: float) -> None:
+        self.passes[n] = _least(self.passes.get(n, 0.0), ms / self.dense) if self.dense and n > 1 else self.passes.get(n, 1.0)
+
+    def of_pass(self, n: int) -> float:
+        """Dense steps that a pass over n tokens takes: between those that were seen in proportion."""
+        if n in self.passes:
+            return self.passes[n]
+        low, high = max(m for m in self.passes if m < n), min((m for m in self.passes if m > n), default=0)
+        if high:
+            return self.passes[low] + (self.passes[high] - self.passes[low]) * (n - low) / (high - low)
+        slope = max(0.0, self.passes[low] - 1) / (low - 1) if low > 1 else SLOPE
+        return self.passes[low] + slope * (n - low)
+
+    @property
+    def verify_cost(self) -> float | None:
+        """Dense steps that a pass over 8 tokens takes; None before any pass."""
+        return self.of_pass(8) if len(self.passes) > 1 else None
+
+    def forget_passes(self) -> None:
+        self.passes = {1: 1.0}
+
+
+def _least(known: float, ms: float) -> float:
+    """Follows a time down at once and up slowly: what disturbs makes it longer."""
+    ms = max(LEAST_MS, ms)
+    return ms if not known else min(ms, FORGET * known + (1 - FORGET) * ms)
 
 
 @dataclass
 class SpanLength:
-    """Follows acceptance and times, in milliseconds, and gives the length of the next span; 0: a dense step.
+    """Follows acceptance and times, and says what drafts the next span and how many tokens.
 
     fixed: this length at every span, if given
+    begun: a span was verified
     poor:  of the last span, less than half was kept
-    The tokens of a span that are kept are taken as drawn one by one: each is right with the same probability. A pass of n
-    tokens is taken to cost ``height + slope * n``.
+    The tokens that fast steps drafted are taken as kept one by one, each with the same probability.
     """
 
     fixed: int | None = None
+    costs: Costs = field(default_factory=Costs)
+    begun: bool = False
     poor: bool = False
     right: float = 0.0
     wrong: float = 0.0
-    ms_draft: float = 0.0
-    ms_dense: float = 0.0
-    _passes: list[float] = field(default_factory=lambda: [0.0] * 5)  # sums of 1, n, n*n, ms, n*ms
     _n_dense: int = 0
+    _lost: float = 1.0   # dense steps that probing has cost and that are not earned yet
 
-    def next(self) -> int:
-        """Tokens to draft now."""
-        if not self.ms_dense:
-            return 0
+    def next(self, room: int, odds: Sequence[float] = (), fast: bool = True) -> tuple[str, int]:
+        """(what drafts, how many tokens); ("", 0): a dense step.
+
+        room: drafts that there is room for; odds: of drafts by the text, the probability that each is right if those before it are;
+        fast: a fast step is possible
+        """
+        if not self.costs.dense or room < 1:
+            return "", 0
+        gain = lambda span: self.gain(span[0], span[1], odds)  # noqa: E731  # the key of max()
         if self.fixed is not None:
-            return self.fixed
-        if not self.begun or self._n_dense >= PROBE_EVERY:
-            return FIRST
-        return max(range(MAX_DRAFTS + 1), key=self.rate)
+            fixed = [(FAST, min(fast * self.fixed, room)), (NGRAM, min(self.fixed, len(odds), room))]
+            return max((span for span in fixed if span[1]), key=gain, default=("", 0))
+        if self._n_dense >= PROBE_EVERY:
+            self._n_dense = 0
+            self.costs.forget_passes()
+        if fast and self._probes:
+            return FAST, min(FIRST, room)
+        spans = [(source, n) for source, most in ((NGRAM, len(odds)), (FAST, fast * MAX_DRAFTS)) for n in SIZES if n <= min(most, room)]
+        best = max(spans, key=gain, default=("", 0))
+        return best if best[1] and gain(best) > HURDLE else ("", 0)
 
-    @property
-    def begun(self) -> bool:
-        """Whether a span was verified."""
-        return self._passes[0] > 0
+    def gain(self, source: str, n: int, odds: Sequence[float] = ()) -> float:
+        """Expected tokens of a span, in the time of a dense step."""
+        return self._gain(source, n, odds[:n] if source == NGRAM else [self.acceptance] * n)
 
-    def rate(self, n_drafts: int) -> float:
-        """Expected tokens per millisecond of a span of n_drafts."""
-        if n_drafts == 0:
-            return 1 / self.ms_dense
-        p, (height, slope) = self.acceptance, self._line()
-        tokens = (1 - p ** (n_drafts + 1)) / (1 - p)
-        return tokens / max(LEAST_MS, n_drafts * self.ms_draft + height + slope * (n_drafts + 1))
+    def _gain(self, source: str, n: int, odds: Sequence[float]) -> float:
+        tokens = 1 + sum(accumulate(odds, mul))
+        return tokens / (self._ms_drafts(source, n) / self.costs.dense + self.costs.of_pass(n + 1))
 
     @property
     def acceptance(self) -> float:
-        """Probability that a drafted token is right; what is not known yet is taken as three of four."""
-        return (self.right + 3) / (self.right + self.wrong + 4)
+        """Probability that a token drafted by a fast step is right; what is not known yet is taken as four of five."""
+        return (self.right + 4) / (self.right + self.wrong + 5)
+
+    @property
+    def _probes(self) -> bool:
+        """Whether a short span of fast steps shall show if they pay: the first, and then where little enough was lost by that."""
+        return not self.costs.fast or self._lost < 0 and max(self._gain(FAST, n, [1.0] * n) for n in SIZES) > HURDLE
 
     def dense(self, ms: float) -> None:
         """A dense step was taken."""
         self._n_dense += 1
-        ms = max(LEAST_MS, ms)
-        self.ms_dense = ms if not self.ms_dense else min(ms, FORGET * self.ms_dense + (1 - FORGET) * ms)
+        self._lost -= PROBE_SHARE
+        self.costs.dense_took(ms)
 
-    def verified(self, n_drafted: int, n_accepted: int, ms_drafts: float, ms_pass: float, n_known: int = 0) -> None:
+    def verified(self, source: str, n_drafted: int, n_accepted: int, ms_drafts: float, ms_pass: float, n_known: int = 0) -> None:
         """A span of n_drafted tokens was verified, n_accepted of them kept, by a pass over n_known tokens more."""
-        self._n_dense, self.poor = 0, 2 * n_accepted < n_drafted
-        self.right = FORGET * self.right + n_accepted
-        self.wrong = FORGET * self.wrong + (n_accepted < n_drafted)
-        if n_drafted:
-            ms = ms_drafts / n_drafted
-            self.ms_draft = ms if not self.ms_draft else FORGET * self.ms_draft + (1 - FORGET) * ms
-        n = n_known + 1 + n_drafted
-        self._passes = [FORGET * old + new for old, new in zip(self._passes, (1, n, n * n, ms_pass, n * ms_pass))]
+        self._n_dense, self.begun, self.poor = 0, True, 2 * n_accepted < n_drafted
+        if source == FAST:
+            self.right = FORGET * self.right + n_accepted
+            self.wrong = FORGET * self.wrong + (n_accepted < n_drafted)
+            self.costs.fast_took(ms_drafts / n_drafted)
+            self._lost = max(self._lost, (ms_drafts + ms_pass) / self.costs.dense - n_accepted - 1)
+        self.costs.pass_took(n_known + 1 + n_drafted, ms_pass)
 
-    def _line(self) -> tuple[float, float]:
-        """(height, slope) of a pass; where all passes were equally long, half of their time counts as height."""
-        one, n, nn, ms, nms = self._passes
-        spread = nn - n * n / one
-        if spread < 0.5:
-            return ms / one / 2, ms / n / 2
-        slope = min(max(0.0, (nms - n * ms / one) / spread), ms / n)
-        return ms / one - slope * n / one, slope
+    def _ms_drafts(self, source: str, n: int) -> float:
+        return n * (self.costs.fast or self.costs.dense / 2) if source == FAST else 0.0

@@ -1,13 +1,15 @@
-"""Mode exact: fast steps draft, a dense pass verifies; what comes out is what dense decoding gives.
+"""Mode exact: the text itself or fast steps draft, a dense pass verifies; what comes out is what dense decoding gives.
 
-    loop   draft: a clone of the sampler, random numbers included, samples a few tokens from the logits of fast steps
-           verify: the last sure token and the drafts go through the model again in one dense batch, whose K and V
-                   take the place of those of the fast steps
+    loop   draft: what followed the last tokens where they stood before, which costs nothing (ngram.py); or a clone of the sampler,
+                   random numbers included, samples a few tokens from the logits of fast steps. draft_length.py says which, and
+                   how many, or that a dense step is faster
+           verify: the last sure token and the drafts go through the model in one dense batch, whose K and V take the place of
+                   those of fast steps
            keep: the sampler itself draws each token from the logits of the batch, as it would from those of dense
                  steps; the first that differs from its draft ends the span, and the drafts from there on are taken back
 
 Every token is drawn by the sampler from dense logits, with the random numbers that dense decoding would use: so with the
-same seed it is the same token, and with any seed it has the same distribution. A draft that draws with those random
+same seed it is the same token, and with any seed it has the same distribution. A fast step that draws with those random
 numbers from nearly those probabilities nearly always gets it right. This needs no probabilities, and so any sampler
 that can be cloned will do.
 
@@ -22,8 +24,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Iterator, Sequence
 
 from sfi_local.binding.engine import StepInfo
-from sfi_local.runtime.draft_length import FIRST, SpanLength
+from sfi_local.runtime.draft_length import FAST, MAX_DRAFTS, NGRAM, SpanLength
 from sfi_local.runtime.generate import Ending, begin, top
+from sfi_local.runtime.ngram import Ngrams
 from sfi_local.runtime.slot import Progress, Slot
 from sfi_local.runtime.step import Step
 from sfi_local.runtime.ties import STEPS
@@ -37,9 +40,9 @@ def generate_exact(slot: Slot, vocabulary: Vocabulary, prompt: Sequence[int], sa
 
     sampler: has ``sample(context, row) -> token id`` and ``clone()``
     draft:   tokens drafted per span at most; None: as many as pay, none where that is slower than dense steps
-    Items: ``fast`` a draft that was kept; ``dense`` with reason ``verify`` the token that the pass itself gave, ``slow`` if
-    the pass ended with a refresh; others are steps without drafts. The last item of a span has the time of its pass and
-    of the drafts that were not kept.
+    Items: ``fast`` the draft of a fast step that was kept; ``dense`` with reason ``ngram`` a draft by the text that was kept, with
+    reason ``verify`` the token that the pass itself gave, both ``slow`` if the pass ended with a refresh; others are steps without
+    drafts. The last item of a span has the time of its pass, or of drafts by the text each its part, and of fast steps in vain.
     """
     return slot.turn(_generate_exact(slot, vocabulary, prompt, sampler, n, stop, draft, progress, logprobs))
 
@@ -47,51 +50,82 @@ def generate_exact(slot: Slot, vocabulary: Vocabulary, prompt: Sequence[int], sa
 def _generate_exact(slot: Slot, vocabulary: Vocabulary, prompt: Sequence[int], sampler: Any, n: int | None, stop: Sequence[str],
                     draft: int | None, progress: Progress | None, logprobs: int | None) -> Iterator[Step]:
     info = begin(slot, prompt, progress)
-    ending, length = Ending(slot, vocabulary, n, stop), SpanLength(draft)
+    ending, drafting = Ending(slot, vocabulary, n, stop), Drafting(slot, draft)
     token = sampler.sample(slot.context)
     yield (step := replace(ending.step(token, info), **top(slot.context, -1, token, logprobs)))
     while not step.finish:
         room = min(ending.n_left, slot.n_ctx - info.pos - 1) - 1  # the token itself needs a cell and is followed by one
-        span = decode_span(slot, vocabulary, sampler, token, room, length, logprobs)
+        span = decode_span(slot, vocabulary, sampler, token, room, drafting, logprobs)
         for token, info, more in span:
             yield (step := replace(ending.step(token, info), **more))
             if step.finish:
                 return
 
 
+class Drafting:
+    """What one generation of a slot drafts by.
+
+    draft: tokens per span, if given; 0: none are drafted
+    """
+
+    def __init__(self, slot: Slot, draft: int | None = None):
+        self.length, self.ngrams = SpanLength(draft, slot.costs), Ngrams(slot.tokens)
+
+    def follow(self, tokens: Sequence[int], token: int) -> None:
+        """These are the tokens in the cache, all of them sure, and the one that comes next. Only more of them since the last call."""
+        for one in tokens[len(self.ngrams.tokens):]:
+            self.ngrams.push(one)
+        self.ngrams.push(token)
+
+    def next(self, room: int, fast: bool) -> tuple[str, int]:
+        """See SpanLength.next()."""
+        return self.length.next(room, self.ngrams.odds(MAX_DRAFTS), fast)
+
+
 def decode_span(slot: Slot, vocabulary: Vocabulary, sampler: Any, token: int, room: int,
-                length: SpanLength, logprobs: int | None = None) -> list[tuple[int, StepInfo, dict[str, Any]]]:
+                drafting: Drafting, logprobs: int | None = None) -> list[tuple[int, StepInfo, dict[str, Any]]]:
     """The tokens that follow `token`, which is sure and not in the cache yet, by a span of `room` drafts at most.
 
     Returns [(token, its step, more fields of its Step)], one at least; the last is not in the cache yet.
     """
-    n_known = slot.noise.n_steps(len(slot.tokens))
-    n_drafts = min(_n_wanted(slot, length, n_known), room, _window_room(slot))
-    if n_drafts < 1 or not slot.can_draft(token):
-        info = slot.step(token)
-        length.dense(info.t_ms)
-        slot.n_since_refresh = 0 if info.kind == "slow" else slot.n_since_refresh + 1
-        slot.noise.remember(slot.context, len(slot.tokens))
-        token, tie = slot.noise.draw(slot.context, -1, sampler)
-        return [(token, info, {"tie": tie, **top(slot.context, -1, token, logprobs)})]
+    drafting.follow(slot.tokens, token)
+    source, n_drafts = _planned(slot, token, room, drafting)
+    if source is None:
+        return _dense(slot, sampler, token, drafting, logprobs)
+    n_known = slot.noise.n_again(len(slot.tokens), 1 + n_drafts)
     known = slot.tokens[len(slot.tokens) - n_known:]  # their logits came by dense steps
-    drafts = _draft(slot, vocabulary, sampler.clone(), token, n_drafts)
-    refresh = _refresh_is_due(slot, length)
-    info = slot.verify([*known, token, *(d.token for d in drafts)], refresh)
+    drafts = _by_fast_steps(slot, vocabulary, sampler.clone(), token, n_drafts) if source == FAST else _by_ngrams(
+        vocabulary, drafting.ngrams.draft(n_drafts))
+    refresh = _refresh_is_due(slot, drafting.length)
+    info = slot.verify([*known, token, *(d.token for d in drafts)], n_known + (len(drafts) if source == FAST else 0), refresh)
     if known:
-        slot.noise.compare(slot.context)
+        slot.noise.compare(slot.context, n_known, 1 + len(drafts))
     kept, more = _keep(slot, sampler, drafts, n_known, logprobs)
     slot.rollback(len(drafts) - len(kept) + 1)
     slot.n_since_refresh = 0 if refresh else slot.n_since_refresh + len(kept)
-    length.verified(len(drafts), len(kept) - 1, sum(d.info.t_ms for d in drafts), info.t_ms, n_known)
-    return _items(kept, more, drafts, info)
+    drafting.length.verified(source, len(drafts), len(kept) - 1, sum(d.info.t_ms for d in drafts if d.info), info.t_ms, n_known)
+    return _items(kept, more, drafts, info, {"drafted_by": source, "n_again": n_known})
 
 
-def _n_wanted(slot: Slot, length: SpanLength, n_known: int) -> int:
-    """Tokens to draft: as many as pay; none while dense steps are collected in which noise can be seen, then some in any case."""
-    if not (length.begun and slot.noise.wants_steps):
-        return length.next()
-    return length.next() or FIRST if n_known == STEPS else 0
+def _planned(slot: Slot, token: int, room: int, drafting: Drafting) -> tuple[str | None, int]:
+    """(what drafts, how many tokens); None: a dense step, as while such steps are collected in which noise can be seen. Then a pass
+    looks at them, with drafts or without."""
+    if room < 0 or not slot.can_verify(token):
+        return None, 0
+    if drafting.length.begun and slot.noise.wants_steps:
+        return (NGRAM, 0) if slot.noise.n_steps(len(slot.tokens)) == STEPS else (None, 0)
+    source, n = drafting.next(min(room, _window_room(slot)), slot.can_draft(token))
+    return source or None, n
+
+
+def _dense(slot: Slot, sampler: Any, token: int, drafting: Drafting, logprobs: int | None) -> list[tuple[int, StepInfo, dict[str, Any]]]:
+    """A step without drafts."""
+    info = slot.step(token)
+    drafting.length.dense(info.t_ms)
+    slot.n_since_refresh = 0 if info.kind == "slow" else slot.n_since_refresh + 1
+    slot.noise.remember(slot.context, len(slot.tokens))
+    token, tie = slot.noise.draw(slot.context, -1, sampler)
+    return [(token, info, {"tie": tie, **top(slot.context, -1, token, logprobs)})]
 
 
 def _window_room(slot: Slot) -> int:
@@ -112,10 +146,10 @@ def _refresh_is_due(slot: Slot, length: SpanLength) -> bool:
 @dataclass(frozen=True)
 class _Draft:
     token: int
-    info: StepInfo  # of the fast step whose logits it was sampled from
+    info: StepInfo | None = None  # of the fast step whose logits it was sampled from
 
 
-def _draft(slot: Slot, vocabulary: Vocabulary, sampler: Any, token: int, n: int) -> list[_Draft]:
+def _by_fast_steps(slot: Slot, vocabulary: Vocabulary, sampler: Any, token: int, n: int) -> list[_Draft]:
     """Up to n drafted tokens; none after the end of an answer. The last is not in the cache yet."""
     drafts: list[_Draft] = []
     while len(drafts) < n:
@@ -126,6 +160,12 @@ def _draft(slot: Slot, vocabulary: Vocabulary, sampler: Any, token: int, n: int)
             break
     sampler.close()
     return drafts
+
+
+def _by_ngrams(vocabulary: Vocabulary, tokens: list[int]) -> list[_Draft]:
+    """The tokens up to the end of an answer; nothing is computed."""
+    ends = [i for i, token in enumerate(tokens, 1) if vocabulary.is_end(token)]
+    return [_Draft(token) for token in tokens[:ends[0] if ends else None]]
 
 
 def _keep(slot: Slot, sampler: Any, drafts: list[_Draft], first: int,
@@ -141,10 +181,14 @@ def _keep(slot: Slot, sampler: Any, drafts: list[_Draft], first: int,
     return tokens, more
 
 
-def _items(kept: list[int], more: list[dict[str, Any]], drafts: list[_Draft], info: StepInfo) -> list[tuple[int, StepInfo, dict[str, Any]]]:
-    """The items of a span; `kept` ends with the token that the pass gave."""
-    n_accepted, pos = len(kept) - 1, drafts[0].info.pos
-    ms = info.t_ms + sum(d.info.t_ms for d in drafts[n_accepted:])
-    last = replace(info, pos=pos + n_accepted, depth=pos + n_accepted + 1, n_cells=pos + n_accepted + 1, t_ms=ms)
-    items = [(d.token, d.info, fields) for d, fields in zip(drafts[:n_accepted], more)]
-    return [*items, (kept[-1], last, {**more[-1], "n_drafted": len(drafts), "n_accepted": n_accepted})]
+def _items(kept: list[int], more: list[dict[str, Any]], drafts: list[_Draft], info: StepInfo,
+           span: dict[str, Any]) -> list[tuple[int, StepInfo, dict[str, Any]]]:
+    """The items of a span; `kept` ends with the token that the pass gave. What a pass took is told of its last token; where drafts took
+    nothing, of all its tokens in equal parts. span: more fields of the last"""
+    n_accepted, pos = len(kept) - 1, info.pos - len(drafts)
+    free = all(d.info is None for d in drafts)
+    at = [replace(info, pos=pos + i, depth=pos + i + 1, n_cells=pos + i + 1, t_ms=info.t_ms / len(kept)) for i in range(len(kept))]
+    wasted = sum(d.info.t_ms for d in drafts[n_accepted:] if d.info)
+    last = at[-1] if free else replace(at[-1], t_ms=info.t_ms + wasted)
+    items = [(d.token, d.info or replace(step, reason="ngram"), fields) for d, step, fields in zip(drafts, at[:n_accepted], more)]
+    return [*items, (kept[-1], last, {**more[-1], "n_drafted": len(drafts), "n_accepted": n_accepted, **span})]

@@ -19,6 +19,7 @@ from sfi_local.errors import AbortedError, ArgumentError, ContextError, ContextF
 from sfi_local.machine import available_memory
 from sfi_local.params import SfiParams
 from sfi_local.runtime.access import CANCELLED, Access, Turns
+from sfi_local.runtime.draft_length import Costs
 from sfi_local.runtime.keeper import MIN_GAIN, MIN_KEEP, Keeper, Saving
 from sfi_local.runtime.modes import Attached, Mode, attach, mode_of
 from sfi_local.runtime.ties import Noise
@@ -59,6 +60,7 @@ class Slot:
     n_drafted: of the last tokens, those that came by fast steps and are not verified (mode ``exact``)
     n_since_refresh: tokens since a support was chosen, where mode ``exact`` counts them
     noise:    how far verified batches lie from dense steps
+    costs:    what steps and batches cost, where mode ``exact`` follows it
     access:   one thread at a time, one generation at a time; a second gets BusyError, and after close() DetachedError
     Raises ModelError, KvTypeError, BackendError in modes ``sfi``, ``dense`` and ``exact``; OutOfMemoryError.
     """
@@ -70,7 +72,7 @@ class Slot:
         self.n_prefilled = self.n_drafted = self.n_since_refresh = 0
         self.cached_from: str | None = None
         self.why_read = ""
-        self.noise, self.keeper = Noise(), keeper
+        self.noise, self.costs, self.keeper = Noise(), Costs(), keeper
         self._n_kept = 0                    # tokens that the last kept text has in common with these
         self._blocks: list[str] = []        # names of the blocks in the store that hold the first tokens
         self._saving: Saving | None = None
@@ -249,27 +251,31 @@ class Slot:
         kind, reason = self._sfi.peek(token)
         return kind == "fast" or reason == "boundary"
 
+    def can_verify(self, token: int) -> bool:
+        """Whether a pass may be taken now: no slow step is due."""
+        kind, reason = self._sfi.peek(token)
+        return kind != "slow" or reason == "boundary"
+
     def draft(self, token: int) -> StepInfo:
         """A fast step whose token is to be verified or taken back."""
         self.n_drafted += 1  # first, so that after an interrupt at any point no draft passes for a sure token
         return replace(self.step(token, lambda *_: "fast"), reason="")
 
-    def verify(self, tokens: Sequence[int], refresh: bool) -> StepInfo:
-        """One dense pass over tokens, all but the last of which the cache holds; row i of the logits follows token i.
+    def verify(self, tokens: Sequence[int], n_known: int, refresh: bool) -> StepInfo:
+        """One dense pass over tokens, in place of the last n_known that the cache holds; row i of the logits follows token i.
 
-        refresh: the pass ends with a new support
+        Those of the tokens that turn out wrong are taken back. refresh: the pass ends with a new support
         """
         with self.access:
-            known = len(tokens) - 1
             try:
-                info = self._sfi.verify(tokens, known, refresh)
+                info = self._sfi.verify(tokens, n_known, refresh)
             except AbortedError as error:
                 self._drop_drafts()
                 raise self._why_aborted(error) from None
             except SfiError:
                 self._drop_drafts()
                 raise
-            self.tokens[len(self.tokens) - known:] = tokens
+            self.tokens[len(self.tokens) - n_known:] = tokens
             self.n_drafted = 0
             return info
 

@@ -25,7 +25,7 @@ class Step:
              ``context`` (context full)
     tie:     mode exact: but for noise another token would have been drawn, so that dense steps might have taken it
     n_drafted, n_accepted: mode exact: tokens that were drafted for the span which ends here, and those of them that
-             verification kept
+             verification kept; drafted_by: ``ngram`` or ``fast``; n_again: tokens before them that the pass computed again
     logprob: natural logarithm of the token's probability by the model alone, before any sampler; None: not asked for
     top:     as many (token, logprob) as were asked for, the most likely first
     """
@@ -42,6 +42,8 @@ class Step:
     tie: bool = False
     n_drafted: int = 0
     n_accepted: int = 0
+    drafted_by: str = ""
+    n_again: int = 0
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -81,11 +83,22 @@ class TextStream:
         return out
 
 
+@dataclass(frozen=True)
+class Span:
+    """end: index of its last token; the others as of Step"""
+
+    end: int
+    n_drafted: int
+    n_accepted: int
+    drafted_by: str
+    n_again: int = 0
+
+
 @dataclass
 class Tally:
     """Sums over the items of one generation. Times in milliseconds; rates in tokens per second.
 
-    spans: mode exact: (index of the last token, n_drafted, n_accepted) of each
+    spans: mode exact, of each pass
     thoughts, answers: the text, told apart; in_thought: whether it ends in a thought
     cached_from, why_read: see Slot
     s_first: seconds from the start of the process to the first token
@@ -100,7 +113,7 @@ class Tally:
     ms_prefill: float = 0.0
     ms_steps: float = 0.0
     finish: str = ""
-    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     ties: list[bool] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
@@ -114,8 +127,8 @@ class Tally:
         self.tokens.append(step.token)
         self.texts.append(step.text)
         self.finish = step.finish
-        if step.n_drafted:
-            self.spans.append((len(self.tokens) - 1, step.n_drafted, step.n_accepted))
+        if step.drafted_by:
+            self.spans.append(Span(len(self.tokens) - 1, step.n_drafted, step.n_accepted, step.drafted_by, step.n_again))
         self.ties.append(step.tie)
         if step.kind == "prefill":
             self.ms_prefill += step.t_ms
@@ -127,11 +140,16 @@ class Tally:
 
     @property
     def n_drafted(self) -> int:
-        return sum(n_drafted for _, n_drafted, _ in self.spans)
+        return sum(span.n_drafted for span in self.spans)
 
     @property
     def n_accepted(self) -> int:
-        return sum(n_accepted for _, _, n_accepted in self.spans)
+        return sum(span.n_accepted for span in self.spans)
+
+    def drafted(self, by: str) -> tuple[int, int]:
+        """(tokens drafted, kept) by fast steps (``fast``) or the text itself (``ngram``)."""
+        spans = [span for span in self.spans if span.drafted_by == by]
+        return sum(span.n_drafted for span in spans), sum(span.n_accepted for span in spans)
 
     @property
     def n_ties(self) -> int:

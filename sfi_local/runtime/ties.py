@@ -12,6 +12,7 @@ from typing import Any
 from sfi_local.binding.context import logits
 
 STEPS = 16    # dense steps in a row that a batch computes again to see the difference of the logits
+FEW = 2       # of them that a batch computes again where nothing of the difference is known yet
 MARGIN = 8.0  # times the largest difference seen: tokens closer than that, in logits, are a tie
 GROWTH = 20.0 # how much the difference was seen to grow over STEPS steps: taken where it was not looked at yet
 
@@ -19,11 +20,13 @@ GROWTH = 20.0 # how much the difference was seen to grow over STEPS steps: taken
 class Noise:
     """largest: the largest difference of a logit so far; 0.0 where batch and step are equal bit for bit
     settled: it was taken over STEPS dense steps in a row
+    looked: tokens of the longest batch that was compared
     """
 
     def __init__(self) -> None:
         self.largest = 0.0
         self.settled = False
+        self.looked = 0
         self._steps: list[tuple[int, Any]] = []  # depth after each of the last dense steps, in a row, and its logits
 
     @property
@@ -45,10 +48,17 @@ class Noise:
         """How many of the last of `depth` tokens came by dense steps in a row that were not compared yet."""
         return len(self._steps) if self._steps and self._steps[-1][0] == depth else 0
 
-    def compare(self, context: Any) -> None:
-        """The batch begins with the tokens of the remembered steps."""
-        self.settled = self.settled or len(self._steps) == STEPS
-        for row, (_, step) in enumerate(self._steps):
+    def n_again(self, depth: int, n: int) -> int:
+        """How many of those a batch shall compute again, before its own n tokens: each costs time, so few, where a batch is longer
+        than any before; all while there are differences that were not looked at yet."""
+        n_steps = self.n_steps(depth)
+        return n_steps if self.wants_steps else min(n_steps, FEW) if n > self.looked else 0
+
+    def compare(self, context: Any, n_again: int, n: int) -> None:
+        """The batch began with the tokens of the last n_again of the remembered steps, before its own n tokens."""
+        self.settled = self.settled or n_again == STEPS
+        self.looked = max(self.looked, n + n_again)
+        for row, (_, step) in enumerate(self._steps[len(self._steps) - n_again:]):
             self.largest = max(self.largest, float(abs(logits(context, row) - step).max()))
         self.forget()
 

@@ -63,8 +63,8 @@ def test_rows_have_what_scripts_rely_on(cli, tiny, tmp_path, drawn):
     assert all((r["temp"], r["seed"]) == ((0.8, 7) if drawn else (0, 0)) for r in rows)
     four = rows[1]
     assert 0 < four["n_drafted"] <= 4 * four["n_spans"] and four["kept_per_span"] == four["n_accepted"] / four["n_spans"]
-    assert four["steps"]["fast"] == four["n_accepted"] and four["n_dense"] + four["n_spans"] == sum(
-        four["steps"][kind] for kind in ("dense", "slow"))
+    assert four["steps"]["fast"] + four["n_by_ngrams"] == four["n_accepted"]
+    assert four["n_dense"] + four["n_spans"] + four["n_by_ngrams"] == sum(four["steps"][kind] for kind in ("dense", "slow"))
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
 
@@ -134,9 +134,9 @@ def test_an_answer_that_ends_elsewhere_is_a_difference(dense, exact):
 @pytest.fixture
 def replayed(model):
     """An answer of mode exact, and the session that gave it, with 4 drafts per span."""
-    prompt, row = excerpts(model, *measured_text(None), 300, 3, 40)[1], Row("exact", "exact", draft=4)
-    with Sessions(model, 340, SMALL, "f16") as sessions:
-        session, planned = sessions.at(None, prompt.tokens), plan(row, SMALL, 40, 340, {})
+    prompt, row = excerpts(model, *measured_text(None), 300, 3, 100)[1], Row("exact", "exact", draft=4)
+    with Sessions(model, 400, SMALL, "f16") as sessions:
+        session, planned = sessions.at(None, prompt.tokens), plan(row, SMALL, 100, 400, {})
         answered = lambda: answer(model, session, prompt, row, planned, DRAWN.chain())
         yield session, planned.params, answered
 
@@ -177,7 +177,7 @@ def test_drafts_that_are_not_verified_are_shown_as_wrong_and_the_exit_code_is_1(
 
 
 def test_a_row_that_drafted_nothing_has_no_numbers(request_of, monkeypatch):
-    monkeypatch.setattr("sfi_local.runtime.slot.Slot.can_draft", lambda self, token: False)
+    monkeypatch.setattr("sfi_local.runtime.slot.Slot.can_verify", lambda self, token: False)
     with pytest.raises(CheckError, match="exact drafted nothing"):
         measure(request_of())
 

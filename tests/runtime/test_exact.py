@@ -10,6 +10,7 @@ import pytest
 
 from sfi_local import Sampling, SfiParams, Tally, load
 from sfi_local.errors import ArgumentError, BusyError
+from sfi_local.runtime.ngram import Ngrams
 from sfi_local.runtime.slot import Slot
 from sfi_local.runtime.ties import GROWTH, MARGIN, STEPS, Noise
 
@@ -35,6 +36,12 @@ def models(tiny):
         model.close()
 
 
+@pytest.fixture
+def fast_alone(monkeypatch):
+    """The text itself drafts nothing."""
+    monkeypatch.setattr(Ngrams, "odds", lambda self, n: [])
+
+
 def run(model, prompt=PROMPTS[0], n=40, **options):
     tally, items = Tally(), []
     options.setdefault("sampling", GREEDY)
@@ -48,7 +55,7 @@ def run(model, prompt=PROMPTS[0], n=40, **options):
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("draft", [1, 3, 8, 16])
 @pytest.mark.parametrize("params", [LITTLE, MUCH, LITTLE.replace(policy="window"), SKETCH], ids=["little", "much", "window", "sketch"])
-def test_greedy_text_is_that_of_dense_decoding(models, prompt, draft, params):
+def test_greedy_text_is_that_of_dense_decoding(models, prompt, draft, params, fast_alone):
     dense, exact = run(models("dense"), prompt), run(models("exact", params), prompt, draft=draft)
     assert exact.tokens == dense.tokens and exact.text == dense.text and exact.finish == dense.finish
     assert exact.n_accepted < exact.n_drafted if params != MUCH else exact.n_accepted > 0.8 * exact.n_drafted
@@ -79,7 +86,7 @@ def test_sampled_tokens_have_the_distribution_of_dense_decoding(models):
     assert len(cells) >= 4 and chi2 < len(cells) + 4 * (2 * len(cells)) ** 0.5
 
 
-def test_the_stream_tells_what_was_done(models):
+def test_the_stream_tells_what_was_done(models, fast_alone):
     exact = run(models("exact", MUCH), n=40, draft=6)
     first, *others = exact.items
     assert first.kind == "prefill" and {s.kind for s in others} <= {"fast", "slow", "dense"}
@@ -93,7 +100,7 @@ def test_the_stream_tells_what_was_done(models):
     assert stats.ms_verify + stats.ms_fast + stats.ms_dense == pytest.approx(exact.ms_steps, rel=1e-6)
 
 
-def test_below_the_depth_where_it_can_pay_every_step_is_dense(models):
+def test_below_the_depth_where_fast_steps_can_pay_none_is_taken(models, fast_alone):
     tally = run(models("exact", LITTLE.replace(auto_depth=4000)))
     assert tally.steps == {"dense": 39} and tally.reasons == {"forced": 39}
     assert tally.tokens == run(models("dense")).tokens
@@ -263,14 +270,18 @@ def test_what_dense_steps_gave_is_compared_once_and_only_in_a_row():
     for depth in (7, 9, 10):
         noise.remember(context, depth)
     assert [noise.n_steps(depth) for depth in (9, 10, 11)] == [0, 2, 0]
+    assert [noise.n_again(10, 4), noise.n_again(11, 4)] == [2, 0]
     context.values += 0.25
-    noise.compare(context)
+    noise.compare(context, 2, 4)
     assert (noise.largest, noise.n_steps(10), noise.wants_steps) == (0.25, 0, True)
     for depth in range(100, 100 + 2 * STEPS):
         noise.remember(context, depth)
-    assert noise.n_steps(99 + 2 * STEPS) == STEPS
-    noise.compare(context)
+    depth = 99 + 2 * STEPS
+    assert noise.n_steps(depth) == noise.n_again(depth, 4) == STEPS
+    noise.compare(context, STEPS, 4)
     assert (noise.largest, noise.wants_steps) == (0.25, False)
+    noise.remember(context, depth + 1)
+    assert [noise.n_again(depth + 1, n) for n in (4, STEPS + 4, STEPS + 5)] == [0, 0, 1]  # few, and where a batch is longer than any before
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temp=0.8, seed=3)], ids=["greedy", "sampled"])

@@ -252,7 +252,8 @@ def row(mode: str, depth: int, turns: dict[str, list], measured: list, checks: d
     """One mode at one depth; times in milliseconds, rates in tokens or 1e9 bytes per second, shares and ratios in 1.
 
     decode_tps is the median of the repetitions, spread (largest - smallest) / median of them, other_work the largest share of the
-    CPUs' time that other programs took in one of them; ratios are medians of
+    CPUs' time that other programs took in one of them; accepted: share of the drafted tokens that was kept, verify_cost: a pass over 8
+    tokens in dense steps, both of mode exact; ratios are medians of
     the ratios of the repetitions that followed each other; ms_* are medians over all steps of that kind.
     """
     mine, stock, dense = turns[mode], turns.get("stock"), turns.get("dense")
@@ -266,7 +267,9 @@ def row(mode: str, depth: int, turns: dict[str, list], measured: list, checks: d
         "spread": (max(rates) - min(rates)) / tps if len(rates) > 1 else None, "tps_reps": rates,
         "other_work": max((d.other_work for d in mine if d.other_work is not None), default=None), "ms_step": _median_ms(mine),
         "ms_slow": _median_ms(mine, "slow"), "ms_fast": _median_ms(mine, "fast"), "steps": _steps(mine),
-        "reasons": mine[0].reasons, "n_drafted": mine[0].n_drafted, "n_accepted": mine[0].n_accepted, "kv_read_share": median(d.kv_read_share for d in mine),
+        "reasons": mine[0].reasons, "n_drafted": mine[0].n_drafted, "n_accepted": mine[0].n_accepted,
+        "drafted_by_ngrams": list(mine[0].by_ngrams), "accepted": mine[0].n_accepted / mine[0].n_drafted if mine[0].n_drafted else None,
+        "verify_cost": mine[-1].verify_cost, "kv_read_share": median(d.kv_read_share for d in mine),
         "ratio_to_stock": _ratio(mine, stock), "ratio_to_dense": _ratio(mine, dense),
         "ceiling": median(d.tps for d in origin) / median(d.tps for d in stock) if origin and stock else None,
         "gbps": (facts["weight_bytes"] + kv_bytes) * tps / 1e9,

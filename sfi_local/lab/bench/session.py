@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Iterable
 
 from sfi_local.binding import state_fill
 from sfi_local.binding.engine import StepInfo
 from sfi_local.lab.trunk import SwitchSession
 from sfi_local.params import SfiParams
-from sfi_local.runtime.draft_length import SpanLength
-from sfi_local.runtime.exact import decode_span
+from sfi_local.runtime.draft_length import NGRAM
+from sfi_local.runtime.exact import Drafting, decode_span
 from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.slot import Progress, Schedule
 from sfi_local.store import layout
@@ -26,7 +26,8 @@ class Decoded:
 
     kv_read_share: bytes of K and V read over those of dense steps; kv_bytes: bytes of K and V per step
     other_work: share of the CPUs' time that other programs took meanwhile; None: not known
-    mode exact: n_drafted, n_accepted in tokens; tokens: what was decoded; ties: which of them are one, see ties.py
+    mode exact: n_drafted, n_accepted in tokens; by_ngrams: of those the ones by the text itself; verify_cost: a pass over 8 tokens in
+    dense steps; tokens: what was decoded; ties: which of them are one, see ties.py
     """
 
     kinds: list[str]
@@ -36,6 +37,8 @@ class Decoded:
     kv_bytes: float
     n_drafted: int = 0
     n_accepted: int = 0
+    by_ngrams: tuple[int, int] = (0, 0)
+    verify_cost: float | None = None
     tokens: tuple[int, ...] = ()
     ties: tuple[bool, ...] = ()
     other_work: float | None = None
@@ -101,17 +104,18 @@ class BenchSession(SwitchSession):
 
     def _decode_exact(self, n: int) -> Decoded:
         self.engine.reset_stats()
-        sampler, length, steps, ms = Sampling(temp=0).chain(), SpanLength(), [], []
+        sampler, drafting, steps, ms = Sampling(temp=0).chain(), Drafting(self), [], []
         token = self._next(1)[0]
         while len(steps) < n:
             start = time.perf_counter()
-            span = decode_span(self, self._vocabulary, sampler, token, n - len(steps) - 1, length)
+            span = decode_span(self, self._vocabulary, sampler, token, n - len(steps) - 1, drafting)
             wall = 1000 * (time.perf_counter() - start)
-            drafts = [info.t_ms for _, info, _ in span[:-1]]
-            steps, ms, token = steps + span, [*ms, *drafts, wall - sum(drafts)], span[-1][0]
+            told = sum(info.t_ms for _, info, _ in span)
+            steps, ms, token = steps + span, [*ms, *(info.t_ms * wall / told for _, info, _ in span)], span[-1][0]
         stats, counts = self.engine.stats(), [more for _, _, more in steps]
+        drafted, by_ngrams = _drafts(counts), _drafts(c for c in counts if c.get("drafted_by") == NGRAM)
         return Decoded([info.kind for _, info, _ in steps], ms, stats.reasons, stats.kv_read_share, stats.kv_read / n,
-                       sum(c.get("n_drafted", 0) for c in counts), sum(c.get("n_accepted", 0) for c in counts),
+                       *drafted, by_ngrams, self.costs.verify_cost,
                        tuple(token for token, _, _ in steps), tuple(c.get("tie", False) for c in counts))
 
     def logits(self, mode: str, n: int, schedule: Schedule | None = None, params: SfiParams | None = None) -> Any:
@@ -150,6 +154,12 @@ class BenchSession(SwitchSession):
         state_fill.fill(self.context.ctx, depth)
         self.trunk = (self.trunk * (-(-depth // PIECE)))[:depth]
         self.tokens[:] = self.trunk
+
+
+def _drafts(counts: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """(tokens drafted, kept) of steps."""
+    spans = [(c.get("n_drafted", 0), c.get("n_accepted", 0)) for c in counts]
+    return sum(n for n, _ in spans), sum(n for _, n in spans)
 
 
 def every(n: int) -> Schedule:

@@ -14,6 +14,7 @@ from sfi_local.lab.eval.score import Score
 from sfi_local.lab.eval.text import bytes_read
 from sfi_local.lab.trunk import Sessions, SwitchSession
 from sfi_local.params import SfiParams
+from sfi_local.runtime.draft_length import NGRAM
 from sfi_local.runtime.exact import generate_exact
 from sfi_local.runtime.generate import generate
 from sfi_local.runtime.sampling import Sampling
@@ -97,6 +98,7 @@ def add(score: Score, tally: Tally, session: SwitchSession, prompt: Prompt, para
     score.n_spans += len(tally.spans)
     score.n_drafted += tally.n_drafted
     score.n_accepted += tally.n_accepted
+    score.n_by_ngrams += tally.drafted(NGRAM)[1]
     score.noise = session.noise.largest if score.row.decodes.verifies else 0.0
     return Spent(max(1, len(kinds)), kinds.count("slow"), depth + len(kinds) / 2, share)
 

@@ -14,7 +14,6 @@ from sfi_local.lab.eval.score import Score
 from sfi_local.lab.trunk import SwitchSession
 from sfi_local.params import SfiParams, auto_depth
 from sfi_local.runtime.step import Tally
-from sfi_local.runtime.ties import STEPS
 
 N_NEAR = 16    # rows of logits before a difference that are compared with dense's
 MAX_KL = 0.02  # nats: what two correct kernels of different rounding may differ by, in the mean of these rows
@@ -116,14 +115,12 @@ def _replay(session: "SwitchSession", params: SfiParams, tally: "Tally", last: i
     import numpy as np
 
     session.begin("dense", params)
-    ends = {end - n_accepted: end for end, _, n_accepted in tally.spans}
-    drawn, rows, n_steps = [sampler.sample(session.context)], [session.last_logits().copy()], 0
+    spans = {span.end - span.n_accepted: span for span in tally.spans}
+    drawn, rows = [sampler.sample(session.context)], [session.last_logits().copy()]
     while len(drawn) <= last:
         first = len(drawn)
-        end = ends.get(first, first)
-        n_known = min(STEPS, n_steps) if first in ends else 0
-        n_steps = 0 if first in ends else n_steps + 1
-        for row in _pass(session, tally.tokens[first - 1:end], n_known) if first in ends else _step(session, tally.tokens[first - 1]):
+        span = spans.get(first)
+        for row in _pass(session, tally.tokens[first - 1:span.end], span.n_again) if span else _step(session, tally.tokens[first - 1]):
             drawn.append(sampler.sample(session.context, row))
             rows = [*rows, logits(session.context, row).copy()][-N_NEAR:]
             if len(drawn) > last:

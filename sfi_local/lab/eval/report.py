@@ -62,7 +62,8 @@ def exact_rows(scores: list["Score"], depth: int, request: "EvalPlan", model: An
 
     n: tokens per prompt at most; n_tokens, n_equal, verdict, complaint and differences see exact.Comparison; n_ties: tokens
     that noise could have changed, whether it did or not; noise: the largest difference of a logit between a batch and a dense
-    step; kept_per_span: mean number of drafts that verification kept; n_dense: steps without drafts
+    step; n_by_ngrams: of the drafts that were kept those
+    by the text itself; kept_per_span: mean number of drafts that verification kept; n_dense: steps without drafts
     """
     common, rows = _common(request, model), []
     for one in (score for score in scores if score.row.decodes.verifies):
@@ -72,7 +73,8 @@ def exact_rows(scores: list["Score"], depth: int, request: "EvalPlan", model: An
             "n_tokens": found.n_tokens, "n_equal": found.n_equal, "verdict": found.verdict, "complaint": found.complaint,
             "n_ties": sum(map(sum, one.ties)), "differences": [asdict(d) for d in found.differences], "noise": one.noise,
             "draft": one.row.draft, "n_spans": one.n_spans, "n_drafted": one.n_drafted, "n_accepted": one.n_accepted,
-            "kept_per_span": one.n_accepted / one.n_spans, "n_dense": len(one.kinds) - one.kinds.count("fast") - one.n_spans,
+            "n_by_ngrams": one.n_by_ngrams,
+            "kept_per_span": one.n_accepted / one.n_spans, "n_dense": len(one.kinds) - one.n_accepted - one.n_spans,
             "temp": request.temp, "seed": request.seed, "kv_read_share": one.kv_read_share, "kv_bytes": mean(one.bytes_per_step),
             "steps": _steps(one.kinds), "reasons": dict(one.reasons), "text": request.text or DEFAULT_TEXT, **_params(one), **common})
     return rows

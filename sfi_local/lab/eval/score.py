@@ -18,7 +18,8 @@ class Score:
     kv_read_share: as in TextScore
     tokens, ties: of each answer, see Step
     rounding: mode exact: whether each answer differs from dense's, and by rounding alone, see exact.from_rounding
-    n_spans, n_drafted, n_accepted: mode exact: spans, tokens drafted in them, and those that were kept
+    n_spans, n_drafted, n_accepted: mode exact: spans, tokens drafted in them, and those that were kept; n_by_ngrams: of these the ones
+    that the text itself drafted, the others came by fast steps
     noise: mode exact: the largest difference of a logit that was seen between a batch and a dense step
     """
 
@@ -38,6 +39,7 @@ class Score:
     n_spans: int = 0
     n_drafted: int = 0
     n_accepted: int = 0
+    n_by_ngrams: int = 0
     noise: float = 0.0
 
     @property
