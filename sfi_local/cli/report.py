@@ -10,6 +10,7 @@ from sfi_local.cli.request import PromptRequest
 from sfi_local.runtime.draft_length import FAST, NGRAM
 
 ENDS = {"length": "stopped at -n", "context": "the context is full", "stop": "stopped at a stop text", "": "stopped"}
+DRAFTED_BY = {"n-grams": NGRAM, "fast steps": FAST}
 
 
 def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dict[str, Any]:
@@ -69,10 +70,10 @@ def drafted(model: Any, tally: Any) -> list[str]:
     """The same in a few words; nothing where nothing was drafted."""
     if not tally.n_drafted:
         return []
-    by = {"the text": tally.drafted(NGRAM)[0], "fast steps": tally.drafted(FAST)[0]}
-    names = " and ".join(name for name, n in by.items() if n)
-    return [f"{100 * tally.n_accepted / tally.n_drafted:.0f} % of {tally.n_drafted} drafts by {names} accepted",
-            f"verifying 8 costs {model.session.costs.verify_cost or 0:.1f} steps"]
+    by = " and ".join(name for name, source in DRAFTED_BY.items() if tally.drafted(source)[0])
+    cost = model.session.costs.verify_cost
+    return [f"{tally.n_drafted} drafted by {by}, {100 * tally.n_accepted / tally.n_drafted:.0f} % accepted",
+            *([f"8 are verified in {cost:.1f} dense steps"] if cost else [])]
 
 
 def short_statistics(model: Any, tally: Any, width: int = 1 << 16) -> str:
@@ -101,10 +102,8 @@ def statistics(model: Any, tally: Any) -> str:
     if tally.reasons and model.mode != "dense":  # there every step is, because that was asked for
         parts.append("because " + ", ".join(f"{reason} {n}" for reason, n in tally.reasons.most_common()))
     if tally.n_drafted:
-        by = ", ".join(f"{name} {n_kept} of {n}" for name, (n, n_kept) in (("n-gram", tally.drafted(NGRAM)), ("fast steps", tally.drafted(FAST))) if n)
-        cost = model.session.costs.verify_cost
-        parts.append(f"drafted {tally.n_drafted}, accepted {tally.n_accepted} ({by}), ties {tally.n_ties}")
-        parts += [f"verifying 8 tokens costs {cost:.1f} dense steps"] if cost else []
+        kept = ", ".join(f"{name} {found[1]} of {found[0]}" for name, source in DRAFTED_BY.items() if (found := tally.drafted(source))[0])
+        parts += [f"drafted {tally.n_drafted}, accepted {tally.n_accepted} ({kept}), ties {tally.n_ties}", *drafted(model, tally)[1:]]
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
     if kernels(model) not in ("native", "stock"):
         parts.append(f"{kernels(model)} kernels")

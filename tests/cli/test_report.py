@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from sfi_local import SfiParams
-from sfi_local.cli.report import decided, short_statistics, statistics
+from sfi_local.cli.report import decided, drafts, short_statistics, statistics
+from sfi_local.runtime.draft_length import Costs
+from sfi_local.runtime.step import Step, Tally
 
 STATS = SimpleNamespace(kv_read_share=0.25)
 
@@ -42,3 +44,27 @@ def test_the_last_line_says_it_in_a_few_words_where_there_is_room():
     assert "auto" not in short_statistics(model("sfi"), tally(fast=4))
     assert len(short_statistics(model(), tally(fast=4), 60)) <= 60
     assert "measured before" in statistics(model(), tally(dense=4))
+
+
+def spans(*found):
+    """A tally of spans, each (what drafted, drafted, accepted)."""
+    made = Tally()
+    for source, n_drafted, n_accepted in found:
+        made.add(Step(1, "a", "dense", "verify", 1.0, 1, 1, 1, n_drafted=n_drafted, n_accepted=n_accepted, drafted_by=source))
+    return made
+
+
+def test_what_drafted_how_much_was_kept_and_what_verifying_costs():
+    one, made = model("exact"), spans(("ngram", 31, 30), ("fast", 3, 1), ("ngram", 6, 1))
+    one.session.costs = Costs(10.0, 9.0, {1: 1.0, 8: 2.5})
+    assert drafts(one, made) == {"accepted": 0.8, "verify_cost": 2.5, "drafts": {
+        "drafted": 40, "accepted": 32, "ties": 0, "ngram": [37, 31], "fast": [3, 1]}}
+    assert "; 40 drafted by n-grams and fast steps, 80 % accepted; 8 are verified in 2.5 dense steps" in short_statistics(one, made)
+    assert "drafted 40, accepted 32 (n-grams 31 of 37, fast steps 1 of 3), ties 0; 8 are verified in 2.5 dense steps" in statistics(one, made)
+    assert "drafted" not in short_statistics(one, spans()) and drafts(one, spans())["accepted"] is None
+
+
+def test_before_any_pass_nothing_is_said_of_its_cost():
+    one = model("exact")
+    one.session.costs = Costs(10.0, 9.0)
+    assert drafts(one, spans())["verify_cost"] is None and "verified" not in statistics(one, spans(("ngram", 3, 1)))
