@@ -7,7 +7,6 @@ as fast, therefore delays all of them; and a second thread on a core finds its m
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Iterable
@@ -96,6 +95,8 @@ def _siblings(cpu: int, root: str) -> str:
 def _cores_elsewhere() -> int | None:
     """Performance cores of macOS, cores of Windows; None where they are not known."""
     if sys.platform == "darwin":
+        import subprocess
+
         try:
             done = subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, text=True, timeout=5)
         except (OSError, subprocess.SubprocessError):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 from sfi_local.binding import gpu
 from sfi_local.binding.context import load_weights
@@ -16,16 +17,17 @@ from sfi_local.errors import ModelFileError
 from sfi_local.machine import physical_cores, reads_mapped_weights
 from sfi_local.params import SfiParams
 from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
-from sfi_local.runtime.model import Model
 from sfi_local.runtime.settings import Lora, Quality, Settings, Yarn
 from sfi_local.store import layout, stretch
 from sfi_local.store.fingerprint import fingerprint, parts_of
 from sfi_local.store.gguf_file import GgufFile, read_gguf
 from sfi_local.store.prefixes import folder
 from sfi_local.store.pull import resolve
-from sfi_local.tuning.auto_depth import auto_depth_of
 from sfi_local.tuning.quality import Taken, take
 from sfi_local.tuning.tolerance import expired, recall
+
+if TYPE_CHECKING:
+    from sfi_local.runtime.model import Model
 
 Progress = Callable[[float, float], None]
 
@@ -74,7 +76,12 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     native = open_library()
     log.verbose = verbose
     mapped = room.mapped_only or (taken.mode != "stock" and not gpus and reads_mapped_weights())
+    meanwhile = _prepare(file)
     weights = load_weights(native.llama_cpp, file.path, asked.gpu_layers, progress, mapped, stretched)
+    meanwhile.join()
+    from sfi_local.runtime.model import Model
+    from sfi_local.tuning.auto_depth import auto_depth_of
+
     loaded = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
                    n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
                    fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
@@ -103,6 +110,19 @@ def fingerprint_of(file: GgufFile, asked: Settings, stretched: Mapping[str, Any]
     files = [*parts_of(file.path), *(Path(path) for path, _ in adapters)]
     return partial(fingerprint, files, folder(), types=[asked.type_k, asked.type_v], scales=[scale for _, scale in adapters],
                    metadata=dict(stretched or {}), llama=source_id().partition("+")[0])
+
+
+def _prepare(file: GgufFile) -> threading.Thread:
+    """While weights are loaded, which is not Python's work, import what uses them, and compile the chat template."""
+    def run() -> None:
+        from sfi_local.runtime.template import prepare
+        from sfi_local.tuning import auto_depth  # noqa: F401  # and Model with it
+
+        prepare(str(file.metadata.get("tokenizer.chat_template") or ""))
+
+    thread = threading.Thread(target=run, name="imports")
+    thread.start()
+    return thread
 
 
 def _adapters(lora: Lora) -> list[tuple[str, float]]:

@@ -141,7 +141,7 @@ def test_the_cache_of_zfs_counts_as_free(monkeypatch):
 def test_macos_counts_performance_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(cpus, "usable_cpus", lambda: set(range(10)))
-    monkeypatch.setattr(cpus.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout="8\n"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout="8\n"))
     assert cpus.choose(str(tmp_path)).n == 8
 
 

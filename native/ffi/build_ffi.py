@@ -16,6 +16,7 @@ MODULE = "sfi_local._sfi"
 PRELUDE = """
 struct llama_context;
 struct llama_model;
+struct llama_vocab;
 struct llama_context_params;
 typedef int32_t llama_token;
 typedef int32_t llama_seq_id;
@@ -35,6 +36,11 @@ FLAG = """
 bool sfi_flag_is_set(void * flag);
 """
 
+# the tokens of a vocabulary that have one of some attributes: a vocabulary has a hundred thousand, too many to ask of each from Python
+TOKENS = """
+int32_t sfi_tokens_with(const struct llama_vocab * vocab, int32_t attributes, llama_token * tokens);
+"""
+
 SOURCE = """
 #include "sfi.h"
 #include "sfi-research.h"
@@ -42,6 +48,17 @@ SOURCE = """
 
 static bool sfi_flag_is_set(void * flag) {
     return *(volatile bool *) flag;
+}
+
+static int32_t sfi_tokens_with(const struct llama_vocab * vocab, int32_t attributes, llama_token * tokens) {
+    const int32_t n = llama_vocab_n_tokens(vocab);
+    int32_t n_found = 0;
+    for (llama_token t = 0; t < n; ++t) {
+        if (llama_vocab_get_attr(vocab, t) & attributes) {
+            tokens[n_found++] = t;
+        }
+    }
+    return n_found;
 }
 """
 
@@ -65,7 +82,7 @@ def cdef(header: str) -> str:
 
 def whole(headers: list[str]) -> str:
     """What cffi is given of these files."""
-    return PRELUDE + "".join(cdef(Path(header).read_text(encoding="utf-8")) for header in headers) + CALLBACKS + FLAG
+    return PRELUDE + "".join(cdef(Path(header).read_text(encoding="utf-8")) for header in headers) + CALLBACKS + FLAG + TOKENS
 
 
 def main(*headers_and_out: str) -> None:

@@ -25,3 +25,9 @@ void llama_use_huge_pages(void * data, size_t size) {
 void llama_use_huge_pages(void *, size_t) {}
 
 #endif
+
+void llama_use_huge_pages(ggml_backend_buffer_t buffer) {
+    if (ggml_backend_buffer_is_host(buffer)) {
+        llama_use_huge_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
+    }
+}

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "ggml-backend.h"
+
 #include <cstddef>
 
 constexpr size_t llama_huge_page = 2u << 20;
@@ -9,3 +11,4 @@ constexpr size_t llama_huge_page = 2u << 20;
 // Asks the system to back this memory by huge pages, what is in use already included. A hint: no effect where
 // the system has none.
 void llama_use_huge_pages(void * data, size_t size);
+void llama_use_huge_pages(ggml_backend_buffer_t buffer); // of the host; others stay as they are

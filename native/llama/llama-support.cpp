@@ -154,9 +154,7 @@ void llama_support::allocate(const llama_model & model) {
         if (!buffer) {
             throw std::bad_alloc();
         }
-        if (ggml_backend_buffer_is_host(buffer)) {
-            llama_use_huge_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
-        }
+        llama_use_huge_pages(buffer);
         // native: selected is -1; portable: lists have no pads, and rows must be numbers though they are masked
         ggml_backend_buffer_clear(buffer, kind.second == LLAMA_PATH_NATIVE ? 0xff : 0);
         const auto mine = [ctx = ctx](const auto & b) { return b.first.get() == ctx; };
@@ -433,8 +431,9 @@ llama_support_key llama_support::graph_key() const {
         const bool fast = ubatch_kind == LLAMA_SUPPORT_FAST;
         k.refresh  = ubatch_refresh && params.refreshes();
         k.stream   = stream;
-        k.blocks   = ubatch_kind == LLAMA_SUPPORT_PREFILL && has_blocks && ubatch_tokens >= min_block;
-        const bool lists_all = fast ? params.policy == LLAMA_SUPPORT_ORACLE : ubatch_kind != LLAMA_SUPPORT_PREFILL || k.refresh || k.blocks;
+        k.listed   = ubatch_kind == LLAMA_SUPPORT_PREFILL && has_blocks;
+        k.blocks   = k.listed && ubatch_tokens >= min_block;
+        const bool lists_all = fast ? params.policy == LLAMA_SUPPORT_ORACLE : ubatch_kind != LLAMA_SUPPORT_PREFILL || k.refresh || k.listed;
         k.n_list   = lists_all ? list_size() : 0;
         k.n_stored = params.selects() ? ubatch_stored : 0;
         if (has_portable() && !ubatch_refresh && st.valid) { // a refresh writes all of always anew
@@ -547,7 +546,7 @@ static const llama_support_input * build_input(const llm_graph_context & g, cons
     if (key.n_list > 0) {
         inp->cells = new_input(g, GGML_TYPE_I32, key.n_list, "support_cells");
     }
-    if (key.kind == LLAMA_SUPPORT_VERIFY || key.blocks) {
+    if (key.kind == LLAMA_SUPPORT_VERIFY || key.listed) {
         inp->visible = new_input(g, GGML_TYPE_I32, g.n_tokens, "support_visible");
     }
     if (key.refresh) {
@@ -718,7 +717,7 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         refresh_support(g, inp, layer, build_evidence(g, inp, layer, k, q->ne[1], kq_scale, softcap), inp->plan, k, il);
     }
     const bool on_host = ggml_backend_buffer_is_host(inp->support->get_kv()->get_k_storage(il)->buffer);
-    if ((key.kind == LLAMA_SUPPORT_PREFILL && !(key.blocks && on_host)) || (key.kind == LLAMA_SUPPORT_SHORT && !on_host)) {
+    if ((key.kind == LLAMA_SUPPORT_PREFILL && !(key.listed && on_host)) || (key.kind == LLAMA_SUPPORT_SHORT && !on_host)) {
         return nullptr;
     }
 

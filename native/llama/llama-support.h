@@ -9,6 +9,7 @@
 #include "llama-kv-cache.h"
 #include "ggml-sfi.h"
 #include "ggml-cpp.h"
+#include "huge-pages.h"
 #include "llama-portable.h"
 #include "policy.h"
 

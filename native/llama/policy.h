@@ -119,7 +119,8 @@ struct llama_sequence {
 struct llama_support_key {
     llama_support_kind kind = LLAMA_SUPPORT_NONE;
     bool     refresh  = false;
-    bool     blocks   = false; // prefill by our kernel
+    bool     listed   = false; // prefill by our kernel
+    bool     blocks   = false; // ... which packs K and V for all tokens
     uint32_t stream   = 0;
     int64_t  n_list   = 0; // length of the list of all cells
     int64_t  n_stored = 0; // queries written to the ring
@@ -128,7 +129,7 @@ struct llama_support_key {
     int64_t  n_append = 0; // portable: rows of compact caches that are written
 
     bool operator==(const llama_support_key & o) const {
-        return kind == o.kind && refresh == o.refresh && blocks == o.blocks && stream == o.stream && n_list == o.n_list
+        return kind == o.kind && refresh == o.refresh && listed == o.listed && blocks == o.blocks && stream == o.stream && n_list == o.n_list
             && n_stored == o.n_stored && n_skip == o.n_skip && n_scan == o.n_scan && n_append == o.n_append;
     }
 };

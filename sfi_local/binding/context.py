@@ -1,10 +1,10 @@
-"""Weights and contexts of llama.cpp, by llama-cpp-python's own objects: made here, and their logits seen."""
+"""Weights and contexts of llama.cpp: made here, and their logits seen. Those of llama-cpp-python, LlamaModel and LlamaContext, serve as well."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -15,6 +15,69 @@ from sfi_local.errors import ModelFileError, OutOfMemoryError
 GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 N_BATCH = 512
 MAX_OUTPUTS = 64  # tokens of a batch whose logits are wanted, a verified span being the most; more are possible, but not reserved for
+
+
+class Weights:
+    """A llama_model, with as much of LlamaModel as is used of it. model, vocab: addresses; None after close()"""
+
+    def __init__(self, path: Path, params: Any):
+        self._llama = open_library().llama_cpp
+        self._exit_stack = ExitStack()  # contexts are freed first
+        self.model = self._llama.llama_model_load_from_file(str(path).encode("utf-8"), params)
+        if not self.model:
+            raise ValueError(f"{path} cannot be loaded")
+        self.vocab = self._llama.llama_model_get_vocab(self.model)
+        self._exit_stack.callback(self._free)
+
+    def close(self) -> None:
+        self._exit_stack.close()
+
+    def _free(self) -> None:
+        model, self.model = self.model, None
+        if model:
+            self._llama.llama_model_free(model)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_exit_stack"):
+            self.close()
+
+    def n_vocab(self) -> int:
+        return self._llama.llama_vocab_n_tokens(self.vocab)
+
+    def token_bos(self) -> int:
+        return self._llama.llama_vocab_bos(self.vocab)
+
+    def token_eos(self) -> int:
+        return self._llama.llama_vocab_eos(self.vocab)
+
+    def add_bos_token(self) -> bool:
+        return self._llama.llama_vocab_get_add_bos(self.vocab)
+
+    def token_get_text(self, token: int) -> str:
+        return self._llama.llama_vocab_get_text(self.vocab, token).decode("utf-8")
+
+
+class Context:
+    """A llama_context of weights, which it keeps alive and which free it. model: the weights; ctx: its address, None after close()"""
+
+    def __init__(self, weights: Any, params: Any):
+        self.model, self._llama = weights, open_library().llama_cpp
+        self.ctx = self._llama.llama_init_from_model(weights.model, params)
+        if not self.ctx:
+            raise ValueError("a context cannot be made")
+        weights._exit_stack.callback(self.close)
+
+    def close(self) -> None:
+        ctx, self.ctx = self.ctx, None
+        if ctx:
+            self._llama.llama_free(ctx)
+
+    def __del__(self) -> None:
+        if hasattr(self, "ctx"):
+            self.close()
+
+    def get_logits_ith(self, row: int) -> Any:
+        return self._llama.llama_get_logits_ith(self.ctx, row)
 
 
 @contextmanager
@@ -36,14 +99,12 @@ def mapped_weights(llama: Any, wanted: bool) -> Iterator[None]:
 
 
 def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Callable[[float, float], None] | None,
-                 mapped_only: bool = False, metadata: Mapping[str, int | float | str] | None = None) -> Any:
-    """llama_cpp._internals.LlamaModel; Ctrl-C, or an exception of progress, stops between two tensors.
+                 mapped_only: bool = False, metadata: Mapping[str, int | float | str] | None = None) -> Weights:
+    """Load them; Ctrl-C, or an exception of progress, stops between two tensors.
 
     metadata: in the place of the file's
     mapped_only: every weight stays in the mapped file, none is copied into an order that the CPU reads faster
     """
-    from llama_cpp._internals import LlamaModel
-
     errors: list[BaseException] = []
     with InterruptFlag() as flag:
         def on_progress(done: float, user: Any) -> bool:
@@ -64,7 +125,7 @@ def load_weights(llama: Any, path: Path, gpu_layers: int | None, progress: Calla
         params.kv_overrides = overrides
         log.errors.clear()
         try:
-            weights = LlamaModel(path_model=str(path), params=params, verbose=True)
+            weights = Weights(path, params)
         except ValueError:
             if errors:
                 raise errors[0] from None
@@ -95,16 +156,14 @@ def _set_adapters(llama: Any, context: Any, adapters: Sequence[tuple[Any, float]
 
 
 def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str,
-                adapters: Sequence[tuple[Any, float]] = ()) -> Any:
-    """llama_cpp._internals.LlamaContext of one sequence and n_ctx cells. Raises OutOfMemoryError.
+                adapters: Sequence[tuple[Any, float]] = ()) -> Context:
+    """One sequence and n_ctx cells. Raises OutOfMemoryError.
 
     adapters: (of load_adapter(), scale) of each
     """
-    from llama_cpp import _internals
-
     params = context_params(llama, n_ctx, n_threads, type_k, type_v)
     try:
-        context = _internals.LlamaContext(model=weights, params=params, verbose=True)
+        context = Context(weights, params)
     except ValueError:
         raise OutOfMemoryError(f"A context of {n_ctx} tokens cannot be created ({last_log_lines() or 'no message'}): "
                                f"make it smaller, or take another type of K and V.") from None
@@ -115,7 +174,7 @@ def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: st
 
 def maker(weights: Any, n_threads: int, type_k: str = "f16", type_v: str = "f16",
           adapters: Sequence[tuple[Any, float]] = ()) -> Callable[[int], Any]:
-    """new_context() of loaded weights (LlamaModel, which it keeps alive) as a function of n_ctx."""
+    """new_context() of loaded weights, which it keeps alive, as a function of n_ctx."""
     return lambda n_ctx: new_context(open_library().llama_cpp, weights, n_ctx, n_threads, type_k, type_v, adapters)
 
 

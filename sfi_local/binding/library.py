@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
+import importlib.util
 import os
 import sys
 import threading
@@ -107,13 +107,29 @@ def _check_cpu(info: ModuleType) -> None:
 def _check_llama_cpp_version(upstream: str) -> None:
     """llama-cpp-python's ctypes structs must match the library: exactly the pinned release will do."""
     package, _, wanted = upstream.partition(" ")
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
+    if _installed_beside_llama_cpp(package, wanted):
+        return
+    found = _version_of(package)
     if found.partition("+")[0] != wanted:
         raise LibraryError(f"sfi-local needs {package} {wanted} and found {found}: run `CMAKE_ARGS=-DLLAMA_BUILD=OFF "
                            f"pip install {package}=={wanted}`.")
+
+
+def _installed_beside_llama_cpp(package: str, version: str) -> bool:
+    """Whether pip's record of this very version lies beside the module that will be imported: seen sooner than importlib.metadata is there."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.origin:
+        return False
+    return (Path(spec.origin).parents[1] / f"{package.replace('-', '_')}-{version}.dist-info" / "METADATA").is_file()
+
+
+def _version_of(package: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _check_not_foreign() -> None:
@@ -142,18 +158,56 @@ def _import_sfi(info: ModuleType) -> ModuleType:
 
 
 def _import_llama_cpp() -> ModuleType:
-    """Import llama-cpp-python on our library; it reads the path from the environment, once."""
+    """Import llama-cpp-python on our library, its functions alone at first; it reads the path from the environment, once."""
     try:
-        import llama_cpp
+        package = _package()
+        for name in ("llama_cpp", "_utils", "_logger"):  # the last takes llama.cpp's log, and we after it
+            importlib.import_module(f"llama_cpp.{name}")
     except (ImportError, OSError, RuntimeError) as error:
         raise LibraryError(f"llama-cpp-python cannot be loaded on the library in {LIB_DIR} ({error}): "
                            f"{REBUILD}.") from None
-    for module in (llama_cpp._internals, llama_cpp.llama):
-        # it would point stdout and stderr of the whole process elsewhere, for all threads, and fails where there are none; that
-        # llama.cpp is quiet is the work of our log
-        module.suppress_stdout_stderr = lambda disable=True: nullcontext()  # type: ignore[attr-defined]
-    llama_cpp.llama_backend_init()
-    return llama_cpp
+    for name in ("_utils", "_internals", "llama"):  # those that are imported later take it from the first
+        if module := sys.modules.get(f"llama_cpp.{name}"):
+            # it would point stdout and stderr of the whole process elsewhere, for all threads, and fails where there are none; that
+            # llama.cpp is quiet is the work of our log
+            module.suppress_stdout_stderr = lambda disable=True: nullcontext()  # type: ignore[attr-defined]
+    package.llama_backend_init()
+    return package
+
+
+def _package() -> ModuleType:
+    """The package llama_cpp, which imports all of itself when something else than a function of llama.cpp is asked of it."""
+    if "llama_cpp" in sys.modules:
+        return sys.modules["llama_cpp"]
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None:
+        raise ImportError("there is no module llama_cpp")
+    package = importlib.util.module_from_spec(spec)
+    package.__class__ = _LazyPackage
+    sys.modules["llama_cpp"] = package
+    return package
+
+
+class _LazyPackage(ModuleType):
+    """numpy, Jinja, a cache on disks and more are most of a start's imports, and decoding needs none of them."""
+
+    _importing = threading.RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        functions = self.__dict__.get("llama_cpp")  # set by the import of that module
+        if functions is not None and hasattr(functions, name):
+            return getattr(functions, name)
+        with self._importing:
+            if self.__class__ is _LazyPackage and not self.__dict__.get("_begun"):
+                self.__dict__["_begun"] = True
+                try:
+                    self.__spec__.loader.exec_module(self)  # type: ignore[union-attr]
+                    self.__class__ = ModuleType  # type: ignore[assignment]
+                finally:
+                    del self.__dict__["_begun"]
+            if name in self.__dict__:
+                return self.__dict__[name]
+        raise AttributeError(f"module 'llama_cpp' has no attribute {name!r}")
 
 
 def _spin_settings() -> dict[str, str]:

@@ -26,7 +26,7 @@ from sfi_local.fields import meant
 from sfi_local.fields import parse as parse_fields
 from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.step import Tally
-from sfi_local.runtime.template import Message, beginning
+from sfi_local.runtime.template import Message, beginning, is_whole
 
 HELLO = "A pasted text is one message; end a line with \\ to write another. /help lists the commands."
 # field of the request: (its type, how None is shown); beside the samplers
@@ -164,10 +164,10 @@ class Chat:
         system = [m for m in self.messages[:1] if m.role == "system"]
         n_rest = self._count([*system, Message("user", [*self._document_parts(), "\n\n"])])
         limit = min(self.model.n_ctx_limit - self._room(), self.request.max_prompt_tokens or self.model.n_ctx_limit)
-        text, tokens = beginning(source, self.model.tokenize, max(0, limit - n_rest))
-        if source.whole and n_rest + len(tokens) <= limit:
-            return text, len(tokens)
         may_cut = self.request.truncate or self.request.max_prompt_tokens is not None
+        text, tokens = beginning(source, self.model.tokenize, max(0, limit - n_rest), may_cut)
+        if is_whole(source, text) and n_rest + len(tokens) <= limit:
+            return text, len(tokens)
         if not may_cut:
             raise InputError(f"{name} has {len(tokens)} tokens{'' if source.whole else ' or more'}, and there is room for "
                              f"{max(0, limit - n_rest)} in the context of {self.model.n_ctx_limit}: start with --truncate "

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from sfi_local.cli.chat import chat
 from sfi_local.cli.options import BriefCommand, answer_options, model_options, take_settings
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.report import report, short_statistics, statistics
@@ -61,6 +60,8 @@ def command(**options: Any) -> None:
         request.n = -1 if request.is_chat() else N_ANSWER
     request.check()
     if request.is_chat():
+        from sfi_local.cli.chat import chat
+
         chat(request)
     else:
         answer(request)

@@ -6,8 +6,6 @@ import re
 import unicodedata
 from typing import Callable
 
-from wcwidth import wcswidth
-
 # scripts that are broken between any two characters, but not before what closes and not after what opens
 _IDEOGRAPH = "\u2e80-\u303e\u3041-\u33ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\uffe0-\uffe6\U00020000-\U0003fffd"
 _CLOSING, _OPENING = "、。，．！？；：）」』】〉》｝］ー々", "（「『【〈《｛［"
@@ -20,6 +18,8 @@ Paint = Callable[[str], str]
 
 def columns(text: str) -> int:
     """How many columns a text takes."""
+    from wcwidth import wcswidth  # large tables, for terminals alone
+
     return max(0, wcswidth(text))
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Mapping, Sequence
 
 from sfi_local.binding.context import logits
-from sfi_local.binding.library import last_log_lines, log
+from sfi_local.binding.library import last_log_lines, log, open_library
+from sfi_local.binding.samplers import Samplers
 from sfi_local.errors import ArgumentError, DecodeError
 from sfi_local.runtime.vocabulary import Vocabulary
 
@@ -98,7 +99,7 @@ class Sampling:
         processors: change the logits before all samplers
         Raises ArgumentError for a grammar or schema with a mistake, or a token that the model does not have.
         """
-        native = _new_chain()
+        native = Samplers()
         self._add_history(native, vocabulary)
         for token in prompt if penalize_prompt and (self.dry or self._penalizes) else ():
             native.accept(token)  # before the grammar is there, which knows of the answer alone
@@ -129,34 +130,37 @@ class Sampling:
             for token in self.logit_bias:
                 if not 0 <= token < vocabulary.n_vocab:
                     raise ArgumentError(f"logit_bias has token {token}: this model has 0 to {vocabulary.n_vocab - 1}.")
-            chain.add_logit_bias(vocabulary.n_vocab, dict(self.logit_bias))
+            chain.add_logit_bias(vocabulary.n_vocab, self.logit_bias)
         if self._penalizes:
-            chain.add_penalties(vocabulary.n_vocab, self._tokens(self.penalty_last_n), self.repeat_penalty, self.frequency_penalty,
-                                self.presence_penalty)
+            chain.add("penalties", vocabulary.n_vocab, self._tokens(self.penalty_last_n), self.repeat_penalty, self.frequency_penalty,
+                      self.presence_penalty)
         if self.dry:
-            chain.add_dry(vocabulary.weights, self.dry, self.dry_base, self.dry_allowed_length, self._tokens(self.dry_last_n),
-                          list(DRY_BREAKERS))
+            chain.add_dry(vocabulary.weights.vocab, self.dry, self.dry_base, self.dry_allowed_length, self._tokens(self.dry_last_n),
+                          DRY_BREAKERS)
 
     def _add_samplers(self, chain: Any, vocabulary: Vocabulary | None) -> None:
         if self.temp == 0:
-            return chain.add_greedy()
+            chain.add("greedy")
+            return
         if self.mirostat:
-            chain.add_temp(self.temp)
+            chain.add("temp", self.temp)
             if self.mirostat == 2:
-                return chain.add_mirostat_v2(self.seed, self.mirostat_tau, self.mirostat_eta)
-            return chain.add_mirostat(vocabulary.n_vocab, self.seed, self.mirostat_tau, self.mirostat_eta, 100)
+                chain.add("mirostat_v2", self.seed, self.mirostat_tau, self.mirostat_eta)
+            else:
+                chain.add("mirostat", vocabulary.n_vocab, self.seed, self.mirostat_tau, self.mirostat_eta, 100)
+            return
         if self.top_n_sigma:
-            chain.add_top_n_sigma(self.top_n_sigma)
+            chain.add("top_n_sigma", self.top_n_sigma)
         if self.top_k:
-            chain.add_top_k(self.top_k)
+            chain.add("top_k", self.top_k)
         if self.typical_p < 1:
-            chain.add_typical(self.typical_p)
-        chain.add_top_p(self.top_p)
-        chain.add_min_p(self.min_p)
+            chain.add("typical", self.typical_p, 1)
+        chain.add("top_p", self.top_p, 1)
+        chain.add("min_p", self.min_p, 1)
         if self.xtc_probability:
-            chain.add_xtc(self.xtc_probability, self.xtc_threshold, 1, self.seed)
-        chain.add_temp(self.temp)
-        chain.add_dist(self.seed)
+            chain.add("xtc", self.xtc_probability, self.xtc_threshold, 1, self.seed)
+        chain.add("temp", self.temp)
+        chain.add("dist", self.seed)
 
     @staticmethod
     def _tokens(n: int) -> int:
@@ -184,30 +188,20 @@ _RANGES = {
 }
 
 
-def _new_chain() -> Any:
-    from llama_cpp._internals import LlamaSampler
-
-    return LlamaSampler()
-
-
 def _add_grammar(chain: Any, vocabulary: Vocabulary, grammar: str) -> None:
-    """Add a grammar's sampler; llama-cpp-python would add what failed, and crash."""
-    import llama_cpp
-
+    """Add a grammar's sampler. Raises ArgumentError."""
     log.errors.clear()
     with vocabulary.access:
-        sampler = llama_cpp.llama_sampler_init_grammar(vocabulary.weights.vocab, grammar.encode("utf-8"), b"root") if (
-            grammar.strip() and "\0" not in grammar) else None
-    if not sampler:
+        added = grammar.strip() and "\0" not in grammar and chain.add("grammar", vocabulary.weights.vocab, grammar.encode("utf-8"), b"root")
+    if not added:
         raise ArgumentError(f"The grammar cannot be parsed ({last_log_lines() or 'no message'}): it is GBNF, and begins with a rule "
                             f"named root.")
-    llama_cpp.llama_sampler_chain_add(chain.sampler, sampler)
 
 
 class Chain:
     """Draws tokens, and can be cloned with what it remembers and its random numbers.
 
-    native:     llama_cpp._internals.LlamaSampler, without samplers in Python
+    native:     binding.samplers.Samplers
     prompt:     tokens before the first draw, for the processors
     processors: change the logits first; what they raise reaches the caller
     checked:    a draw that the samplers forbade is an error instead of the end of the process
@@ -218,7 +212,7 @@ class Chain:
         self._tokens = list(prompt) if processors else []
 
     def sample(self, context: Any, row: int = -1) -> int:
-        """The next token, from a row of the logits of a llama_cpp._internals.LlamaContext."""
+        """The next token, from a row of the logits of a context."""
         if not (self._processors or self._checked):
             return self._native.sample(context, row)
         import numpy as np
@@ -241,9 +235,9 @@ class Chain:
 
     def _draw(self, values: Any) -> int:
         """llama_sampler_sample() of logits that are not a context's."""
-        import llama_cpp
         import numpy as np
 
+        llama_cpp = open_library().llama_cpp
         candidates = np.zeros(len(values), dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         candidates["id"], candidates["logit"] = np.arange(len(values)), values
         array = llama_cpp.llama_token_data_array(data=candidates.ctypes.data_as(llama_cpp.llama_token_data_p), size=len(values),

@@ -12,6 +12,7 @@ template does with earlier answers.
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -195,22 +196,22 @@ class ChatTemplate:
         if self.source is None:
             return "\n\n".join(m["content"] for m in messages)
         try:
-            rendered = self._formatter(messages=messages, **self._arguments).prompt
+            rendered = self._compiled.render(messages=messages, bos_token=self.bos, eos_token=self.eos, **{**_GIVEN, **self._arguments})
         except Exception as error:  # templates raise what they like
             raise InputError(f"The model's chat template refuses these messages ({error})", Remedy("leave out {}", "system"),
                              RAW) from None
         return rendered + self._closed_thought(rendered)
 
     @property
-    def _formatter(self) -> Any:
-        return _formatter(self.source or "", self.bos, self.eos)
+    def _compiled(self) -> Any:
+        return _compiled(self.source or "")
 
     # ---- switches, and what a template does not have ----
 
     @property
     def variables(self) -> frozenset[str]:
         """Names that the template reads and does not set."""
-        return _variables(self.source or "", self.bos, self.eos)
+        return _variables(self.source or "")
 
     @cached_property
     def _arguments(self) -> dict[str, Any]:
@@ -271,21 +272,66 @@ class ChatTemplate:
 
 
 @lru_cache(maxsize=128)  # parsing takes longer than rendering
-def _formatter(source: str, bos: str, eos: str) -> Any:
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
+def _compiled(source: str) -> Any:
+    """A jinja2.Template. Raises InputError."""
     try:
-        return Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
+        return _environment().from_string(source)
     except Exception as error:  # of Jinja
         raise InputError(f"The model's chat template cannot be read ({error})", RAW) from None
 
 
+def prepare(source: str) -> None:
+    """Compile a chat template that is going to be used. A mistake in it is told then."""
+    try:
+        _compiled(source)
+    except InputError:
+        pass
+
+
 @lru_cache(maxsize=128)
-def _variables(source: str, bos: str, eos: str) -> frozenset[str]:
+def _variables(source: str) -> frozenset[str]:
     from jinja2 import meta
 
-    environment = _formatter(source, bos, eos)._environment.environment
-    return frozenset(meta.find_undeclared_variables(environment.parse(source))) - set(_RESERVED)
+    _compiled(source)
+    return frozenset(meta.find_undeclared_variables(_environment().parse(source))) - set(_RESERVED)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    """Jinja as Hugging Face's templates expect it: blocks without their line ends, loop controls, ``generation`` blocks that pass, and
+    JSON that is not escaped for HTML. A template is a stranger's program, so it runs in the sandbox."""
+    from jinja2 import ext, sandbox
+
+    class Generation(ext.Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation])
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
+             sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _now(form: str) -> str:
+    from datetime import datetime
+
+    return datetime.now().strftime(form)
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+# what every template may use beside the messages
+_GIVEN: dict[str, Any] = {"add_generation_prompt": True, "functions": None, "function_call": None, "tools": None, "tool_choice": None,
+                          "raise_exception": _refuse, "strftime_now": _now}
 
 
 _LOOKS_SPECIAL = re.compile(r"<\|[^|\s]+\|>")  # where no vocabulary says what is
@@ -388,12 +434,13 @@ def fit_document(document: Head, build: Callable[[str], list[int]], tokenize: Ca
     if n_rest >= limit:
         raise refuse(str(n_rest))
     n = limit - n_rest
-    text, tokens = beginning(document, tokenize, n)
-    whole = build(text) if document.whole and len(tokens) <= n + _BORDER else None
+    text, tokens = beginning(document, tokenize, n, may_cut)
+    is_all = is_whole(document, text)
+    whole = build(text) if is_all and len(tokens) <= n + _BORDER else None
     if whole and len(whole) <= limit:
         return whole
     if not may_cut:
-        raise refuse(str(len(whole) if whole else n_rest + len(tokens)) + ("" if document.whole else " or more"))
+        raise refuse(str(len(whole) if whole else n_rest + len(tokens)) + ("" if is_all else " or more"))
     while True:
         built = build(_head(text, text_of(tokens[:n])))
         if len(built) <= limit or n == 0:
@@ -401,12 +448,25 @@ def fit_document(document: Head, build: Callable[[str], list[int]], tokenize: Ca
         n = max(0, n - (len(built) - limit))
 
 
-def beginning(document: Head, tokenize: Callable[[str], list[int]], n: int) -> tuple[str, list[int]]:
-    """(text, its tokens) of as much of a document as gives more than n tokens, and of no more than a little above; or all of it."""
-    text = document.head(6 * max(1, n))
-    while len(tokens := tokenize(text)) <= n and not document.whole:
-        text = document.head(3 * len(text))
-    return text, tokens
+def beginning(document: Head, tokenize: Callable[[str], list[int]], n: int, may_cut: bool) -> tuple[str, list[int]]:
+    """(text, its tokens) of as much of a document as gives more than n tokens, and of no more than a little above; or all of it.
+
+    may_cut: False: of all that was read of it, so that more can be said about its length
+    """
+    size = 6 * max(1, n)
+    while True:
+        text = document.head(size)
+        if may_cut:
+            text = text[:size]  # a source reads larger pieces than this
+        tokens = tokenize(text)
+        if len(tokens) > n or is_whole(document, text):
+            return text, tokens
+        size = 3 * len(text)
+
+
+def is_whole(document: Head, text: str) -> bool:
+    """Whether a head of a document is all of it."""
+    return document.whole and len(text) == len(document.head(len(text) + 1))
 
 
 _BORDER = 8  # tokens that a text may have less in its place than by itself

@@ -154,9 +154,11 @@ class Vocabulary:
         return [piece for piece in re.split(f"({_any_of(self._names(_SPECIAL)).pattern})", text) if piece]
 
     def _names(self, attributes: int) -> set[str]:
+        native = open_library()
+        found = native.ffi.new("llama_token[]", max(1, self.n_vocab))
         with self.access:
-            n, get, vocab = self.weights.n_vocab(), self._llama.llama_vocab_get_attr, self.weights.vocab
-            return {name for t in range(n) if get(vocab, t) & attributes and (name := self._text(t))}
+            n = native.lib.sfi_tokens_with(native.ffi.cast("struct llama_vocab *", self.weights.vocab), attributes, found)
+        return {name for t in found[0:n] if (name := self._text(t))}
 
     @cached_property
     def _control_names(self) -> set[str]:

@@ -9,12 +9,13 @@ import shutil
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Callable, Iterator
 
 from sfi_local.errors import PullError
 from sfi_local.machine import cache_dir, human_bytes
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 Report = Callable[[float, float], None]  # (bytes done, bytes in all)
 
@@ -65,6 +66,8 @@ def is_full(error: BaseException) -> bool:
 
 def alone(name: str) -> FileLock:
     """Two who fetch the same take turns; the second finds it fetched."""
+    from filelock import FileLock
+
     folder = cache_dir() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / f"{name}.lock")

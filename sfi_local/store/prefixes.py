@@ -12,13 +12,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, Sequence
-
-from filelock import FileLock, Timeout
 
 from sfi_local.machine import cache_dir, human_bytes
 from sfi_local.store.prefix_files import BLOCK, BlockHead, Checksum, Damaged, EntryHead, Newer, is_name, packed, read_head, read_part, read_tokens, write
@@ -113,17 +111,16 @@ class Prefixes:
 
         row_size: bytes of a token. Only what its checksum proves is handed on; the tokens of each block are compared.
         """
-        names, buffers = found.head.blocks[:-(-found.n // BLOCK)], [bytearray(row_size * BLOCK), bytearray(row_size * BLOCK)]
-        with ThreadPoolExecutor(1) as reader:  # a block is read while the one before is handed on
-            coming = reader.submit(self._read_block, found, 0, buffers[0]) if names else None
+        names = found.head.blocks[:-(-found.n // BLOCK)]
+        with _Readers(len(names), row_size * BLOCK, lambda i, into: self._read_block(found, i, into)) as blocks:
             for i, name in enumerate(names):
                 try:
-                    rows = coming.result() if coming else bytearray()
+                    rows = blocks.next()
                 except (Damaged, OSError) as error:
                     self._drop(self._blocks / name, error)
                     return i * BLOCK, bytearray()
-                coming = reader.submit(self._read_block, found, i + 1, buffers[(i + 1) % 2]) if i + 1 < len(names) else None
                 add_rows(found.tokens[i * BLOCK:(i + 1) * BLOCK][:found.n - i * BLOCK], rows, BLOCK)
+                blocks.give_back(rows)
         return self._fetch_rest(found, add_rows, row_size)
 
     def _read_block(self, found: Found, i: int, into: bytearray) -> bytearray:
@@ -178,9 +175,9 @@ class Prefixes:
             for path in (self._blocks, self._entries):
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.chmod(self.root, 0o700)
-            with FileLock(self.root / self.fingerprint / "lock", timeout=LOCK_S, mode=0o600):
+            with _lock(self.root / self.fingerprint):
                 return self._save(tokens, list(blocks), rows, state, model, text, needed)
-        except Timeout:
+        except TimeoutError:  # filelock's Timeout is one
             self._tell("What was read is not kept: another process has been writing for too long.")
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -257,6 +254,66 @@ class Prefixes:
         if not self._noted:
             self._noted = True
             self._note(sentence)
+
+
+class _Readers:
+    """Two threads that read blocks while those before are handed on: one of them fills a buffer while the other compares a checksum.
+
+    n: blocks, in order; size: bytes of one; read: (which, into) -> the bytes
+    """
+
+    N_THREADS, N_BUFFERS = 2, 4
+
+    def __init__(self, n: int, size: int, read: Callable[[int, bytearray], bytearray]):
+        self._n, self._read, self._free = n, read, [bytearray(size) for _ in range(min(n, self.N_BUFFERS))]
+        self._done: dict[int, bytearray | Exception] = {}
+        self._n_begun = self._n_taken = 0
+        self._changed = threading.Condition()
+        self._threads = [threading.Thread(target=self._work, name="reader") for _ in range(min(n, self.N_THREADS))]
+
+    def __enter__(self) -> "_Readers":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._changed:
+            self._n = 0  # no more
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def next(self) -> bytearray:
+        """The next block; raises what reading it raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_taken in self._done)
+            found = self._done.pop(self._n_taken)
+            self._n_taken += 1
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def give_back(self, buffer: bytearray) -> None:
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._free or self._n_begun >= self._n)
+                if self._n_begun >= self._n:
+                    return
+                i, buffer = self._n_begun, self._free.pop()
+                self._n_begun += 1
+            found: bytearray | Exception
+            try:
+                found = self._read(i, buffer)
+            except Exception as error:  # is raised by next()
+                found = error
+            with self._changed:
+                self._done[i] = found
+                self._changed.notify_all()
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -368,13 +425,20 @@ def verify(checksum: Checksum, root: Path | None = None) -> tuple[int, list[tupl
     return good, bad
 
 
+def _lock(path: Path) -> Any:
+    """A lock of a model's folder, of processes and of threads."""
+    from filelock import FileLock  # not for reading
+
+    return FileLock(path / "lock", timeout=LOCK_S, mode=0o600)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """While nobody writes; or after a while in any case, and where there can be no lock: what is missing then is a miss."""
-    lock = FileLock(path / "lock", timeout=LOCK_S, mode=0o600)
+    lock = _lock(path)
     try:
         lock.acquire()
-    except (Timeout, OSError):
+    except OSError:
         pass
     try:
         yield

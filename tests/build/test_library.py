@@ -54,6 +54,27 @@ def test_llama_cpp_imported_after_us_runs_on_our_library(native):
     assert done.returncode == 0, done.stderr
 
 
+LAZY = """
+import sys
+from sfi_local.binding.library import log, open_library
+native = open_library()
+assert native.llama_cpp.llama_max_devices() > 0 and not {"numpy", "jinja2", "llama_cpp.llama"} & set(sys.modules)
+import llama_cpp
+from llama_cpp import Llama
+assert Llama is sys.modules["llama_cpp.llama"].Llama and llama_cpp.__version__
+with log.collected() as lines:
+    llama_cpp.llama_model_load_from_file(b"/none", llama_cpp.llama_model_default_params())
+assert any("/none" in line for line in lines)
+assert not hasattr(llama_cpp, "nothing")
+"""
+
+
+def test_of_llama_cpp_the_functions_come_first_and_the_rest_when_it_is_asked_for(native):
+    """... and its logger, which comes with the rest, does not take llama.cpp's log from ours."""
+    done = python(LAZY)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("given, expected", [({}, {"GOMP_SPINCOUNT": "3000"}), ({"OMP_WAIT_POLICY": "active"}, {}),
                                              ({"GOMP_SPINCOUNT": "7"}, {})])
 def test_threads_sleep_soon_unless_the_user_says_otherwise(monkeypatch, given, expected):

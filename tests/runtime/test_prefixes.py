@@ -218,6 +218,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_half(tiny, stor
         assert answered(model, TEXT)[2] == N and not model.notes
     with sfi_local.load(tiny, n_threads=1, n_ctx=1280) as model:
         assert answered(model, TEXT)[2] == 1
+        model.slot.keep(wait=True)
     assert not list(store.rglob(".*.part"))
 
 

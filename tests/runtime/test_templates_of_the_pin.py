@@ -77,7 +77,9 @@ def name(request, native):
 
 def reference(t, messages):
     """What the template itself gives, by llama-cpp-python's renderer."""
-    return t._formatter(messages=messages).prompt
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    return Jinja2ChatFormatter(t.source, eos_token=t.eos, bos_token=t.bos)(messages=messages).prompt
 
 
 def test_it_is_rendered_whole(name):
