@@ -1,7 +1,6 @@
 """The official client, where it is installed."""
 
 import pytest
-from support.serving import Served
 
 openai = pytest.importorskip("openai", reason="the official client is not installed: pip install openai")
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {
@@ -9,12 +8,8 @@ TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {
 
 
 @pytest.fixture(scope="module")
-def client(tiny, tmp_path_factory):
-    served = Served(tmp_path_factory.mktemp("clients"), tiny, "--ctx", 2048, "--threads", 1, "--api-key", "k", "--name", "tiny")
-    one = openai.OpenAI(base_url=f"{served.url}/v1", api_key="k", max_retries=20)  # while the model is loaded it is told to come again
-    yield one
-    served.process.terminate()
-    served.process.communicate(timeout=60)
+def client(served):
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="k")
 
 
 def ask(client, **fields):
@@ -42,7 +37,7 @@ def test_errors_are_the_client_s_own(client):
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 5000}])
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 9000}])
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
