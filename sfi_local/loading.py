@@ -87,7 +87,7 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
                    fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
                    adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of)
     if asked.cache:
-        loaded.keep_prefixes(fingerprint_of(file, asked, stretched))
+        loaded.keep_prefixes(fingerprint_of(file, asked, stretched), told_settings(asked))
     for sentence in filter(None, (*taken.notes, no_gpu, *room.notes)):
         loaded._note(sentence)
     return loaded
@@ -110,6 +110,12 @@ def fingerprint_of(file: GgufFile, asked: Settings, stretched: Mapping[str, Any]
     files = [*parts_of(file.path), *(Path(path) for path, _ in adapters)]
     return partial(fingerprint, files, folder(), types=[asked.type_k, asked.type_v], scales=[scale for _, scale in adapters],
                    metadata=dict(stretched or {}), llama=source_id().partition("+")[0])
+
+
+def told_settings(asked: Settings) -> str:
+    """What K and V depend on beside the model, for people."""
+    adapters = [f"adapter {Path(path).name}" for path, _ in _adapters(asked.lora)]
+    return ", ".join([f"K as {asked.type_k} and V as {asked.type_v}", *adapters, *(["YaRN"] if asked.yarn is not None else [])])
 
 
 def _prepare(file: GgufFile) -> threading.Thread:

@@ -24,10 +24,13 @@ class Keeper:
     model:   its name, for lists; text_of: what tokens spell, for lists
     note:    takes a sentence where something is wrong with the store
     checksum: see Prefixes
+    settings: what K and V depend on beside the model, for people
     """
 
-    def __init__(self, fingerprint: Callable[[], str], checksum: Callable[[Any], int], model: str, text_of: Callable[[Sequence[int]], str], note: Note):
+    def __init__(self, fingerprint: Callable[[], str], checksum: Callable[[Any], int], model: str, text_of: Callable[[Sequence[int]], str], note: Note,
+                 settings: str = ""):
         self._fingerprint, self._checksum, self._model, self._text_of, self._note = fingerprint, checksum, model, text_of, note
+        self._settings = settings
         self._store: Prefixes | None = None
         self._finding: threading.Thread | None = None
 
@@ -49,7 +52,23 @@ class Keeper:
     def find(self, tokens: Sequence[int]) -> Found | None:
         """The kept text that shares most with this one. Of a model that was never seen there is hardly any."""
         store = self.store(WAIT_S) if len(tokens) >= MIN_GAIN else None
-        return store.find(tokens) if store else None
+        return store.find(tokens, MIN_GAIN) if store else None
+
+    def why_differs(self, found: Found, tokens: Sequence[int]) -> str:
+        """From which token on a kept text is another than this one, which it shares found.n tokens with."""
+        kept, given = (self._text_of(text[found.n:found.n + 1]) for text in (found.tokens, tokens))
+        return f"what is kept differs from token {found.n} on ({kept!r} there, {given!r} here)"
+
+    def why_not(self, tokens: Sequence[int]) -> str:
+        """Why nothing that is kept serves this text, if it is known: a text like it was read by another model, or with other settings."""
+        store = self._store if len(tokens) >= MIN_KEEP else None
+        head = store.find_elsewhere(tokens, MIN_KEEP) if store else None
+        if head is None:
+            return ""
+        if head.model != self._model:
+            return f"it was read by another model, {head.model}"
+        return f"it was read with {head.settings}, and this is {self._settings}" if head.settings != self._settings else (
+            f"it was read by another file of {head.model}, or another build of llama.cpp")
 
     def fetch(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
         """See Prefixes.fetch."""
@@ -60,7 +79,7 @@ class Keeper:
         store = self.store()
         if store is None:
             return None
-        saving = Saving(store, list(tokens), blocks, state, self._model, self._text_of(tokens[:100]), n_bytes)
+        saving = Saving(store, list(tokens), blocks, state, (self._model, self._text_of(tokens[:100]), n_bytes, self._settings))
         saving.take(rows)
         return saving
 
@@ -74,11 +93,10 @@ class Keeper:
 class Saving:
     """A text that is being written."""
 
-    def __init__(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, model: str, text: str,
-                 n_bytes: int):
+    def __init__(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, told: tuple[str, str, int, str]):
         self._queue: Queue[Any] = Queue(MAX_WAITING)
         self._names: list[str] | None = None
-        self._thread = threading.Thread(target=self._write, args=(store, tokens, blocks, state, model, text, n_bytes), name="prefixes")
+        self._thread = threading.Thread(target=self._write, args=(store, tokens, blocks, state, told), name="prefixes")
         self._thread.start()
 
     def take(self, rows: Iterator[Any]) -> None:
@@ -106,9 +124,8 @@ class Saving:
                 continue
         return False
 
-    def _write(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, model: str, text: str,
-               n_bytes: int) -> None:
+    def _write(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, told: tuple[str, str, int, str]) -> None:
         try:
-            self._names = store.save(tokens, blocks, iter(self._queue.get, None), state, model, text, n_bytes)
+            self._names = store.save(tokens, blocks, iter(self._queue.get, None), state, *told)
         except StopIteration:  # what takes the rows was stopped
             pass

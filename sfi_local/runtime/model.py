@@ -273,9 +273,9 @@ class Model:
                 self.slot.set_auto_depth(found.depth)
         return self._params
 
-    def keep_prefixes(self, fingerprint: Callable[[], str]) -> None:
-        """From now on keep what is read in the prefix store. fingerprint: names all that K and V depend on"""
-        self._keeper = self.slot.keeper = Keeper(fingerprint, checksum, self.name, self.detokenize, self._note)
+    def keep_prefixes(self, fingerprint: Callable[[], str], settings: str = "") -> None:
+        """From now on keep what is read in the prefix store. fingerprint: names all that K and V depend on; settings: for people"""
+        self._keeper = self.slot.keeper = Keeper(fingerprint, checksum, self.name, self.detokenize, self._note, settings)
 
     def close_session(self) -> None:
         """Free the context; the weights stay, and the next answer makes a new one."""

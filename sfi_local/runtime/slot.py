@@ -321,6 +321,7 @@ class Slot:
         self._wait_for_saving()
         found = self.keeper.find(tokens)
         if found is None or found.n < n_have + MIN_GAIN:
+            self.why_read = self.keeper.why_not(tokens) if n_have < MIN_GAIN else ""
             return False
         try:
             row_size = kept.rows_size(self._context, 1)
@@ -335,7 +336,7 @@ class Slot:
         self._blocks, self._n_kept = list(found.head.blocks[:n // BLOCK]), n
         self.cached_from = "disk" if n else None
         if n < len(tokens):
-            self.why_read = f"what is kept differs from token {n} on" if n == found.n < len(found.tokens) else ""
+            self.why_read = self.keeper.why_differs(found, tokens) if n == found.n < len(found.tokens) else ""
         return True
 
     def _add_rows(self, tokens: Sequence[int], rows: Any, n_rows: int) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Sequence, Type, TypeVar
 
 BLOCK = 256          # tokens
-VERSION = 1          # of both kinds; a store of a newer one is not read
+VERSION = 2          # of both kinds; a store of a newer one is not read
 MAX_HEAD = 1 << 20   # bytes; a head that says more is none
 MAX_TOKENS = 1 << 26
 
@@ -68,10 +68,12 @@ class BlockHead(Head):
 
 @dataclass(frozen=True)
 class EntryHead(Head):
-    """blocks: their names, in order; model: its name; text: how it begins; state_size 0: nothing was kept of fast steps"""
+    """blocks: their names, in order; model: its name; settings: types of K and V, and what else K and V depend on, for people;
+    text: how it begins; state_size 0: nothing was kept of fast steps"""
 
     blocks: tuple[str, ...]
     model: str
+    settings: str
     text: str
     tokens_sum: int
     rows_size: int
@@ -156,9 +158,14 @@ def _head_of(text: bytes, kind: Type[T]) -> T:
     return head
 
 
+def read_packed(file: BinaryIO, head: Any, checksum: Checksum) -> bytes:
+    """The token ids behind a head, as the file has them. Raises Damaged, OSError."""
+    return bytes(read_part(file, bytearray(4 * head.n), head.tokens_sum, checksum))
+
+
 def read_tokens(file: BinaryIO, head: Any, checksum: Checksum) -> list[int]:
     """The token ids behind a head. Raises Damaged, OSError."""
-    return unpacked(bytes(read_part(file, bytearray(4 * head.n), head.tokens_sum, checksum)))
+    return unpacked(read_packed(file, head, checksum))
 
 
 def read_part(file: BinaryIO, into: bytearray, total: int, checksum: Checksum) -> bytearray:

@@ -2,6 +2,7 @@
 
     FOLDER/FINGERPRINT/blocks/NAME      see prefix_files
     FOLDER/FINGERPRINT/entries/NAME
+    FOLDER/FINGERPRINT/index            see index
 
 Every process may read, write and delete at any time: files appear whole, a missing or damaged one ends what can be taken of a text, and
 writers take turns. Nothing here raises but for a bug: what the disk refuses is a sentence.
@@ -19,11 +20,28 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, Sequence
 
 from sfi_local.machine import cache_dir, human_bytes
-from sfi_local.store.prefix_files import BLOCK, BlockHead, Checksum, Damaged, EntryHead, Newer, is_name, packed, read_head, read_part, read_tokens, write
+from sfi_local.store.index import Index, hashes
+from sfi_local.store.prefix_files import (
+    BLOCK,
+    BlockHead,
+    Checksum,
+    Damaged,
+    EntryHead,
+    Newer,
+    is_name,
+    packed,
+    read_head,
+    read_packed,
+    read_part,
+    read_tokens,
+    unpacked,
+    write,
+)
 
 SHARE = 0.2        # of what is free on the disk, which the store may use
 LOCK_S = 20        # how long a writer waits for another
 TEXT = 200         # characters of a text that an entry shows
+INDEX = "index"    # its file
 
 
 def folder() -> Path:
@@ -78,24 +96,49 @@ class Prefixes:
         self.fingerprint, self._checksum, self._note, self._noted = fingerprint, checksum, note, False
         self.root = root or folder()
         self._blocks, self._entries = self.root / fingerprint / "blocks", self.root / fingerprint / "entries"
+        self._index = Index(self.root / fingerprint / INDEX)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
-    def find(self, tokens: Sequence[int]) -> Found | None:
-        """The entry that shares most of its tokens with a text; the latest of equal ones."""
-        best = None
-        for path, _, used in sorted(_files(self._entries), key=lambda item: -item[2]):
-            found = self._look(path, tokens)
-            if found and found.n and (best is None or found.n > best.n):
+    def find(self, tokens: Sequence[int], least: int = 1) -> Found | None:
+        """The entry that shares most of its tokens with a text, but less than least are none; the latest of equal ones."""
+        best, wanted = None, packed(tokens)
+        for path in self._likely(wanted, least):
+            found = self._look(path, wanted)
+            if found and found.n >= least and (best is None or found.n > best.n):
                 best = found
         return best
 
-    def _look(self, path: Path, tokens: Sequence[int]) -> Found | None:
+    def find_elsewhere(self, tokens: Sequence[int], least: int) -> EntryHead | None:
+        """The head of an entry of another model, or of other settings, that shares so many tokens with a text: why it could not be used."""
+        wanted = packed(tokens)
+        for other in sorted(path for path in self.root.glob("*") if is_name(path.name) and path.name != self.fingerprint):
+            store = Prefixes(other.name, self._checksum, root=self.root)
+            for path in store._likely(wanted, least, known_alone=True):
+                found = store._look(path, wanted)
+                if found and found.n >= least:
+                    return found.head
+        return None
+
+    def _likely(self, wanted: bytes, least: int, known_alone: bool = False) -> list[Path]:
+        """Entries that may be the best for a text of packed tokens, the latest first. known_alone: none that the index does not name"""
+        try:
+            names = [name for name in os.listdir(self._entries) if not name.startswith(".")]
+        except OSError:
+            return []
+        if known_alone:
+            names = list(self._index.read().keys() & set(names))
+        paths = [self._entries / name for name in self._index.likely(names, wanted, least)]
+        return sorted(paths, key=lambda path: (-_used(path), path.name))
+
+    def _look(self, path: Path, wanted: bytes) -> Found | None:
+        """An entry, and how many of a text's packed tokens it has."""
         try:
             with open(path, "rb") as file:
                 head = self._entry_head(file)
-                found = read_tokens(file, head, self._checksum)
-                return Found(path, head, found, common(found, tokens))
+                found = read_packed(file, head, self._checksum)
+                n = common(found, wanted) // 4
+                return Found(path, head, unpacked(found[:4 * head.n]), n)
         except (Damaged, OSError) as error:
             self._drop(path, error)
             return None
@@ -165,9 +208,10 @@ class Prefixes:
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def save(self, tokens: Sequence[int], blocks: Sequence[str], rows: Iterator[Any], state: Any, model: str, text: str,
-             needed: int = 0) -> list[str] | None:
+             needed: int = 0, settings: str = "") -> list[str] | None:
         """Keep a text; returns the names of its blocks, None where it could not be kept.
 
+        model, settings, text: see EntryHead
         blocks: names of those of its first tokens that are there, or were; rows: of each block after them, then of what fills none
         needed: bytes that will be written, about
         """
@@ -176,7 +220,7 @@ class Prefixes:
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.chmod(self.root, 0o700)
             with _lock(self.root / self.fingerprint):
-                return self._save(tokens, list(blocks), rows, state, model, text, needed)
+                return self._save(tokens, list(blocks), rows, state, (model, settings, text[:TEXT]), needed)
         except TimeoutError:  # filelock's Timeout is one
             self._tell("What was read is not kept: another process has been writing for too long.")
         except OSError as error:
@@ -185,7 +229,7 @@ class Prefixes:
                        f"{'is full' if full else f'cannot be written ({error.strerror or error})'}.")
         return None
 
-    def _save(self, tokens: Sequence[int], blocks: list[str], rows: Iterator[Any], state: Any, model: str, text: str,
+    def _save(self, tokens: Sequence[int], blocks: list[str], rows: Iterator[Any], state: Any, told: tuple[str, str, str],
               needed: int) -> list[str] | None:
         needed += 8 * len(tokens) + 1024 * (2 + len(tokens) // BLOCK)  # ids and heads
         if not self._make_room(needed):
@@ -203,19 +247,22 @@ class Prefixes:
                 write(path, head, (ids, data), self._checksum)
             blocks.append(head.name)
         ids, rest = packed(tokens), next(rows)
-        entry = EntryHead(self.fingerprint, len(tokens), tuple(blocks), model, text[:TEXT], self._checksum(ids), len(rest),
-                          self._checksum(rest), len(state), self._checksum(state))
+        entry = EntryHead(self.fingerprint, len(tokens), tuple(blocks), *told, self._checksum(ids), len(rest), self._checksum(rest),
+                          len(state), self._checksum(state))
         name = BlockHead(self.fingerprint, len(tokens), blocks[-1] if blocks else "", entry.tokens_sum, len(rest), entry.rows_sum).name
         write(self._entries / name, entry, (ids, rest, state), self._checksum)
-        self._drop_covered(tokens, self._entries / name)
+        self._index.add(name, ids)
+        self._drop_covered(ids, self._entries / name)
         self._collect()
         return blocks
 
-    def _drop_covered(self, tokens: Sequence[int], but: Path) -> None:
+    def _drop_covered(self, ids: bytes, but: Path) -> None:
         """Entries of which another has all tokens are of no more use."""
+        mine, known = hashes(ids), self._index.read()
         for path, _, _ in _files(self._entries):
-            if path != but:
-                found = self._look(path, tokens)
+            theirs = known.get(path.name)
+            if path != but and (theirs is None or all(a in (0, b) for a, b in zip(theirs, mine))):
+                found = self._look(path, ids)
                 if found and found.n == len(found.tokens):
                     path.unlink(missing_ok=True)
 
@@ -317,10 +364,11 @@ class _Readers:
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """How many tokens, or bytes, two texts begin with alike."""
+    a, b = (a, b) if type(a) is type(b) else (list(a), list(b))
     n, step = 0, min(len(a), len(b))
     while step:
-        if n + step <= min(len(a), len(b)) and list(a[n:n + step]) == list(b[n:n + step]):
+        if n + step <= min(len(a), len(b)) and a[n:n + step] == b[n:n + step]:
             n += step
         else:
             step //= 2
@@ -344,6 +392,10 @@ def collect(path: Path, checksum: Checksum) -> None:
     for kind in ("blocks", "entries"):
         for part in (path / kind).glob(".*.part"):
             part.unlink(missing_ok=True)
+    try:
+        Index(path / INDEX).keep(entry.name for entry, _, _ in _files(path / "entries"))
+    except OSError:
+        pass  # it names more than there is, no more
 
 
 def _files(path: Path) -> list[tuple[Path, int, float]]:
@@ -351,7 +403,7 @@ def _files(path: Path) -> list[tuple[Path, int, float]]:
     found = []
     for root, _, names in os.walk(path):
         for name in names:
-            if not name.startswith(".") and name != "lock":
+            if not name.startswith(".") and name not in ("lock", INDEX):
                 try:
                     stat = os.stat(os.path.join(root, name))
                 except OSError:
@@ -448,6 +500,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _entry_files(root: Path) -> list[tuple[Path, int, float]]:
     return [item for item in _files(root) if item[0].parent.name == "entries"]
+
+
+def _used(path: Path) -> float:
+    """When a file was last used; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0
 
 
 def _size(path: Path) -> int:

@@ -111,6 +111,66 @@ def test_a_name_that_two_blocks_have_is_found_out_by_their_tokens(open_store, mo
     assert len(said) == 1
 
 
+def family(n_texts, seed=SEED):
+    """Texts of which each goes on like an earlier one for a while."""
+    draw, texts = random.Random(seed), [text_of(700, seed)]
+    while len(texts) < n_texts:
+        old = draw.choice(texts)
+        n = draw.choice([0, 10, 63, 64, 65, 127, 128, 200, 256, 300, 511, 512, 600])
+        texts.append([*old[:n], *(draw.randrange(50000) for _ in range(draw.randrange(1, 700)))])
+    return texts
+
+
+@pytest.mark.parametrize("index", ["there", "gone", "damaged", "cut"])
+def test_the_best_of_many_entries_is_found_whatever_the_index_holds(open_store, index):
+    store, texts = open_store()[0], family(40)
+    for tokens in texts:
+        put(store, tokens)
+    path = store.root / MODEL / "index"
+    if index == "gone":
+        path.unlink()
+    elif index != "there":
+        data = path.read_bytes()
+        path.write_bytes(data[:len(data) // 2 - 7] if index == "cut" else bytes(reversed(data)))
+    store, said = open_store()
+    for tokens in [*texts, *family(20, SEED + 5), *([*t[:n], -1] for t in texts[:9] for n in (64, 100, 255, 400))]:
+        best = max(common(tokens, other) for other in texts)
+        found = store.find(tokens, 64)
+        assert (found.n if found else 0) == (best if best >= 64 else 0)
+    assert not said
+
+
+def test_of_many_entries_few_are_read(open_store, monkeypatch):
+    store, looked = open_store()[0], []
+    monkeypatch.setattr(Prefixes, "_drop_covered", lambda *_: None)
+    monkeypatch.setattr(prefixes, "collect", lambda *_: None)
+    texts = [text_of(70, seed) for seed in range(300)]
+    for tokens in texts:
+        put(store, tokens)
+    real = Prefixes._look
+    monkeypatch.setattr(Prefixes, "_look", lambda *args: looked.append(args) or real(*args))
+    assert store.find(texts[123], 64).n == 70 and len(looked) == 1
+    assert store.find(text_of(600, 999), 64) is None and len(looked) == 1
+
+
+def test_the_index_forgets_what_is_gone(open_store):
+    store, _ = open_store()
+    for seed in range(50):
+        put(store, text_of(70, seed))
+        for path in store._entries.iterdir():
+            path.unlink()
+    put(store, text_of(70, 99))
+    assert (store.root / MODEL / "index").stat().st_size < 30 * 176
+
+
+def test_why_a_text_is_read_again_is_known(open_store):
+    tokens = text_of(600)
+    open_store()[0].save(tokens, (), rows_from(tokens, 0), b"", "a model", "Once", 0, "K as f16 and V as f16")
+    store, said = open_store(fingerprint="a" * 32)
+    assert store.find(tokens) is None and store.find_elsewhere(tokens, 512).settings == "K as f16 and V as f16"
+    assert store.find_elsewhere(tokens[:500], 512) is None and store.find_elsewhere(text_of(600, 1), 512) is None and not said
+
+
 def test_another_model_finds_nothing(open_store):
     put(open_store()[0], text_of(600))
     store, said = open_store(fingerprint="a" * 32)
@@ -170,7 +230,7 @@ def test_a_folder_that_was_deleted_meanwhile_is_a_miss(open_store):
 
 def test_a_file_of_a_newer_version_is_a_miss_with_a_sentence_and_stays(open_store, monkeypatch):
     store, _ = open_store()
-    monkeypatch.setattr(prefix_files, "VERSION", 2)
+    monkeypatch.setattr(prefix_files, "VERSION", prefix_files.VERSION + 1)
     put(store, text_of(600))
     monkeypatch.undo()
     store, said = open_store()
