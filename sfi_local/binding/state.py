@@ -28,6 +28,11 @@ def get_rows(context: Any, first: int, n: int, rows: Any, seq: int = 0) -> None:
 def all_rows(context: Any, n: int) -> mmap.mmap:
     """The rows of the first n tokens, in memory that is taken as it is written, and given back at once."""
     rows = mmap.mmap(-1, max(1, rows_size(context, n)))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            rows.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a system without them
     get_rows(context, 0, n, rows)
     return rows
 

@@ -7,7 +7,8 @@ import threading
 from queue import Full, Queue
 from typing import Any, Callable, Iterator, Sequence
 
-from sfi_local.store.prefixes import AddRows, Found, Prefixes, budget
+from sfi_local.runtime.recent import Recent
+from sfi_local.store.prefixes import AddRows, Found, Prefixes, is_off
 
 MIN_KEEP = 512    # tokens of a text that is worth keeping
 MIN_GAIN = 64     # tokens that must be in the store beyond those in the context, to fetch them
@@ -25,12 +26,13 @@ class Keeper:
     note:    takes a sentence where something is wrong with the store
     checksum: see Prefixes
     settings: what K and V depend on beside the model, for people
+    recent:  texts that are in memory
     """
 
     def __init__(self, fingerprint: Callable[[], str], checksum: Callable[[Any], int], model: str, text_of: Callable[[Sequence[int]], str], note: Note,
                  settings: str = ""):
         self._fingerprint, self._checksum, self._model, self._text_of, self._note = fingerprint, checksum, model, text_of, note
-        self._settings = settings
+        self._settings, self.recent = settings, Recent()
         self._store: Prefixes | None = None
         self._finding: threading.Thread | None = None
 
@@ -42,7 +44,7 @@ class Keeper:
 
     def store(self, wait_s: float | None = None) -> Prefixes | None:
         """The store; None where nothing is kept, or it takes longer than wait_s to know the model."""
-        if budget() == 0:
+        if is_off():
             return None
         self.begin()
         if self._finding:

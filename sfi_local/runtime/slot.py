@@ -22,9 +22,10 @@ from sfi_local.runtime.access import CANCELLED, Access, Turns
 from sfi_local.runtime.draft_length import Costs
 from sfi_local.runtime.keeper import MIN_GAIN, MIN_KEEP, Keeper, Saving
 from sfi_local.runtime.modes import Attached, Mode, attach, mode_of
+from sfi_local.runtime.recent import Text
 from sfi_local.runtime.ties import Noise
 from sfi_local.store.prefix_files import BLOCK
-from sfi_local.store.prefixes import common
+from sfi_local.store.prefixes import common, is_off
 
 # (position, token, proposed kind, its reason) -> kind of the step: "slow", "fast", "dense" or "auto"
 Schedule = Callable[[int, int, str, str], str]
@@ -163,7 +164,8 @@ class Slot:
             self._drop_drafts()
             n = common(self.tokens, tokens[:-1])
             self.cached_from, self.why_read = "memory" if n else None, ""
-            if not self._fetch(tokens[:-1], n):
+            if not self._turn_back(tokens[:-1], n) and not self._fetch(tokens[:-1], n):
+                self._put_aside(n)
                 self._cut(n)
             return len(self.tokens)
 
@@ -314,6 +316,40 @@ class Slot:
                 self._drop_drafts_if_any()
                 self._keep()
 
+    def _put_aside(self, n: int) -> None:
+        """Keep in memory what is going to be cut behind the first n tokens, if it is much and there is room."""
+        if self.keeper is None or self._context is None or len(self.tokens) - n < MIN_KEEP or is_off():
+            return
+        try:
+            if self.keeper.recent.room_for(kept.rows_size(self._context, len(self.tokens))):
+                state = kept.get_state(self.engine) if self.engine else b""
+                rows = kept.all_rows(self._context, len(self.tokens))
+                self.keeper.recent.put(Text(list(self.tokens), rows, state, list(self._blocks), self._n_kept))
+        except (SfiError, MemoryError, OSError):
+            pass  # it is on the disk, or read again
+
+    def _turn_back(self, tokens: Sequence[int], n_have: int) -> bool:
+        """Put what this process has of tokens in memory into the context, if that is more than what is there, and as much as is on the disk."""
+        if self.keeper is None or len(tokens) < n_have + MIN_GAIN or len(tokens) > self.n_ctx:
+            return False
+        n, text = self.keeper.recent.find(tokens)
+        if text is None or n < n_have + MIN_GAIN:
+            return False
+        found = self.keeper.find(tokens) if n < len(tokens) - MIN_GAIN else None
+        if found and found.n >= n + MIN_GAIN:
+            return False
+        self._wait_for_saving()
+        self._put_aside(n_have)
+        self._cut(0)
+        kept.add_rows(self._context, text.tokens[:n], text.rows, len(text.tokens))
+        self.tokens = text.tokens[:n]
+        if text.state and self.engine:
+            kept.set_state(self.engine, text.state)
+        self._n_kept = min(n, text.n_kept)
+        self._blocks = text.blocks[:self._n_kept // BLOCK]
+        self.cached_from = "memory"
+        return True
+
     def _fetch(self, tokens: Sequence[int], n_have: int) -> bool:
         """Put what the store has of tokens into the context, if that is more than the n_have that are there."""
         if self.keeper is None or len(tokens) < n_have + MIN_GAIN or len(tokens) > self.n_ctx:
@@ -329,6 +365,7 @@ class Slot:
             return False  # nothing of it can be kept either
         self._keep()
         self._wait_for_saving()
+        self._put_aside(n_have)
         self._cut(0)
         n, state = self.keeper.fetch(found, self._add_rows, row_size)
         if n and state and self.engine:

@@ -51,12 +51,9 @@ def folder() -> Path:
 
 def budget(path: Path | None = None) -> int:
     """Bytes that prefixes may take: SFI_LOCAL_PREFIX_BUDGET, or a share of the free disk; 0: none are kept."""
-    asked = os.environ.get("SFI_LOCAL_PREFIX_BUDGET", "").strip()
-    try:
-        if asked:
-            return max(0, int(float(asked)))
-    except (ValueError, OverflowError):
-        pass
+    asked = _asked()
+    if asked is not None:
+        return asked
     path = path or folder()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -64,6 +61,18 @@ def budget(path: Path | None = None) -> int:
         return int(SHARE * (shutil.disk_usage(path).free + size_of(folder())))
     except OSError:
         return 0
+
+
+def is_off() -> bool:
+    """Whether the user wants nothing kept and nothing taken."""
+    return _asked() == 0
+
+
+def _asked() -> int | None:
+    try:
+        return max(0, int(float(os.environ["SFI_LOCAL_PREFIX_BUDGET"])))
+    except (KeyError, ValueError, OverflowError):
+        return None
 
 
 def size_of(path: Path) -> int:
