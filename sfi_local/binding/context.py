@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 from sfi_local.binding.interrupt import CancelFlag, InterruptFlag
 from sfi_local.binding.library import last_log_lines, log, open_library
 from sfi_local.errors import ModelFileError, OutOfMemoryError
+from sfi_local.machine import new_memory
 
 GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 N_BATCH = 512
@@ -210,7 +210,7 @@ def sequence_size(context: Any) -> int:
 def sequence_state(context: Any) -> Any:
     """The cells of the first sequence, in a buffer of their own."""
     llama, size = open_library().llama_cpp, sequence_size(context)
-    buffer = mmap.mmap(-1, max(1, size))  # takes memory as it is written, and gives it back at once
+    buffer = new_memory(size)
     array = (ctypes.c_uint8 * size).from_buffer(buffer)
     if llama.llama_state_seq_get_data(context.ctx, array, size, 0) != size:
         raise OutOfMemoryError("The state of the sequence cannot be read.")

@@ -11,6 +11,7 @@ from typing import Any, Sequence
 from sfi_local.binding.engine import Engine, status_error
 from sfi_local.binding.library import open_library
 from sfi_local.errors import NoSupportError
+from sfi_local.machine import new_memory
 
 
 def rows_size(context: Any, n: int) -> int:
@@ -26,13 +27,8 @@ def get_rows(context: Any, first: int, n: int, rows: Any, seq: int = 0) -> None:
 
 
 def all_rows(context: Any, n: int) -> mmap.mmap:
-    """The rows of the first n tokens, in memory that is taken as it is written, and given back at once."""
-    rows = mmap.mmap(-1, max(1, rows_size(context, n)))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            rows.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a system without them
+    """The rows of the first n tokens, in memory of their own."""
+    rows = new_memory(rows_size(context, n))
     get_rows(context, 0, n, rows)
     return rows
 

@@ -168,7 +168,7 @@ def read_tokens(file: BinaryIO, head: Any, checksum: Checksum) -> list[int]:
     return unpacked(read_packed(file, head, checksum))
 
 
-def read_part(file: BinaryIO, into: bytearray, total: int, checksum: Checksum) -> bytearray:
+def read_part(file: BinaryIO, into: Any, total: int, checksum: Checksum) -> Any:
     """Fill a buffer with the next part, and compare its checksum. Raises Damaged, OSError."""
     left = memoryview(into)
     while left:

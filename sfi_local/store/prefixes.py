@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, Sequence
 
-from sfi_local.machine import cache_dir, human_bytes
+from sfi_local.machine import cache_dir, human_bytes, new_memory
 from sfi_local.store.index import Index, hashes
 from sfi_local.store.prefix_files import (
     BLOCK,
@@ -175,7 +175,7 @@ class Prefixes:
                 blocks.give_back(rows)
         return self._fetch_rest(found, add_rows, row_size)
 
-    def _read_block(self, found: Found, i: int, into: bytearray) -> bytearray:
+    def _read_block(self, found: Found, i: int, into: Any) -> Any:
         """The rows of the i-th block of an entry, which are proved to be its own. Raises Damaged, OSError."""
         name, parent = found.head.blocks[i], found.head.blocks[i - 1] if i else ""
         with open(self._blocks / name, "rb", buffering=0) as file:
@@ -320,9 +320,9 @@ class _Readers:
 
     N_THREADS, N_BUFFERS = 2, 4
 
-    def __init__(self, n: int, size: int, read: Callable[[int, bytearray], bytearray]):
-        self._n, self._read, self._free = n, read, [bytearray(size) for _ in range(min(n, self.N_BUFFERS))]
-        self._done: dict[int, bytearray | Exception] = {}
+    def __init__(self, n: int, size: int, read: Callable[[int, Any], Any]):
+        self._n, self._read, self._free = n, read, [new_memory(size) for _ in range(min(n, self.N_BUFFERS))]
+        self._done: dict[int, Any] = {}
         self._n_begun = self._n_taken = 0
         self._changed = threading.Condition()
         self._threads = [threading.Thread(target=self._work, name="reader") for _ in range(min(n, self.N_THREADS))]
@@ -339,7 +339,7 @@ class _Readers:
         for thread in self._threads:
             thread.join()
 
-    def next(self) -> bytearray:
+    def next(self) -> Any:
         """The next block; raises what reading it raised."""
         with self._changed:
             self._changed.wait_for(lambda: self._n_taken in self._done)
@@ -349,7 +349,7 @@ class _Readers:
             raise found
         return found
 
-    def give_back(self, buffer: bytearray) -> None:
+    def give_back(self, buffer: Any) -> None:
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
@@ -362,7 +362,6 @@ class _Readers:
                     return
                 i, buffer = self._n_begun, self._free.pop()
                 self._n_begun += 1
-            found: bytearray | Exception
             try:
                 found = self._read(i, buffer)
             except Exception as error:  # is raised by next()
