@@ -82,6 +82,7 @@ class Slot:
         self._params_for = params if callable(params) else lambda n_ctx: params
         self._portable = portable
         self._context: Any = None
+        self._n_threads: int | None = None  # that were set; None: those it was made with
         self._attached = Attached(None, SfiParams())
         if n_ctx:
             self.grow(n_ctx)
@@ -124,8 +125,9 @@ class Slot:
 
     def set_threads(self, n: int) -> None:
         """Compute with so many threads from now on, until the context grows; by who steps it, between two steps."""
-        if self._context is not None:
+        if self._context is not None and n != self._n_threads:
             self._llama.llama_set_n_threads(self._context.ctx, n, n)
+            self._n_threads = n
 
     def close(self) -> None:
         """End what is running, wait for it, free the context. May be called twice."""
@@ -456,7 +458,7 @@ class Slot:
 
     def _open(self, n_ctx: int) -> None:
         claim_process()
-        self._context = self._make(n_ctx)
+        self._context, self._n_threads = self._make(n_ctx), None
         self._memory = self._llama.llama_get_memory(self._context.ctx)
         self.access.flag.watch(self._context)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, AsyncIterator, Sequence
 
 from sfi_local.errors import ArgumentError
@@ -13,11 +14,14 @@ from sfi_local.runtime.template import ChatTemplate, Message
 from sfi_local.runtime.thoughts import THOUGHT, TokenThoughts
 from sfi_local.serve.look import Look, texts
 from sfi_local.serve.problems import ContextTooSmall, Problem
+from sfi_local.serve.relay import Relay
 from sfi_local.serve.requests import ChatRequest, CompletionRequest, Request, check_schema, messages_of
 from sfi_local.serve.tools import MARKS, Call, Calls, NoCalls, schema_of_call, told
 from sfi_local.serve.worker import Job, Usage, Worker
 
 MAX_SECONDS = 3600.0  # of an answer, where the request has no timeout of its own
+
+_relay = cache(Relay)  # of all answers
 
 
 @dataclass
@@ -136,10 +140,7 @@ class Answering:
 
     def _give(self, kind: str, value: Any) -> None:
         """On the worker's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (kind, value))
-        except RuntimeError:
-            pass  # the loop is closed: nobody listens
+        _relay().call(self._loop, self._events.put_nowait, (kind, value))
 
     def cancel(self) -> None:
         """Within one step; from the loop's thread."""

@@ -48,17 +48,51 @@ class Events(Response):
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        watch = asyncio.ensure_future(until_gone(receive, self._gone))
+        watch, send = asyncio.ensure_future(until_gone(receive, self._gone)), Patient(send, SEND_SECONDS)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for event in self._events:
-                await asyncio.wait_for(send({"type": "http.response.body", "body": event, "more_body": True}), SEND_SECONDS)
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except (asyncio.TimeoutError, OSError):
+        except OSError:
             self._gone()  # it does not read, or not any more
         finally:
             watch.cancel()
+            send.close()
             await self._events.aclose()  # type: ignore[attr-defined]  # a generator
+
+
+class Patient:
+    """ASGI's send, with an end to its patience: TimeoutError where one message takes longer than so many seconds, a quarter more at most.
+
+    One timer for all of the messages: asyncio.wait_for() makes a task of each, which costs more than to send it.
+    """
+
+    def __init__(self, send: Callable[[Any], Awaitable[None]], seconds: float):
+        self._send, self._seconds, self._loop, self._task = send, seconds, asyncio.get_running_loop(), asyncio.current_task()
+        self._since: float | None = None
+        self._timer = self._loop.call_later(seconds / 4, self._look)
+        self._is_late = False
+
+    async def __call__(self, message: Any) -> None:
+        self._since = self._loop.time()
+        try:
+            await self._send(message)
+        except asyncio.CancelledError:
+            if self._is_late:
+                raise TimeoutError from None
+            raise
+        finally:
+            self._since = None
+
+    def _look(self) -> None:
+        self._timer = self._loop.call_later(self._seconds / 4, self._look)
+        if self._since is not None and self._loop.time() - self._since > self._seconds and self._task:
+            self._is_late = True
+            self._task.cancel()
+
+    def close(self) -> None:
+        self._timer.cancel()
 
 
 async def until_gone(receive: Any, gone: Callable[[], None]) -> None:
