@@ -110,7 +110,7 @@ def measure(model: Any, session: SwitchSession, prompt: list[int], answer: list[
                           first_difference=first_difference(tokens["exact"], tokens["dense"]))
     print(args.task, {k: round(v["tps"], 2) for k, v in found.items()}, found["exact"], file=sys.stderr)
     if args.task == "edit" and not seed:
-        print(model.vocabulary.text(tokens["dense"])[:600] if hasattr(model.vocabulary, "text") else "", file=sys.stderr)
+        print(b"".join(map(model.vocabulary.piece, tokens["dense"]))[:800].decode(errors="replace"), file=sys.stderr)
     return found
 
 

@@ -98,10 +98,12 @@ def decode_span(slot: Slot, vocabulary: Vocabulary, sampler: Any, token: int, ro
         vocabulary, drafting.ngrams.draft(n_drafts))
     refresh = _refresh_is_due(slot, drafting.length)
     info = slot.verify([*known, token, *(d.token for d in drafts)], n_known + (len(drafts) if source == FAST else 0), refresh)
-    if known:
-        slot.noise.compare(slot.context, n_known, 1 + len(drafts))
+    if known and not slot.noise.compare(slot.context, n_known, 1 + len(drafts)):
+        return _instead(slot, sampler, known, token, len(drafts), drafting, logprobs)
     kept, more = _keep(slot, sampler, drafts, n_known, logprobs)
     slot.rollback(len(drafts) - len(kept) + 1)
+    if not slot.noise.largest:
+        slot.noise.remember(slot.context, len(slot.tokens), n_known + len(kept) - 1)
     slot.n_since_refresh = 0 if refresh else slot.n_since_refresh + len(kept)
     drafting.length.verified(source, len(drafts), len(kept) - 1, sum(d.info.t_ms for d in drafts if d.info), info.t_ms, n_known)
     return _items(kept, more, drafts, info, {"drafted_by": source, "n_again": n_known})
@@ -114,7 +116,8 @@ def _planned(slot: Slot, token: int, room: int, drafting: Drafting) -> tuple[str
         return None, 0
     if drafting.length.begun and slot.noise.wants_steps:
         return (NGRAM, 0) if slot.noise.n_steps(len(slot.tokens)) == STEPS else (None, 0)
-    source, n = drafting.next(min(room, _window_room(slot)), slot.can_draft(token))
+    room = slot.noise.most(len(slot.tokens), 1 + min(room, _window_room(slot))) - 1
+    source, n = drafting.next(room, slot.can_draft(token))
     return source or None, n
 
 
@@ -126,6 +129,15 @@ def _dense(slot: Slot, sampler: Any, token: int, drafting: Drafting, logprobs: i
     slot.noise.remember(slot.context, len(slot.tokens))
     token, tie = slot.noise.draw(slot.context, -1, sampler)
     return [(token, info, {"tie": tie, **top(slot.context, -1, token, logprobs)})]
+
+
+def _instead(slot: Slot, sampler: Any, known: list[int], token: int, n_drafts: int, drafting: Drafting,
+             logprobs: int | None) -> list[tuple[int, StepInfo, dict[str, Any]]]:
+    """Dense steps in place of a pass that is not as they are; from now on none is as long."""
+    slot.rollback(len(known) + 1 + n_drafts)
+    for one in known:
+        slot.step(one)
+    return _dense(slot, sampler, token, drafting, logprobs)
 
 
 def _window_room(slot: Slot) -> int:

@@ -13,6 +13,7 @@ from sfi_local.binding.context import logits
 
 STEPS = 16    # dense steps in a row that a batch computes again to see the difference of the logits
 FEW = 2       # of them that a batch computes again where nothing of the difference is known yet
+SHORT = 7     # tokens that kernels compute as they compute one, if they do so for any batch at all
 MARGIN = 8.0  # times the largest difference seen: tokens closer than that, in logits, are a tie
 GROWTH = 20.0 # how much the difference was seen to grow over STEPS steps: taken where it was not looked at yet
 
@@ -21,12 +22,13 @@ class Noise:
     """largest: the largest difference of a logit so far; 0.0 where batch and step are equal bit for bit
     settled: it was taken over STEPS dense steps in a row
     looked: tokens of the longest batch that was compared
+    limit: tokens of the longest batch that may be taken, where longer ones differ and shorter ones do not; 0: any
     """
 
     def __init__(self) -> None:
         self.largest = 0.0
         self.settled = False
-        self.looked = 0
+        self.looked = self.limit = 0
         self._steps: list[tuple[int, Any]] = []  # depth after each of the last dense steps, in a row, and its logits
 
     @property
@@ -34,11 +36,11 @@ class Noise:
         """Whether STEPS dense steps in a row are still to be compared."""
         return self.largest > 0 and not self.settled
 
-    def remember(self, context: Any, depth: int) -> None:
-        """A dense step was taken, whose token is the last of `depth`."""
+    def remember(self, context: Any, depth: int, row: int = -1) -> None:
+        """A dense step was taken, whose token is the last of `depth`; or a batch that is as dense steps, with the token's row."""
         if self._steps and self._steps[-1][0] != depth - 1:
             self.forget()
-        self._steps = [*self._steps, (depth, logits(context, -1).copy())][-STEPS:]
+        self._steps = [*self._steps, (depth, logits(context, row).copy())][-STEPS:]
 
     def forget(self) -> None:
         """The cache was edited: what the dense steps gave holds no more."""
@@ -48,19 +50,34 @@ class Noise:
         """How many of the last of `depth` tokens came by dense steps in a row that were not compared yet."""
         return len(self._steps) if self._steps and self._steps[-1][0] == depth else 0
 
+    def most(self, depth: int, n: int) -> int:
+        """Tokens of a batch of n that may be taken now: one longer than any before is compared, so it needs a step to compare."""
+        if self.largest:
+            return n
+        return min(n, self.limit or n, n if self.n_steps(depth) else self.looked)
+
     def n_again(self, depth: int, n: int) -> int:
         """How many of those a batch shall compute again, before its own n tokens: each costs time, so few, where a batch is longer
         than any before; all while there are differences that were not looked at yet."""
         n_steps = self.n_steps(depth)
-        return n_steps if self.wants_steps else min(n_steps, FEW) if n > self.looked else 0
+        few = min(n_steps, FEW, self.limit - n) if self.limit else min(n_steps, FEW)
+        return n_steps if self.wants_steps else few if n > self.looked else 0
 
-    def compare(self, context: Any, n_again: int, n: int) -> None:
-        """The batch began with the tokens of the last n_again of the remembered steps, before its own n tokens."""
-        self.settled = self.settled or n_again == STEPS
-        self.looked = max(self.looked, n + n_again)
-        for row, (_, step) in enumerate(self._steps[len(self._steps) - n_again:]):
-            self.largest = max(self.largest, float(abs(logits(context, row) - step).max()))
+    def compare(self, context: Any, n_again: int, n: int) -> bool:
+        """The batch began with the tokens of the last n_again of the remembered steps, before its own n tokens.
+
+        False: it differs, and it is so long that shorter ones may not: it shall be taken back
+        """
+        steps, n = self._steps[len(self._steps) - n_again:], n + n_again
+        difference = max(float(abs(logits(context, row) - step).max()) for row, (_, step) in enumerate(steps))
         self.forget()
+        if difference and n > SHORT and not self.largest:
+            self.limit = SHORT
+            return False
+        self.settled = self.settled or n_again == STEPS
+        self.looked, self.largest = max(self.looked, n), max(self.largest, difference)
+        self.limit = 0 if self.largest else self.limit  # short ones differ as well
+        return True
 
     def draw(self, context: Any, row: int, sampler: Any) -> tuple[int, bool]:
         """(the token that the sampler draws from a row, whether it is a tie: the same random numbers could have drawn another).

@@ -12,7 +12,7 @@ from sfi_local import Sampling, SfiParams, Tally, load
 from sfi_local.errors import ArgumentError, BusyError
 from sfi_local.runtime.ngram import Ngrams
 from sfi_local.runtime.slot import Slot
-from sfi_local.runtime.ties import GROWTH, MARGIN, STEPS, Noise
+from sfi_local.runtime.ties import GROWTH, MARGIN, SHORT, STEPS, Noise
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog. " * 8, "A list: [1, 2, 3]; and more of it. " * 10, "1234567890, " * 25]
 LITTLE = SfiParams.of("frozen", n_sink=2, n_recent=16, n_selected=8, max_span=32, auto_depth=1)   # drafts are mostly wrong
@@ -87,7 +87,7 @@ def test_sampled_tokens_have_the_distribution_of_dense_decoding(models):
 
 
 def test_the_stream_tells_what_was_done(models, fast_alone):
-    exact = run(models("exact", MUCH), n=40, draft=6)
+    exact = run(models("exact", MUCH), n=40, draft=5)
     first, *others = exact.items
     assert first.kind == "prefill" and {s.kind for s in others} <= {"fast", "slow", "dense"}
     assert all(s.reason == "" if s.kind == "fast" else s.reason in ("verify", "forced") for s in others)
@@ -282,6 +282,28 @@ def test_what_dense_steps_gave_is_compared_once_and_only_in_a_row():
     assert (noise.largest, noise.wants_steps) == (0.25, False)
     noise.remember(context, depth + 1)
     assert [noise.n_again(depth + 1, n) for n in (4, STEPS + 4, STEPS + 5)] == [0, 0, 1]  # few, and where a batch is longer than any before
+
+
+def test_where_long_batches_alone_differ_they_are_not_taken():
+    noise, context = Noise(), Logits(1.0, 2.0)
+    assert noise.most(5, 32) == 0  # nothing to compare it with
+    noise.remember(context, 5)
+    assert noise.most(5, 32) == 32 and noise.n_again(5, 32) == 1
+    context.values += 0.25
+    assert not noise.compare(context, 1, 32)
+    noise.remember(context, 6), noise.remember(context, 7)
+    assert noise.most(7, 32) == SHORT and [noise.n_again(7, n) for n in (3, SHORT)] == [2, 0]
+    assert noise.compare(context, 2, 3) and (noise.looked, noise.largest, noise.limit) == (5, 0.0, SHORT)
+    assert noise.most(9, 32) == 5  # after a prefill, as long as was looked at
+
+
+def test_where_short_batches_differ_too_the_longest_are_taken():
+    noise, context = Noise(), Logits(1.0, 2.0)
+    for n in (31, 4):
+        noise.remember(context, 5)
+        context.values += 0.25
+        assert noise.compare(context, 1, n) == (n < SHORT)
+    assert (noise.largest, noise.limit, noise.wants_steps) == (0.25, 0, True) and noise.most(9, 32) == 32
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temp=0.8, seed=3)], ids=["greedy", "sampled"])
