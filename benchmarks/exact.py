@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("-t", type=int, default=2)
     args = parser.parse_args()
     text = Path(args.text).read_text(encoding="utf-8", errors="replace")
-    with sfi_local.load(args.model, mode="stock", n_ctx=args.depth + args.n, n_threads=args.t, cache=False) as model:
+    with sfi_local.load(args.model, mode="exact", n_ctx=args.depth + args.n, n_threads=args.t, cache=False) as model:
         prompt, answer = prose(model, text, args) if args.task == "prose" else edit(model, text, args)
         params = SfiParams().fit_context(args.depth + args.n)
         with SwitchSession(model, args.depth + args.n, params, "f16") as session:
@@ -69,7 +69,8 @@ def main() -> None:
         "dense_tps": round(statistics.median(r["dense"]["tps"] for r in rounds), 2),
         "exact_tps": round(statistics.median(r["exact"]["tps"] for r in rounds), 2),
         "ratio": round(statistics.median(ratios), 3), "ratios": [round(r, 3) for r in ratios],
-        "verify_cost": cost.verify_cost, "passes": dict(sorted(cost.passes.items())), "fast_cost": cost.fast / cost.dense, "rounds": rounds}, indent=1))
+        "verify_cost": cost.verify_cost,
+        "passes": {n: round(ms / cost.dense, 2) for n, ms in sorted(cost.passes.items())}, "fast_cost": cost.fast / cost.dense, "rounds": rounds}, indent=1))
 
 
 def prose(model: Any, text: str, args: argparse.Namespace) -> tuple[list[int], list[int]]:

@@ -24,12 +24,12 @@ class Costs:
     """What steps cost on this machine at this depth.
 
     dense, fast: milliseconds, 0.0 before the first
-    passes: tokens of a pass -> dense steps
+    passes: tokens of a pass -> milliseconds
     """
 
     dense: float = 0.0
     fast: float = 0.0
-    passes: dict[int, float] = field(default_factory=lambda: {1: 1.0})
+    passes: dict[int, float] = field(default_factory=dict)
 
     def dense_took(self, ms: float) -> None:
         self.dense = _least(self.dense, ms)
@@ -38,25 +38,26 @@ class Costs:
         self.fast = _least(self.fast, ms)
 
     def pass_took(self, n: int, ms: float) -> None:
-        self.passes[n] = _least(self.passes.get(n, 0.0), ms / self.dense) if self.dense and n > 1 else self.passes.get(n, 1.0)
+        self.passes[n] = _least(self.passes.get(n, 0.0), ms)
 
     def of_pass(self, n: int) -> float:
         """Dense steps that a pass over n tokens takes: between those that were seen in proportion."""
-        if n in self.passes:
-            return self.passes[n]
-        low, high = max(m for m in self.passes if m < n), min((m for m in self.passes if m > n), default=0)
+        known = {m: ms / self.dense for m, ms in self.passes.items()} | {1: 1.0}
+        if n in known:
+            return known[n]
+        low, high = max(m for m in known if m < n), min((m for m in known if m > n), default=0)
         if high:
-            return self.passes[low] + (self.passes[high] - self.passes[low]) * (n - low) / (high - low)
-        slope = max(0.0, self.passes[low] - 1) / (low - 1) if low > 1 else SLOPE
-        return self.passes[low] + slope * (n - low)
+            return known[low] + (known[high] - known[low]) * (n - low) / (high - low)
+        slope = max(0.0, known[low] - 1) / (low - 1) if low > 1 else SLOPE
+        return known[low] + slope * (n - low)
 
     @property
     def verify_cost(self) -> float | None:
         """Dense steps that a pass over 8 tokens takes; None before any pass."""
-        return self.of_pass(8) if len(self.passes) > 1 else None
+        return self.of_pass(8) if self.passes and self.dense else None
 
     def forget_passes(self) -> None:
-        self.passes = {1: 1.0}
+        self.passes = {}
 
 
 def _least(known: float, ms: float) -> float:

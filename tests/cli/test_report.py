@@ -56,7 +56,7 @@ def spans(*found):
 
 def test_what_drafted_how_much_was_kept_and_what_verifying_costs():
     one, made = model("exact"), spans(("ngram", 31, 30), ("fast", 3, 1), ("ngram", 6, 1))
-    one.session.costs = Costs(10.0, 9.0, {1: 1.0, 8: 2.5})
+    one.session.costs = Costs(10.0, 9.0, {8: 25.0})
     assert drafts(one, made) == {"accepted": 0.8, "verify_cost": 2.5, "drafts": {
         "drafted": 40, "accepted": 32, "ties": 0, "ngram": [37, 31], "fast": [3, 1]}}
     assert "; 40 drafted by n-grams and fast steps, 80 % accepted; 8 are verified in 2.5 dense steps" in short_statistics(one, made)

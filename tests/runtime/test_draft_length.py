@@ -102,7 +102,9 @@ def test_the_cost_of_a_pass_lies_between_those_that_were_seen():
     assert costs.verify_cost == 4.5 and costs.of_pass(31) == 16.0
     costs.pass_took(4, 2500.0)
     assert 2.5 < costs.of_pass(4) < 30  # once may be a disturbance
-    costs.pass_took(4, 20.0)
+    costs.pass_took(4, 20.0), costs.dense_took(5.0)
+    assert costs.of_pass(4) == 4.0  # that dense step was disturbed
+    costs.dense = 10.0
     assert costs.of_pass(4) == 2.0
 
 

@@ -118,6 +118,11 @@ class BenchPlan:
         return extra + [(depth, self.modes) for depth in self.depths]
 
     @property
+    def loaded_for(self) -> str:
+        """The mode whose weights all modes compute with: stock's lie in an order of their own, by which batches may be rounded otherwise."""
+        return "exact" if "exact" in self.modes and "stock" not in self.modes else "stock"
+
+    @property
     def n_runs(self) -> int:
         return sum(len(modes) for _, modes in self.cases) * len(self.kv_types) * self.reps
 
@@ -128,7 +133,7 @@ def measure(request: BenchPlan) -> list[dict[str, Any]]:
     check_depth(path, request.depths[-1], request.n)
     settled = {kv_type: with_quality(request, path, kv_type) for kv_type in request.kv_types}
     widest = max(request.kv_types, key=KV_TYPES.get)
-    with Runs(request.n_runs) as bar, load(path, mode="stock", n_ctx=request.need, n_threads=request.threads, type_k=widest,
+    with Runs(request.n_runs) as bar, load(path, mode=request.loaded_for, n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, gpu_layers=request.gpu_layers,
                                     force=request.force, cache=False, verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)

@@ -153,7 +153,7 @@ def measure_exact(request: EvalPlan, path: Any) -> list[dict[str, Any]]:
     eval_exact.check_depth(request.rows(), request.params, request.depths[0], request.n)
     text, source = measured_text(request.text)
     found = []
-    with load(path, mode="stock", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
+    with load(path, mode="exact", n_threads=request.threads, type_k=request.kv_type, type_v=request.kv_type,
               gpu_layers=request.gpu_layers, cache=False, verbose=request.verbose) as model, Runs(len(request.depths) * request.n_exact) as bar:
         sets = [(depth, excerpts(model, text, source, depth, request.n_exact, request.n)) for depth in request.depths]
         for depth, prompts in sets:
