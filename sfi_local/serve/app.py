@@ -20,6 +20,7 @@ from sfi_local.serve.chat import Shape, TextShape
 from sfi_local.serve.guard import Guard
 from sfi_local.serve.http import Events, JsonResponse, refusal, told, unless_gone
 from sfi_local.serve.json_body import parse_object, read_body
+from sfi_local.serve.messages import MessageShape, MessagesRequest
 from sfi_local.serve.metrics import Metrics
 from sfi_local.serve.page import CSP, page
 from sfi_local.serve.problems import Problem
@@ -116,7 +117,8 @@ class Server:
         return [get("/", self._page), get("/health", self._health), get("/metrics", self._metrics), get("/slots", self._slots),
                 get("/v1/models", self._models), get("/v1/models/{name:path}", self._model),
                 post("/v1/chat/completions", self._chat), post("/v1/completions", self._completion),
-                post("/v1/responses", self._responses), post("/v1/embeddings", self._embeddings),
+                post("/v1/responses", self._responses), post("/v1/messages", self._message),
+                post("/v1/messages/count_tokens", self._count_tokens), post("/v1/embeddings", self._embeddings),
                 post("/tokenize", self._tokenize), post("/detokenize", self._detokenize)]
 
     @staticmethod
@@ -126,7 +128,7 @@ class Server:
             try:
                 return await do(request)
             except Exception as error:
-                return refusal(error)
+                return refusal(error, path)
         return endpoint
 
     async def _page(self, request: HttpRequest) -> Response:
@@ -180,14 +182,29 @@ class Server:
         return ended
 
     async def _responses(self, http: HttpRequest, value: dict[str, Any]) -> Response:
-        worker, wanted = self._ready(), parsed(ResponsesRequest, value)
-        self._check_name(wanted.model)
-        request = parsed(ChatRequest, wanted.as_chat())
-        asked = await asyncio.to_thread(asked_of_chat, worker.model, request, self._answers)
-        answer, shape, ended = Answering(worker, asked[0]), ResponseShape(wanted, value, self.settings.name), self._remembering(request)
+        wanted = parsed(ResponsesRequest, value)
+        return await self._translated(http, wanted, ResponseShape(wanted, value, self.settings.name))
+
+    async def _message(self, http: HttpRequest, value: dict[str, Any]) -> Response:
+        return await self._translated(http, parsed(MessagesRequest, value), MessageShape(self.settings.name))
+
+    async def _translated(self, http: HttpRequest, wanted: Any, shape: Any) -> Response:
+        """One answer to a request that means the same as a chat request."""
+        request, asked = await self._as_chat(wanted)
+        answer, ended = Answering(self._ready(), asked), self._remembering(request)
         if wanted.stream:
             return Events(shape.stream(answer, ended), answer.cancel)
         return JsonResponse(await unless_gone(http.receive, shape.whole(answer, ended), answer.cancel))
+
+    async def _as_chat(self, wanted: Any) -> tuple[ChatRequest, Asked]:
+        worker = self._ready()
+        self._check_name(wanted.model)
+        request = parsed(ChatRequest, wanted.as_chat())
+        return request, (await asyncio.to_thread(asked_of_chat, worker.model, request, self._answers))[0]
+
+    async def _count_tokens(self, http: HttpRequest, value: dict[str, Any]) -> Response:
+        _, asked = await self._as_chat(parsed(MessagesRequest, {"max_tokens": 1, **value}))
+        return JsonResponse({"input_tokens": len(asked.tokens)})
 
     async def _completion(self, http: HttpRequest, value: dict[str, Any]) -> Response:
         worker, request = self._ready(), parsed(CompletionRequest, value)

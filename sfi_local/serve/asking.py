@@ -117,6 +117,7 @@ class Answering:
 
     finish:  as OpenAI has it: stop, length or tool_calls
     tokens:  all that were drawn
+    stopped_by: the text of the request's stop that ended it, if one did
     """
 
     def __init__(self, worker: Worker, asked: Asked):
@@ -124,6 +125,7 @@ class Answering:
         self.finish, self.usage = "", Usage(n_prompt=len(asked.tokens))
         self.tokens: list[int] = []
         self.n_thought = 0
+        self.stopped_by: str | None = None
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
         vocabulary = worker.model.vocabulary
         self._vocabulary = vocabulary
@@ -210,6 +212,9 @@ class Answering:
     def _end(self, step: Step) -> None:
         if self.finish != "tool_calls" or step.finish in ("length", "context"):
             self.finish = "length" if step.finish in ("length", "context") else "stop"
+        if step.finish == "stop":
+            text = self._worker.model.detokenize(self.tokens)
+            self.stopped_by = max(self.asked.stop, key=text.rfind)
 
 
 class Answers:

@@ -27,7 +27,7 @@ from sfi_local.serve.app import Server, Settings
 from sfi_local.serve.connections import Protocol
 from sfi_local.serve.guard import LOOPBACK
 from sfi_local.serve.metrics import Metrics
-from sfi_local.serve.worker import Worker
+from sfi_local.serve.worker import Job, Worker
 
 MAX_SLOTS = 64
 MAX_CONNECTIONS = 512
@@ -94,9 +94,16 @@ def serve(options: dict[str, Any], settings: ModelSettings, key: str | None, add
         model = load_as(path, settings, options["verbose"])
         model.share_memory(options["parallel"])
         model.tune_auto(model.n_ctx_limit)
-        for note in model.unread_notes():
-            say(note)
-        return Worker(model, options["parallel"], metrics.pause.observe, metrics.done)
+
+        def tell() -> None:
+            for note in model.unread_notes():
+                say(note)
+
+        def done(job: Job, error: BaseException | None) -> None:
+            metrics.done(job, error)
+            tell()
+        tell()
+        return Worker(model, options["parallel"], metrics.pause.observe, done)
 
     server = Server(Settings(options["name"] or name_of(options["model"]), key), load, resident_bytes)
     host, port = address.getsockname()[:2]

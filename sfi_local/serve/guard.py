@@ -45,7 +45,7 @@ class Guard:
         try:
             self._check(scope)
         except Problem as problem:
-            await refusal(problem)(scope, receive, watched)
+            await refusal(problem, scope["path"])(scope, receive, watched)
         else:
             await self._inner(scope, receive, watched)
         finally:
@@ -56,7 +56,7 @@ class Guard:
     def _check(self, scope: Any) -> None:
         headers: dict[bytes, bytes] = {}
         for name, value in scope["headers"]:
-            if name in (b"host", b"origin", b"authorization") and headers.setdefault(name, value) != value:
+            if name in (b"host", b"origin", b"authorization", b"x-api-key") and headers.setdefault(name, value) != value:
                 raise Problem(f"The request has two headers {name.decode()}.")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > MAX_TARGET:
             raise Problem(f"The request's address has more than {MAX_TARGET} characters.", 414)
@@ -67,12 +67,13 @@ class Guard:
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != host:
             raise Problem("Requests of other web pages are not answered.", 403, "origin_not_allowed")
-        if self._key is not None and scope["path"] not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
+        if self._key is not None and scope["path"] not in OPEN and not self._has_key(headers):
             raise Problem("The request brings no right API key: send it as `Authorization: Bearer KEY`.", 401, "invalid_api_key")
 
-    def _has_key(self, authorization: bytes) -> bool:
-        scheme, _, key = authorization.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), (self._key or "").encode())
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = key if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")  # as Anthropic's clients send it
+        return hmac.compare_digest(given.strip(), (self._key or "").encode())
 
 
 def _name(host: str) -> str:

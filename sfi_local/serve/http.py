@@ -9,7 +9,7 @@ from typing import Any, AsyncIterator, Awaitable, Callable
 
 from starlette.responses import Response
 
-from sfi_local.serve.problems import Problem, as_object, problem_of
+from sfi_local.serve.problems import Problem, as_error_event, as_object, problem_of
 
 SEND_SECONDS = 120.0  # for one event to leave; a client that reads more slowly is dropped
 
@@ -30,13 +30,13 @@ class JsonResponse(Response):
         return dumps(content)
 
 
-def refusal(error: BaseException) -> JsonResponse:
-    """The response of an error; the log has what the client is not told."""
+def refusal(error: BaseException, path: str = "") -> JsonResponse:
+    """The response of an error, in the shape of a path's API; the log has what the client is not told."""
     problem = problem_of(error)
     if not isinstance(error, Problem) and problem.status >= 500:
         log.error("a request failed", exc_info=error)
     headers = {"retry-after": "2"} if problem.status in (429, 503) else {}
-    return JsonResponse(as_object(problem), problem.status, headers)
+    return JsonResponse((as_error_event if path.startswith("/v1/messages") else as_object)(problem), problem.status, headers)
 
 
 class Events(Response):

@@ -55,3 +55,14 @@ def problem_of(error: BaseException) -> Problem:
 def as_object(problem: Problem) -> dict[str, Any]:
     """OpenAI's error object."""
     return {"error": {"message": str(problem), "type": problem.kind, "param": problem.param, "code": problem.code}}
+
+
+# status: the type of Anthropic's error object
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+          503: "overloaded_error"}
+
+
+def as_error_event(problem: Problem) -> dict[str, Any]:
+    """Anthropic's error object."""
+    kind = _TYPES.get(problem.status, "invalid_request_error" if problem.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(problem)}}

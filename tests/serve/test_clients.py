@@ -1,4 +1,4 @@
-"""The official client, where it is installed."""
+"""The official clients, where they are installed."""
 
 import pytest
 
@@ -43,3 +43,20 @@ def test_errors_are_the_client_s_own(client):
         client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.BadRequestError):
         client.embeddings.create(model="tiny", input="x")
+
+
+def test_anthropic_s_client(served):
+    anthropic = pytest.importorskip("anthropic", reason="Anthropic's client is not installed: pip install anthropic")
+    messages = anthropic.Anthropic(base_url=served.url, api_key="k", max_retries=0).messages
+    ask = {"model": "tiny", "max_tokens": 40, "messages": [{"role": "user", "content": "Hello"}]}
+    assert messages.create(**ask).usage.output_tokens > 0 and messages.count_tokens(model="tiny", messages=ask["messages"]).input_tokens > 5
+    with messages.stream(**ask, extra_body={"seed": 1}) as stream:
+        text = "".join(stream.text_stream)
+    assert stream.get_final_message().content[0].text == text
+    tool = {"name": "look_up", "input_schema": TOOL["function"]["parameters"]}
+    called = messages.create(**{**ask, "max_tokens": 200}, tools=[tool], tool_choice={"type": "any"}, extra_body={"logit_bias": {"125": 6}})
+    assert called.stop_reason == "tool_use" and isinstance(called.content[-1].input["day"], int)
+    with pytest.raises(anthropic.NotFoundError, match="gpt-9"):
+        messages.create(**{**ask, "model": "gpt-9"})
+    with pytest.raises(anthropic.AuthenticationError):
+        anthropic.Anthropic(base_url=served.url, api_key="wrong").messages.create(**ask)

@@ -23,6 +23,14 @@ def test_without_the_key_nothing_is_told(locked, path, authorization):
     assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
 
 
+def test_a_key_may_come_as_anthropic_s_clients_send_it(locked):
+    assert locked.get("/v1/models", headers={"x-api-key": "s3cret"}).status_code == 200
+    assert locked.get("/v1/models", headers={"x-api-key": "s3cre"}).status_code == 401
+    assert locked.get("/v1/models", headers={"x-api-key": "s3cret", "authorization": "Bearer wrong"}).status_code == 401
+    error = locked.post("/v1/messages", headers={"x-api-key": "wrong"}).json()
+    assert error["type"] == "error" and error["error"]["type"] == "authentication_error"
+
+
 def test_with_the_key_any_host_is_answered(locked):
     headers = {"authorization": "bearer s3cret", "host": "box.example:8080"}
     assert locked.get("/v1/models", headers=headers).status_code == 200

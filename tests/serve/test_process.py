@@ -1,5 +1,7 @@
 """The command: its line, its health, its end."""
 
+import asyncio
+import errno
 import os
 import signal
 import socket
@@ -8,7 +10,10 @@ import time
 
 import pytest
 from support.command_line import sentence
-from support.serving import Served
+from support.serving import Served, client_of, make_server
+
+from sfi_local.serve import http
+from sfi_local.store import prefix_files
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -61,3 +66,58 @@ def test_a_head_that_does_not_come_is_not_waited_for(tiny, tmp_path):
         assert part
         read += part
     assert served.end(signal.SIGTERM)[0] == 0
+
+
+def test_a_client_that_reads_a_byte_at_a_time_harms_nobody(tiny, tmp_path):
+    served = Served(tmp_path, tiny, "--ctx", 4096, "--threads", 1)
+    served.until_ready()
+    slow, _ = served.stream(3000)
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    for _ in range(3):
+        assert slow.recv(1)
+        began = time.monotonic()
+        quick, read = served.stream(3)
+        while b"[DONE]" not in read:
+            read += quick.recv(4096)
+        assert time.monotonic() - began < 20
+        time.sleep(0.2)
+    code, err = served.end(signal.SIGTERM)
+    assert code == 0 and "Traceback" not in err, err
+
+
+def test_a_client_that_takes_nothing_is_left():
+    async def asked():
+        gone = []
+
+        async def events():
+            while True:
+                yield b"data: {}\n\n"
+
+        async def send(message):
+            if message.get("body"):
+                await asyncio.Event().wait()  # a buffer that stays full
+
+        async def receive():
+            await asyncio.Event().wait()
+        await http.Events(events(), lambda: gone.append(1))({}, receive, send)
+        return gone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "SEND_SECONDS", 0.2)
+        assert asyncio.run(asyncio.wait_for(asked(), 10)) == [1]
+
+
+def test_a_disk_that_is_full_costs_no_answer(tiny, tmp_path, monkeypatch):
+    def write(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setenv("SFI_LOCAL_CACHE", str(tmp_path))
+    monkeypatch.setenv("SFI_LOCAL_PREFIX_BUDGET", "1e9")
+    monkeypatch.setattr(prefix_files, "_write_all", write)
+    server = make_server(tiny, mode="sfi", n_ctx=2048)
+    client = client_of(server)
+    for i in range(3):
+        body = {"model": "tiny", "prompt": [65 + i] * 700, "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 3
+    notes = server.worker.model.unread_notes()
+    server.stop()
+    assert sum("is full" in note for note in notes) == 1
+    assert not list((tmp_path / "prefixes").rglob("*.part"))

@@ -23,7 +23,12 @@ RESPONSE = {"model": "tiny", "input": [{"type": "message", "role": "user", "cont
                                        {"type": "function_call_output", "call_id": "c", "output": "4"}],
             "instructions": "Be brief.", "max_output_tokens": 3, "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
             "tool_choice": "auto", "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"}, "stream": False, "metadata": {"a": "b"}}
-ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE, "/tokenize": {"content": "abc"},
+MESSAGE = {"model": "tiny", "max_tokens": 3, "system": [{"type": "text", "text": "Be brief."}], "stop_sequences": ["x"], "stream": False,
+           "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+                        {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]},
+                        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "4"}]}],
+           "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "auto"}, "thinking": {"type": "disabled"}}
+ROUTES = {"/v1/messages": MESSAGE, "/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE, "/tokenize": {"content": "abc"},
           "/detokenize": {"tokens": [65, 66]}, "/v1/embeddings": {"input": "x"}}
 ODD = [None, True, 0, -1, 1, 2**31, -2**63, 2**70, 1e308, -0.0, 0.5, "", "x", "0", "\0", "\ud800", "\u202e{{ 7*7 }}", "<|im_end|>", "é" * 300, [], [[]],
        [None], [[1], [2]], [259], {}, {"a": {"b": [1]}}, {"type": "text"}, {"$ref": "#"}, {"type": ["string", "null"]}, {"anyOf": []}]
@@ -62,7 +67,7 @@ def spoiled(rng, value):
 def test_nearly_right_requests_are_answered_or_refused(client, seed):
     rng, statuses = random.Random(seed), []
     for _ in range(60):
-        route = rng.choice([*ROUTES, *list(ROUTES)[:3] * 3])
+        route = rng.choice([*ROUTES, *list(ROUTES)[:4] * 3])
         body = spoiled(rng, ROUTES[route])
         for name in ("max_tokens", "max_output_tokens", "max_completion_tokens", "n"):
             if isinstance(body.get(name), int) and body[name] > 4 and body[name] < 2**31:

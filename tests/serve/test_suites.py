@@ -19,7 +19,7 @@ MODEL = "smollm2-135m"
 ENDING = {"34": 6, "125": 3, "259": 3}  # logit_bias: the tiny model's strings, objects and answers end soon
 
 
-@pytest.mark.parametrize("format, n_least", [("openai-chat", 8), ("open-responses", 12)])
+@pytest.mark.parametrize("format, n_least", [("openai-chat", 8), ("open-responses", 12), ("anthropic", 8)])
 def test_llm_comply(served, format, n_least):
     """What it skips is for models that think."""
     cli = pytest.importorskip("llm_comply.cli", reason="llm-comply is not installed: pip install llm-comply")
