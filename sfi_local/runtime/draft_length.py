@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate
-from operator import mul
 from typing import Sequence
 
 NGRAM, FAST = "ngram", "fast"  # what drafts: the text itself, see ngram.py; fast steps
@@ -13,7 +11,7 @@ MAX_DRAFTS = 32      # tokens of one span
 FIRST = 3            # drafts by fast steps of the first span, before anything is known
 FORGET = 0.9         # weight of what was known, at each new span
 LEAST_MS = 1e-6      # no step is faster
-HURDLE = 1.04        # times as fast as dense steps at least, for all of this is estimated
+HURDLE = 1.1         # times as fast as dense steps at least, for all of this is estimated
 PROBE_EVERY = 64     # dense steps after which what passes cost is forgotten, since it kept from drafting
 PROBE_SHARE = 0.005  # of the time of dense steps that may be lost by spans which only try whether fast steps pay by now
 SLOPE = 0.4          # dense steps that a token more of a pass is taken to cost before any pass
@@ -24,7 +22,7 @@ class Costs:
     """What steps cost on this machine at this depth.
 
     dense, fast: milliseconds, 0.0 before the first
-    passes: tokens of a pass -> milliseconds
+    passes: tokens of a pass, from short to long -> milliseconds
     """
 
     dense: float = 0.0
@@ -38,18 +36,20 @@ class Costs:
         self.fast = _least(self.fast, ms)
 
     def pass_took(self, n: int, ms: float) -> None:
+        new = n not in self.passes
         self.passes[n] = _least(self.passes.get(n, 0.0), ms)
+        if new:
+            self.passes = dict(sorted(self.passes.items()))
 
     def of_pass(self, n: int) -> float:
         """Dense steps that a pass over n tokens takes: between those that were seen in proportion."""
-        known = {m: ms / self.dense for m, ms in self.passes.items()} | {1: 1.0}
-        if n in known:
-            return known[n]
-        low, high = max(m for m in known if m < n), min((m for m in known if m > n), default=0)
-        if high:
-            return known[low] + (known[high] - known[low]) * (n - low) / (high - low)
-        slope = max(0.0, known[low] - 1) / (low - 1) if low > 1 else SLOPE
-        return known[low] + slope * (n - low)
+        low, below = 1, self.dense
+        for high, above in self.passes.items():  # from short to long
+            if high > n:
+                return (below + (above - below) * (n - low) / (high - low)) / self.dense
+            low, below = high, above
+        slope = max(0.0, below - self.dense) / (low - 1) if low > 1 else SLOPE * self.dense
+        return (below + slope * (n - low)) / self.dense
 
     @property
     def verify_cost(self) -> float | None:
@@ -93,26 +93,31 @@ class SpanLength:
         """
         if not self.costs.dense or room < 1:
             return "", 0
-        gain = lambda span: self.gain(span[0], span[1], odds)  # noqa: E731  # the key of max()
         if self.fixed is not None:
             fixed = [(FAST, min(fast * self.fixed, room)), (NGRAM, min(self.fixed, len(odds), room))]
-            return max((span for span in fixed if span[1]), key=gain, default=("", 0))
+            return max((span for span in fixed if span[1]), key=lambda span: self.gain(span[0], span[1], odds), default=("", 0))
         if self._n_dense >= PROBE_EVERY:
             self._n_dense = 0
             self.costs.forget_passes()
         if fast and self._probes:
             return FAST, min(FIRST, room)
-        spans = [(source, n) for source, most in ((NGRAM, len(odds)), (FAST, fast * MAX_DRAFTS)) for n in SIZES if n <= min(most, room)]
-        best = max(spans, key=gain, default=("", 0))
-        return best if best[1] and gain(best) > HURDLE else ("", 0)
+        best = max(self._gains(NGRAM, odds[:room]), self._gains(FAST, [self.acceptance] * min(room, fast * SIZES[-1])))
+        return (best[1], best[2]) if best[0] > HURDLE else ("", 0)
 
     def gain(self, source: str, n: int, odds: Sequence[float] = ()) -> float:
         """Expected tokens of a span, in the time of a dense step."""
-        return self._gain(source, n, odds[:n] if source == NGRAM else [self.acceptance] * n)
+        return self._gains(source, odds[:n] if source == NGRAM else [self.acceptance] * n, (n,))[0]
 
-    def _gain(self, source: str, n: int, odds: Sequence[float]) -> float:
-        tokens = 1 + sum(accumulate(odds, mul))
-        return tokens / (self._ms_drafts(source, n) / self.costs.dense + self.costs.of_pass(n + 1))
+    def _gains(self, source: str, odds: Sequence[float], sizes: Sequence[int] = SIZES) -> tuple[float, str, int]:
+        """The best gain of these many drafts, of which each is right by its odds if those before it are, the source and how many."""
+        best, tokens, right = (0.0, "", 0), 1.0, 1.0
+        step = (self.costs.fast or self.costs.dense / 2) / self.costs.dense if source == FAST else 0.0
+        for n, p in enumerate(odds, 1):
+            right *= p
+            tokens += right
+            if n in sizes:
+                best = max(best, (tokens / (n * step + self.costs.of_pass(n + 1)), source, n))
+        return best
 
     @property
     def acceptance(self) -> float:
@@ -122,7 +127,7 @@ class SpanLength:
     @property
     def _probes(self) -> bool:
         """Whether a short span of fast steps shall show if they pay: the first, and then where little enough was lost by that."""
-        return not self.costs.fast or self._lost < 0 and max(self._gain(FAST, n, [1.0] * n) for n in SIZES) > HURDLE
+        return not self.costs.fast or self._lost < 0 and self._gains(FAST, [1.0] * SIZES[-1])[0] > HURDLE
 
     def dense(self, ms: float) -> None:
         """A dense step was taken."""
@@ -139,6 +144,3 @@ class SpanLength:
             self.costs.fast_took(ms_drafts / n_drafted)
             self._lost = max(self._lost, (ms_drafts + ms_pass) / self.costs.dense - n_accepted - 1)
         self.costs.pass_took(n_known + 1 + n_drafted, ms_pass)
-
-    def _ms_drafts(self, source: str, n: int) -> float:
-        return n * (self.costs.fast or self.costs.dense / 2) if source == FAST else 0.0

@@ -21,6 +21,7 @@ LONG = 8          # tokens of a run from which on no other place is looked for, 
 NEAR = 24         # tokens from there in which it may go on
 PATIENCE = 32     # tokens after which that is given up
 TRUST = 4.0       # how many tokens what is thought before any was seen weighs
+UNLIKELY = 0.1    # probability that all drafts up to one are right below which no more are given
 FORGET = 0.96     # weight of what was seen, at each new token of its kind
 
 
@@ -74,10 +75,11 @@ class Ngrams:
         return drafts
 
     def odds(self, n: int) -> list[float]:
-        """Of each of these, the probability that it is right if those before it are."""
-        match, odds = self.match, list[float]()
-        while match and len(odds) < n:
+        """Of each of these, the probability that it is right if those before it are; not of those that will hardly be reached."""
+        match, odds, right = self.match, list[float](), 1.0
+        while match and len(odds) < n and right > UNLIKELY:
             odds.append(self._trust(match))
+            right *= odds[-1]
             match = match.on()
         return odds
 

@@ -12,7 +12,7 @@ from typing import Any
 from sfi_local.binding.context import logits
 
 STEPS = 16    # dense steps in a row that a batch computes again to see the difference of the logits
-FEW = 2       # of them that a batch computes again where nothing of the difference is known yet
+FEW = 1       # of them that a batch computes again where nothing of the difference is known yet
 SHORT = 7     # tokens that kernels compute as they compute one, if they do so for any batch at all
 MARGIN = 8.0  # times the largest difference seen: tokens closer than that, in logits, are a tie
 GROWTH = 20.0 # how much the difference was seen to grow over STEPS steps: taken where it was not looked at yet
