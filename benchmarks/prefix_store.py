@@ -1,4 +1,5 @@
-"""What the prefix store saves and costs: a first question about a text, a second one in a new process, storing, and reading.
+"""What the prefix store saves and costs: a first question about a text, a second one in a new process, storing, reading, and a context
+that grows.
 
 usage: prefix_store.py MODEL.gguf TEXT --tokens 6500 > DATE-MACHINE-MODEL-prefix-store.json
 
@@ -26,24 +27,29 @@ def main() -> None:
     parser.add_argument("model"), parser.add_argument("text")
     parser.add_argument("--tokens", type=int, default=6500), parser.add_argument("-n", type=int, default=100)
     parser.add_argument("--mode", default="auto"), parser.add_argument("-t", type=int, default=2)
+    parser.add_argument("--stock", action="store_true", help="also the first question by llama.cpp's own path")
+    parser.add_argument("--deepest", type=int, default=16384, help="cells of the largest context that grows")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(SFI_LOCAL_CACHE=folder, SFI_LOCAL_PREFIX_BUDGET="100e9", SFI_LOCAL_AUTO_DEPTH="0")  # nothing else is measured
+        stock = ask(args, QUESTIONS[0], "stock", "--no-cache") if args.stock else None
         first, *more = [ask(args, question) for question in QUESTIONS]
         again = [ask(args, question) for question in QUESTIONS[1:]]
         ttft = statistics.median(a["ttft_s"] for a in more)
         record = {"command": ["prefix_store.py", *(Path(word).name for word in sys.argv[1:])], "date": time.strftime("%Y-%m-%d"),
                   "machine": machine(), "source_id": first["source_id"],
                   "first": short(first), "second": [short(a) for a in more], "again": [short(a) for a in again],
-                  "first_over_second": round(first["ttft_s"] / ttft, 1), "parts": parts(args)}
+                  "first_over_second": round(first["ttft_s"] / ttft, 1), **(
+                      {"stock": short(stock), "stock_over_second": round(stock["ttft_s"] / ttft, 1)} if stock else {}), "parts": parts(args),
+                  "growth": growth(args)}
     print(json.dumps(record, indent=1))
 
 
-def ask(args: argparse.Namespace, question: str) -> dict:
+def ask(args: argparse.Namespace, question: str, mode: str = "", *more: str) -> dict:
     """The object of `run --json`, and the seconds of the whole process."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "sfi_local", "run", args.model, "-f", args.text, "--max-prompt-tokens", str(args.tokens), "-p",
-                           question, "-n", str(args.n), "--temp", "0", "--mode", args.mode, "-t", str(args.t), "--json"],
+                           question, "-n", str(args.n), "--temp", "0", "--mode", mode or args.mode, "-t", str(args.t), "--json", *more],
                           check=True, capture_output=True, text=True)
     return {**json.loads(done.stdout), "process_s": round(time.perf_counter() - start, 3)}
 
@@ -97,6 +103,31 @@ def parts(args: argparse.Namespace) -> dict:
             **{f"fetch_{what}_s": round(median(times), 4) for what, times in fetched.items()},
             **{f"read_{what}_s": round(median(times), 4) for what, times in read.items()},
             "fetch_cold_speed_over_read": round(median(read["cold"]) / median(fetched["cold"]), 3)}
+
+
+def growth(args: argparse.Namespace) -> list[dict]:
+    """Seconds until a context with as many tokens has twice the room, and the tokens that were computed for it; 3 times each. The cells are
+    repeated ones, so that none has to be computed for this."""
+    import sfi_local
+    from sfi_local.binding import state_fill
+
+    rows = []
+    with sfi_local.load(args.model, mode="dense", n_threads=args.t, n_ctx=2 * args.deepest, cache=False) as model:
+        for depth in (n for n in (4096, 8192, 16384, 32768) if n <= args.deepest):
+            times = []
+            for _ in range(3):
+                slot = model.new_slot()
+                slot.grow(depth)
+                slot.prefill([100] * 16)
+                state_fill.fill(slot.context.ctx, depth)
+                slot.tokens[:] = [100] * depth
+                start = time.perf_counter()
+                slot.grow(2 * depth)
+                times.append(round(time.perf_counter() - start, 3))
+                assert len(slot.tokens) == depth and slot.engine.stats().n_prefill == 0
+                slot.close()
+            rows.append({"n_tokens": depth, "s": sorted(times), "n_computed": 0})
+    return rows
 
 
 def timed(work, drop) -> float:

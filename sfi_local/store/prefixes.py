@@ -200,13 +200,14 @@ class Prefixes:
                 else:
                     file.seek(head.rows_size, os.SEEK_CUR)
                 state = read_part(file, bytearray(head.state_size), head.state_sum, self._checksum)
-                os.utime(found.path)
-                return done, state
-        except PermissionError:
-            return done, state  # the folder may be read and not written to
         except (Damaged, OSError) as error:
             self._drop(found.path, error)
             return done, bytearray()
+        try:
+            os.utime(found.path)  # it was used now
+        except OSError:
+            pass  # a folder that may be read and not written to
+        return done, state
 
     def _check_block(self, head: BlockHead, file: BinaryIO, name: str, parent: str, tokens: Sequence[int], size: int) -> None:
         if head.fingerprint != self.fingerprint or head.parent != parent or head.name != name or head.n != BLOCK or head.rows_size != size:

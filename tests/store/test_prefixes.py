@@ -1,11 +1,17 @@
 """The prefix store by itself: what was put in comes out bit for bit or not at all, whatever happens to its files."""
 
 import errno
+import json
 import os
 import random
+import re
+import signal
+import sys
 import threading
+import time
 import zlib
 from array import array
+from pathlib import Path
 
 import pytest
 from support.tiny_model import SEED
@@ -268,47 +274,164 @@ def test_what_is_kept_can_be_listed_checked_and_removed(open_store):
     assert prefixes.clear(store.root) > 0 and not store.root.exists()
 
 
-def changed(data, draw):
-    """The bytes with a flip, a cut, a swap, an insertion, or a number that is huge."""
-    data, kind = bytearray(data), draw.randrange(5)
-    at = draw.randrange(len(data)) if draw.random() < 0.5 else draw.randrange(min(len(data), 700))
-    if kind == 0:
-        data[at] ^= 1 << draw.randrange(8)
-    elif kind == 1:
+# ---- files that were changed ---------------------------------------------------------------------------------------------
+
+CORPUS = Path(__file__).with_name("prefix_corpus.jsonl")  # changes that once had an outcome of their own; SFI_FUZZ_ADD=1 adds to it
+
+
+def drawn(files, draw):
+    """A change: [which file, what is done to it, where, with what]."""
+    which = draw.randrange(len(files))
+    size = len(files[which])
+    at = draw.randrange(size) if draw.random() < 0.5 else draw.randrange(min(size, 700))
+    kind = draw.choice(("flip", "cut", "swap", "insert", "huge", "other"))
+    argument = {"flip": lambda: draw.randrange(8), "cut": lambda: 0, "swap": lambda: [draw.randrange(size), draw.randrange(1, 64)],
+                "insert": lambda: draw.randbytes(draw.randrange(1, 9)).hex(), "huge": lambda: draw.choice((1, 4, 8)),
+                "other": lambda: draw.randrange(len(files))}[kind]()
+    return [which, kind, at, argument]
+
+
+def changed(files, change):
+    which, kind, at, argument = change
+    data = bytearray(files[which])
+    at %= len(data)
+    if kind == "flip":
+        data[at] ^= 1 << argument
+    elif kind == "cut":
         del data[at:]
-    elif kind == 2:
-        n = draw.randrange(1, 64)
-        other = draw.randrange(len(data))
+    elif kind == "swap":
+        other, n = argument[0] % len(data), argument[1]
         data[at:at + n], data[other:other + n] = data[other:other + n], data[at:at + n]
-    elif kind == 3:
-        data[at:at] = draw.randbytes(draw.randrange(1, 9))
+    elif kind == "insert":
+        data[at:at] = bytes.fromhex(argument)
+    elif kind == "huge":
+        data[at:at + argument] = b"\xfe" * argument
     else:
-        data[at:at + 8] = (0xffffffffffffff00 + draw.randrange(256)).to_bytes(8, "little")
+        data = files[argument % len(files)]
     return bytes(data)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_no_change_of_a_file_makes_wrong_rows(open_store, seed, request):
-    """SFI_FUZZ_SECONDS runs it for longer: CI's hour, not a person's minute."""
-    import time
-
-    draw, until = random.Random(1000 * SEED + seed), time.monotonic() + float(os.environ.get("SFI_FUZZ_SECONDS", "16")) / 4
+@pytest.fixture
+def fuzzed(open_store):
+    """try_it(change) -> what came of it: (tokens that were given of two texts, the kind of sentence); asserts that every row is right"""
     one, other, (store, _) = text_of(600, 1), text_of(520, 2), open_store()
     put(store, one), put(store, other)
-    files = {path: path.read_bytes() for path in store.root.rglob("*") if path.is_file() and path.name != "lock"}
-    n = 0
-    while time.monotonic() < until:
-        path = draw.choice(list(files))
-        path.write_bytes(draw.choice(list(files.values())) if draw.random() < 0.1 else changed(files[path], draw))
+    paths = sorted((path for path in store.root.rglob("*") if path.is_file() and path.name != "lock"), key=lambda path: path.stat().st_mtime_ns)
+    files = [path.read_bytes() for path in paths]
+
+    def try_it(change, check_all=False):
+        paths[change[0]].write_bytes(changed(files, change))
         store, said = open_store()
-        for tokens in (one, other):
-            got(store, tokens)  # asserts on every row
+        outcome = [got(store, one)[0], got(store, other)[0]]
         assert len(said) <= 1
-        prefixes.verify(CHECKSUM, store.root), prefixes.rows(CHECKSUM, store.root)
-        for name, data in files.items():
-            name.write_bytes(data)
-        n += 1
-    assert n and got(open_store()[0], one) == (600, b"state")
+        if check_all:
+            prefixes.verify(CHECKSUM, store.root), prefixes.rows(CHECKSUM, store.root)
+        for path, data in zip(paths, files):
+            if check_all or path == paths[change[0]] or not path.exists():
+                path.write_bytes(data)
+        return *outcome, re.sub(r".*: (.*)\): .*", r"\1", said[0]) if said else ""
+    try_it.files = files
+    yield try_it
+    assert got(open_store()[0], one) == (600, b"state")
+
+
+def test_changes_that_once_mattered(fuzzed):
+    changes = [json.loads(line) for line in CORPUS.read_text().splitlines()]
+    assert len({fuzzed(change, check_all=True) for change in changes}) > 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_change_of_a_file_makes_wrong_rows(fuzzed, seed):
+    """A miss or a sentence, and never a wrong token. SFI_FUZZ_SECONDS runs it for longer, SFI_FUZZ_SEED elsewhere."""
+    draw = random.Random(1000 * SEED + seed + int(os.environ.get("SFI_FUZZ_SEED", "0")))
+    seen = {fuzzed(json.loads(line)) for line in CORPUS.read_text().splitlines()}
+    until, n = time.monotonic() + float(os.environ.get("SFI_FUZZ_SECONDS", "40")) / 4, 0
+    while time.monotonic() < until:
+        change, n = drawn(fuzzed.files, draw), n + 1
+        outcome = fuzzed(change, check_all=n % 50 == 0)
+        if outcome not in seen and os.environ.get("SFI_FUZZ_ADD"):
+            with open(CORPUS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(change) + "\n")
+        seen.add(outcome)
+    print(f"{n} changed files, {len(seen)} outcomes")
+    assert n
+
+
+# ---- what can happen to those who write ----------------------------------------------------------------------------------
+
+def writer(store, seed):
+    """What a process does that writes texts for ever."""
+    for i in range(10**6):
+        put(store, text_of(600, f"{seed} {i}"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_writers_that_are_killed_at_200_moments_leave_nothing_half(open_store):
+    store, draw, n_whole = open_store()[0], random.Random(SEED), 0
+    for i in range(200):
+        writers = [fork_of(writer, store, number) for number in ([i] if i % 4 else [i, -i])]
+        time.sleep(draw.random() * 0.02)
+        for process in writers:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        good, bad = prefixes.verify(CHECKSUM, store.root)
+        assert bad == []
+        n_whole += good
+    store, said = open_store()
+    assert n_whole and put(store, text_of(600)) and got(store, text_of(600)) == (600, b"state") and not said
+    assert not list(store.root.rglob(".*.part"))
+
+
+def fork_of(work, *arguments):
+    process = os.fork()
+    if process:
+        return process
+    try:
+        work(*arguments)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of a process")
+@pytest.mark.parametrize("limit", [0, 100, 1000, 3000, 5000])
+def test_a_disk_that_takes_no_more_is_one_sentence(open_store, limit):
+    import resource
+
+    def work():
+        store, said = open_store()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        assert put(store, text_of(900)) is None and put(store, text_of(900)) is None
+        assert len(said) == 1 and "cannot be written (File too large)" in said[0]
+        assert not list(store.root.rglob(".*.part"))
+        os._exit(0)
+    assert os.waitpid(fork_of(work), 0)[1] == 0
+    assert len(put(open_store()[0], text_of(900))) == 3 and got(open_store()[0], text_of(900))[0] == 900
+
+
+def test_a_store_that_may_only_be_read_is_read(open_store, monkeypatch):
+    put(open_store()[0], text_of(600))
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(prefixes, "write", refuse)
+    store, said = open_store()
+    assert got(store, text_of(600)) == (600, b"state") and not said
+    assert put(store, text_of(600, 1)) is None and put(store, text_of(600, 2)) is None
+    assert len(said) == 1 and "Read-only file system" in said[0]
+
+
+@pytest.mark.parametrize("jump", [0, 1, 4e9, -1e6])
+def test_a_clock_that_jumps_changes_no_more_than_the_order(open_store, monkeypatch, jump):
+    monkeypatch.setenv("SFI_LOCAL_PREFIX_BUDGET", "30000")
+    store, said = open_store()
+    for seed in range(6):
+        put(store, text_of(600, seed))
+        for path in store.root.rglob("*"):
+            if path.is_file():
+                os.utime(path, (jump, jump))
+    assert prefixes.size_of(store.root) <= 30000 and not said
+    assert got(store, text_of(600, 5)) == (600, b"state") and len(prefixes.rows(CHECKSUM, store.root)) >= 1
 
 
 def test_common_is_the_length_of_the_common_beginning():
