@@ -13,7 +13,7 @@ enum ggml_sfi_op ggml_get_sfi_op(const struct ggml_tensor * node) {
 const char * ggml_sfi_op_desc(const struct ggml_tensor * node) {
     static const char * names[] = {
         "SPARSE_ATTN", "SUPPORT_EVIDENCE", "SUPPORT_SELECT", "SUPPORT_STABILITY", "SKETCH_ENCODE", "SKETCH_SCAN",
-        "BLOCK_MUL_MAT",
+        "BLOCK_MUL_MAT", "FEW_MUL_MAT",
     };
     return node->op == GGML_OP_SFI ? names[ggml_get_sfi_op(node)] : ggml_op_desc(node);
 }
@@ -271,25 +271,14 @@ struct ggml_tensor * ggml_support_stability(
     return result;
 }
 
-bool ggml_can_block_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x) {
-    switch (w->type) {
-        case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q4_K:
-        case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K: break;
-        default: return false;
-    }
-    return x->type == GGML_TYPE_F32 && ggml_is_matrix(w) && ggml_is_matrix(x) && has_rows(w) && has_rows(x) && x->ne[0] == w->ne[0]
-        && w->ne[1] % 32 == 0;
+static bool can_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x) {
+    return x->type == GGML_TYPE_F32 && ggml_is_matrix(w) && ggml_is_matrix(x) && has_rows(w) && has_rows(x) && x->ne[0] == w->ne[0];
 }
 
-struct ggml_tensor * ggml_block_mul_mat(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * w,
-        struct ggml_tensor  * x) {
-    GGML_ASSERT(ggml_can_block_mul_mat(w, x));
-
+static struct ggml_tensor * new_mul_mat(struct ggml_context * ctx, enum ggml_sfi_op op, struct ggml_tensor * w, struct ggml_tensor * x) {
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, w->ne[1], x->ne[1]);
 
-    const struct sfi_block_mul_mat_params params = { GGML_SFI_OP_BLOCK_MUL_MAT };
+    const struct sfi_mul_mat_params params = { op };
     ggml_set_op_params(result, &params, sizeof(params));
 
     result->op     = GGML_OP_SFI;
@@ -297,4 +286,38 @@ struct ggml_tensor * ggml_block_mul_mat(
     result->src[1] = x;
 
     return result;
+}
+
+bool ggml_can_block_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x) {
+    switch (w->type) {
+        case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K: break;
+        default: return false;
+    }
+    return can_mul_mat(w, x) && w->ne[1] % 32 == 0;
+}
+
+struct ggml_tensor * ggml_block_mul_mat(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * w,
+        struct ggml_tensor  * x) {
+    GGML_ASSERT(ggml_can_block_mul_mat(w, x));
+    return new_mul_mat(ctx, GGML_SFI_OP_BLOCK_MUL_MAT, w, x);
+}
+
+bool ggml_can_few_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x) {
+    switch (w->type) {
+        case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q6_K: case GGML_TYPE_Q8_0: break;
+        default: return false;
+    }
+    return can_mul_mat(w, x);
+}
+
+struct ggml_tensor * ggml_few_mul_mat(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * w,
+        struct ggml_tensor  * x) {
+    GGML_ASSERT(ggml_can_few_mul_mat(w, x));
+    return new_mul_mat(ctx, GGML_SFI_OP_FEW_MUL_MAT, w, x);
 }

@@ -25,6 +25,7 @@ enum ggml_sfi_op {
     GGML_SFI_OP_SKETCH_ENCODE,
     GGML_SFI_OP_SKETCH_SCAN,
     GGML_SFI_OP_BLOCK_MUL_MAT,
+    GGML_SFI_OP_FEW_MUL_MAT,
 
     GGML_SFI_OP_COUNT,
 };
@@ -290,6 +291,18 @@ GGML_API struct ggml_tensor * ggml_block_mul_mat(
         struct ggml_tensor  * w,
         struct ggml_tensor  * x);
 GGML_API bool ggml_can_block_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x);
+
+// The same product with the activations of a few tokens, on a CPU with AVX2: the result of each token is bit for bit that of
+// ggml_mul_mat() for it alone (a NaN may be another NaN). Weights are unpacked once for all tokens.
+//
+//   w       *   [n_in, n_out]       // Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q6_K or Q8_0, as they lie in a file
+//   x       F32 [n_in, n_tokens]
+//   result  F32 [n_out, n_tokens]
+GGML_API struct ggml_tensor * ggml_few_mul_mat(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * w,
+        struct ggml_tensor  * x);
+GGML_API bool ggml_can_few_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x);
 
 #ifdef  __cplusplus
 }

@@ -41,7 +41,7 @@ struct sfi_scan_params {
     float   scale, softcap, second_look;
 };
 
-struct sfi_block_mul_mat_params {
+struct sfi_mul_mat_params {
     int32_t op;
 };
 

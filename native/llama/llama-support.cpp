@@ -768,10 +768,14 @@ static bool is_ours(const ggml_tensor * w) {
 ggml_tensor * llama_support_build_mul_mat(const llm_graph_context & g, ggml_tensor * w, ggml_tensor * x) {
     const bool has_policy = g.prec_policy && g.prec_policy->prec_src1.count(w) > 0;
     const bool cpu_alone  = ggml_backend_sched_get_n_backends(g.sched) == 1; // a GPU takes such products even where weights are not on it
-    if (x->ne[1] >= min_unpack && cpu_alone && !has_policy && ggml_can_block_mul_mat(w, x) && is_ours(w)) {
+    if (x->ne[1] > 1 && cpu_alone && !has_policy && is_ours(w)) {
         const llama_support_input * inp = input_of(g);
-        if (inp && inp->built.kind == LLAMA_SUPPORT_PREFILL) {
+        const bool is_long = inp && inp->built.kind == LLAMA_SUPPORT_PREFILL && x->ne[1] >= min_unpack;
+        if (is_long && ggml_can_block_mul_mat(w, x)) {
             return ggml_block_mul_mat(g.ctx0, w, x);
+        }
+        if (inp && !is_long && ggml_can_few_mul_mat(w, x)) { // what a token has does not depend on how many it shares a pass with
+            return ggml_few_mul_mat(g.ctx0, w, x);
         }
     }
     return ggml_mul_mat(g.ctx0, w, x);

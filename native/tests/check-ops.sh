@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 what=${1:?neon or asan}
 tree=$PWD/build/ops/llama.cpp
 build=$PWD/build/ops/$what
-ops='SPARSE_ATTN,SUPPORT_.*,SKETCH_.*,BLOCK_.*'
+ops='SPARSE_ATTN,SUPPORT_.*,SKETCH_.*,BLOCK_.*,FEW_.*'
 
 python3 patches/patchset.py apply "$tree"
 

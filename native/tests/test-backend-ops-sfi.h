@@ -1184,6 +1184,17 @@ struct test_block_mul_mat : public test_sfi {
     }
 };
 
+// FEW_MUL_MAT
+struct test_few_mul_mat : public test_block_mul_mat {
+    using test_block_mul_mat::test_block_mul_mat;
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        w = ggml_new_tensor_2d(ctx, type_W, n_in, n_out);
+        x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_in, nb);
+        return result(ggml_few_mul_mat(ctx, w, x));
+    }
+};
+
 static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & test_cases) {
     const ggml_type F32 = GGML_TYPE_F32, F16 = GGML_TYPE_F16, BF16 = GGML_TYPE_BF16, Q8_0 = GGML_TYPE_Q8_0, Q4_0 = GGML_TYPE_Q4_0;
 
@@ -1193,6 +1204,16 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
     }
     for (int64_t nb : { 1, 3, 4, 5 }) {
         test_cases.emplace_back(new test_block_mul_mat(GGML_TYPE_Q4_1, 544, 32, nb));
+    }
+
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_K, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q6_K, GGML_TYPE_Q8_0 }) {
+        for (int64_t nb : { 1, 2, 7, 8, 31 }) {
+            test_cases.emplace_back(new test_few_mul_mat(type, 768, 41, nb));
+        }
+        test_cases.emplace_back(new test_few_mul_mat(type, 4096, 3, 33));
+    }
+    for (int64_t n_in : { 32, 96, 288, 576 }) {
+        test_cases.emplace_back(new test_few_mul_mat(GGML_TYPE_Q4_1, n_in, 17, 5));
     }
 
     // sparse_attn: lengths, head sizes and types, groups, tokens and streams, tail and sinks and softcap

@@ -140,7 +140,8 @@ def test_a_verified_batch_has_the_logits_and_cells_of_dense_steps(opened, n, kin
         assert np.array_equal(kv(batch), kv(dense))
 
 
-def test_on_a_real_model_a_batch_equals_dense_steps_bit_for_bit(native, open_context, smollm2):
+@pytest.mark.parametrize("n", [2, 5, 8, 16, 33])
+def test_on_a_real_model_a_batch_equals_dense_steps_bit_for_bit(native, open_context, smollm2, n):
     """Its quantised matrices and our attention give each token of a batch what they give it alone."""
     from support.contexts import load_weights
 
@@ -150,7 +151,7 @@ def test_on_a_real_model_a_batch_equals_dense_steps_bit_for_bit(native, open_con
         dense, batch = (open_context(weights, SfiParams(n_selected=64), n_threads=2) for _ in "ab")
         for context in (dense, batch):
             context.prefill(list(range(1000, 1200)))
-        tokens = list(range(2000, 2009))
+        tokens = list(range(2000, 2000 + n))
         logits = dense.steps(tokens, "dense")
         batch.steps(tokens[:-1], "fast")
         batch.engine.verify(tokens, len(tokens) - 1, refresh=False)

@@ -88,6 +88,7 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn_set_visible": (None, [T, T]),
     "ggml_sparse_attn_set_blocks": (None, [T]),
     "ggml_block_mul_mat": (T, [c_void_p, T, T]),
+    "ggml_few_mul_mat": (T, [c_void_p, T, T]),
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
     "ggml_support_select": (T, [c_void_p, T, T, T, T, c_int32, POINTER(Selector)]),
     "ggml_support_stability": (T, [c_void_p, T, T, T, T, T]),
@@ -267,6 +268,9 @@ class Graph:
 
     def block_mul_mat(self, w, x):
         return self.lib.ggml_block_mul_mat(self.ctx, w, x)
+
+    def few_mul_mat(self, w, x):
+        return self.lib.ggml_few_mul_mat(self.ctx, w, x)
 
     def flash_attn(self, q, k, v, mask=None, sinks=None, scale=1.0, logit_softcap=0.0):
         out = self.lib.ggml_flash_attn_ext(self.ctx, q, k, v, mask, scale, 0.0, logit_softcap)

@@ -19,6 +19,7 @@ const operation & operation_of(const ggml_tensor * dst) {
         { sfi::sketch_encode, sfi::sketch_encode_work_size, sfi::sketch_encode_supported },
         { sfi::sketch_scan,   sfi::sketch_scan_work_size,   sfi::sketch_scan_supported   },
         { sfi::block_mul_mat, sfi::block_mul_mat_work_size, sfi::block_mul_mat_supported },
+        { sfi::few_mul_mat,   sfi::few_mul_mat_work_size,   sfi::few_mul_mat_supported   },
     };
     return all[ggml_get_sfi_op(dst)];
 }

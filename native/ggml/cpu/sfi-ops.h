@@ -38,4 +38,8 @@ void   block_mul_mat          (const ggml_compute_params * params, ggml_tensor *
 size_t block_mul_mat_work_size(const ggml_tensor * dst, int n_threads);
 bool   block_mul_mat_supported(const ggml_tensor * dst);
 
+void   few_mul_mat          (const ggml_compute_params * params, ggml_tensor * dst);
+size_t few_mul_mat_work_size(const ggml_tensor * dst, int n_threads);
+bool   few_mul_mat_supported(const ggml_tensor * dst);
+
 } // namespace sfi
