@@ -308,7 +308,7 @@ struct ggml_tensor * ggml_block_mul_mat(
 bool ggml_can_few_mul_mat(const struct ggml_tensor * w, const struct ggml_tensor * x) {
     switch (w->type) {
         case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q4_K:
-        case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q6_K: case GGML_TYPE_Q8_0: break;
+        case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K: case GGML_TYPE_Q8_0: break;
         default: return false;
     }
     return can_mul_mat(w, x);

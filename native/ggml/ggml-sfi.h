@@ -295,7 +295,7 @@ GGML_API bool ggml_can_block_mul_mat(const struct ggml_tensor * w, const struct 
 // The same product with the activations of a few tokens, on a CPU with AVX2: the result of each token is bit for bit that of
 // ggml_mul_mat() for it alone (a NaN may be another NaN). Weights are unpacked once for all tokens.
 //
-//   w       *   [n_in, n_out]       // Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q6_K or Q8_0, as they lie in a file
+//   w       *   [n_in, n_out]       // Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K or Q8_0, as they lie in a file
 //   x       F32 [n_in, n_tokens]
 //   result  F32 [n_out, n_tokens]
 GGML_API struct ggml_tensor * ggml_few_mul_mat(

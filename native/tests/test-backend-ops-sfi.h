@@ -1206,7 +1206,8 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
         test_cases.emplace_back(new test_block_mul_mat(GGML_TYPE_Q4_1, 544, 32, nb));
     }
 
-    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_K, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q6_K, GGML_TYPE_Q8_0 }) {
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_K, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
+                             GGML_TYPE_Q8_0 }) {
         for (int64_t nb : { 1, 2, 7, 8, 31 }) {
             test_cases.emplace_back(new test_few_mul_mat(type, 768, 41, nb));
         }

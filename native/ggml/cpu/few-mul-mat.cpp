@@ -39,6 +39,15 @@ float half(ggml_half x) { return GGML_CPU_FP16_TO_FP32(x); }
 
 __m256i load(const void * p) { return _mm256_loadu_si256((const __m256i *) p); }
 
+// Upstream leaves it to the compiler whether this is rounded once or twice, and so do we.
+__m256 multiply_add(__m256 a, __m256 b, __m256 c) {
+#if defined(__GNUC__)
+    return a*b + c;
+#else
+    return _mm256_add_ps(_mm256_mul_ps(a, b), c);
+#endif
+}
+
 // ---- what pass 2 reads ------------------------------------------------------------------------------------------------
 //
 // A unit has n_values of a row. Of every unit all tokens follow each other.
@@ -86,18 +95,16 @@ void unpack_scales(const uint8_t * packed, __m128i & scale, __m128i & min) {
     min   = _mm_cvtepu8_epi16(_mm_set_epi32(0, 0, min_4,   s[1] & 0x3f3f3f3f));
 }
 
-void spread(__m128i scales, __m256i * scale) { // a pair for each 64 codes, in every lane
-    const __m256i both = _mm256_broadcastsi128_si256(scales);
-    scale[0] = _mm256_shuffle_epi32(both, 0x00);
-    scale[1] = _mm256_shuffle_epi32(both, 0x55);
-    scale[2] = _mm256_shuffle_epi32(both, 0xAA);
-    scale[3] = _mm256_shuffle_epi32(both, 0xFF);
+void spread(__m256i scales, __m256i * scale) { // a pair for each 64 codes, in every lane
+    scale[0] = _mm256_shuffle_epi32(scales, 0x00);
+    scale[1] = _mm256_shuffle_epi32(scales, 0x55);
+    scale[2] = _mm256_shuffle_epi32(scales, 0xAA);
+    scale[3] = _mm256_shuffle_epi32(scales, 0xFF);
 }
 
 struct q4_K {
     using block = block_q4_K;
-    static constexpr int  n_sums = 8;
-    static constexpr bool has_min = true;
+    static constexpr int n_sums = 8, n_minima = 4;
 
     static void codes(const block & x, unpacked & w) {
         const __m256i mask = _mm256_set1_epi8(15);
@@ -123,27 +130,63 @@ struct q4_K {
             }
         }
     }
+};
 
-    static void add(const block & x, int64_t n_tokens, const int8_t * x_codes, const int16_t * x_sums, const float * x_scale,
-                    const float * scale, float * lanes, float * minima) {
-        __m128i scales, mins;
-        unpack_scales(x.scales, scales, mins);
-        add_minima(x, mins, n_tokens, x_sums, x_scale, minima);
-        unpacked w;
-        codes(x, w);
-        spread(scales, w.scale);
-        for (int64_t t = 0; t < n_tokens; ++t, x_codes += unit) {
-            const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(four_sums(w, 0, x_codes), four_sums(w, 1, x_codes)),
-                                                 _mm256_add_epi32(four_sums(w, 2, x_codes), four_sums(w, 3, x_codes)));
-            _mm256_store_ps(lanes + 8*t, _mm256_fmadd_ps(_mm256_set1_ps(scale[t]), _mm256_cvtepi32_ps(sum), _mm256_load_ps(lanes + 8*t)));
+struct q5_K {
+    using block = block_q5_K;
+    static constexpr int n_sums = 8, n_minima = 1;
+
+    template <int bit> static __m256i fifth(__m256i high) { // 16 where a byte has the bit
+        return _mm256_and_si256(_mm256_set1_epi8(16), bit < 4 ? _mm256_slli_epi16(high, bit < 4 ? 4 - bit : 0) : _mm256_srli_epi16(high, bit < 4 ? 0 : bit - 4));
+    }
+
+    template <int i> static void codes(const block & x, __m256i high, unpacked & w) {
+        const __m256i q = load(x.qs + 32*i), mask = _mm256_set1_epi8(15);
+        interleave(_mm256_or_si256(_mm256_and_si256(q, mask), fifth<2*i>(high)),
+                   _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(q, 4), mask), fifth<2*i + 1>(high)), w.first[i], w.second[i]);
+    }
+
+    static void codes(const block & x, unpacked & w) {
+        const __m256i high = load(x.qh);
+        codes<0>(x, high, w);
+        codes<1>(x, high, w);
+        codes<2>(x, high, w);
+        codes<3>(x, high, w);
+    }
+
+    // one sum, as upstream has it
+    static void add_minima(const block & x, __m128i min, int64_t n_tokens, const int16_t * x_sums, const float * x_scale, float * out) {
+        const __m256i mins = _mm256_broadcastsi128_si256(min), in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256  d = _mm256_set1_ps(-half(x.dmin));
+        for (int64_t t = 0; t < n_tokens; t += 8) {
+            const auto two = [&](int i) { return _mm256_madd_epi16(mins, load(x_sums + 8*(t + i))); };
+            const __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(two(0), two(2)), _mm256_hadd_epi32(two(4), two(6)));
+            const __m256  y   = _mm256_cvtepi32_ps(_mm256_permutevar8x32_epi32(sum, in_order));
+            _mm256_store_ps(out + t, multiply_add(_mm256_mul_ps(d, _mm256_load_ps(x_scale + t)), y, _mm256_load_ps(out + t)));
         }
     }
 };
 
+// of a type with minima
+template <class Type>
+void add_256(const typename Type::block & x, int64_t n_tokens, const int8_t * x_codes, const int16_t * x_sums, const float * x_scale,
+             const float * scale, float * lanes, float * minima) {
+    __m128i scales, mins;
+    unpack_scales(x.scales, scales, mins);
+    Type::add_minima(x, mins, n_tokens, x_sums, x_scale, minima);
+    unpacked w;
+    Type::codes(x, w);
+    spread(_mm256_broadcastsi128_si256(scales), w.scale);
+    for (int64_t t = 0; t < n_tokens; ++t, x_codes += unit) {
+        const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(four_sums(w, 0, x_codes), four_sums(w, 1, x_codes)),
+                                             _mm256_add_epi32(four_sums(w, 2, x_codes), four_sums(w, 3, x_codes)));
+        _mm256_store_ps(lanes + 8*t, _mm256_fmadd_ps(_mm256_set1_ps(scale[t]), _mm256_cvtepi32_ps(sum), _mm256_load_ps(lanes + 8*t)));
+    }
+}
+
 struct q6_K {
     using block = block_q6_K;
-    static constexpr int  n_sums = 16;
-    static constexpr bool has_min = false;
+    static constexpr int n_sums = 16, n_minima = 0;
 
     static void codes(const block & x, unpacked & w) {
         const __m256i four = _mm256_set1_epi8(15), two = _mm256_set1_epi8(48);
@@ -158,8 +201,7 @@ struct q6_K {
         }
     }
 
-    static void add(const block & x, int64_t n_tokens, const int8_t * x_codes, const int16_t * x_sums, const float *,
-                    const float * scale, float * lanes, float *) {
+    static void add(const block & x, int64_t n_tokens, const int8_t * x_codes, const int16_t * x_sums, const float * scale, float * lanes) {
         const __m128i scales = _mm_loadu_si128((const __m128i *) x.scales);
         // a code stands for 32 less
         const __m256i less = _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_slli_epi16(_mm256_cvtepi8_epi16(scales), 5));
@@ -167,10 +209,7 @@ struct q6_K {
         codes(x, w);
         // lanes 0..3 have the first scale of a run, 4..7 the second
         const __m256i of_lanes = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
-        w.scale[0] = _mm256_shuffle_epi32(of_lanes, 0x00);
-        w.scale[1] = _mm256_shuffle_epi32(of_lanes, 0x55);
-        w.scale[2] = _mm256_shuffle_epi32(of_lanes, 0xAA);
-        w.scale[3] = _mm256_shuffle_epi32(of_lanes, 0xFF);
+        spread(of_lanes, w.scale);
         for (int64_t t = 0; t < n_tokens; ++t, x_codes += unit) {
             __m256i sum = _mm256_madd_epi16(less, load(x_sums + 16*t));
             sum = _mm256_add_epi32(_mm256_add_epi32(sum, four_sums(w, 0, x_codes)), four_sums(w, 1, x_codes));
@@ -186,7 +225,7 @@ template <class Type> struct k_quant {
     static constexpr int  n_values   = QK_K; // of a block
     static constexpr int  n_sums     = Type::n_sums;
     static constexpr int  n_scales   = 1;
-    static constexpr int  n_minima   = Type::has_min ? 4 : 0; // sums of a token
+    static constexpr int  n_minima   = Type::n_minima; // sums of a token
     static constexpr bool has_offset = false;
 
     static void round(const float * x, const activations & to, int64_t unit, int, int64_t n_padded, int64_t, int64_t t, int8_t * codes) {
@@ -209,7 +248,12 @@ template <class Type> struct k_quant {
                     float * scale, float * lanes, float * minima) {
         const float * x_scale = x.scale + unit*n_padded;
         combine(half(w->d), x_scale, n_padded, scale);
-        Type::add(*w, n_tokens, codes, x.sums + unit*n_padded*n_sums, x_scale, scale, lanes, minima);
+        const int16_t * sums = x.sums + unit*n_padded*n_sums;
+        if constexpr (n_minima > 0) {
+            add_256<Type>(*w, n_tokens, codes, sums, x_scale, scale, lanes, minima);
+        } else {
+            Type::add(*w, n_tokens, codes, sums, scale, lanes);
+        }
     }
 };
 
@@ -256,15 +300,6 @@ struct q5_1 {
     static constexpr bool is_signed = false;
     static __m256i codes(const block & x) { return _mm256_or_si256(low_and_high(x.qs), fifth_bits(x.qh)); }
 };
-
-// Upstream leaves it to the compiler whether this is rounded once or twice, and so do we.
-__m256 multiply_add(__m256 a, __m256 b, __m256 c) {
-#if defined(__GNUC__)
-    return a*b + c;
-#else
-    return _mm256_add_ps(_mm256_mul_ps(a, b), c);
-#endif
-}
 
 template <class Type> struct small_blocks {
     using block = typename Type::block;
@@ -498,6 +533,7 @@ kernel_functions kernel_for(ggml_type type) {
         case GGML_TYPE_Q5_1: return functions_of<small_blocks<q5_1>>();
         case GGML_TYPE_Q8_0: return functions_of<small_blocks<q8_0>>();
         case GGML_TYPE_Q4_K: return functions_of<k_quant<q4_K>>();
+        case GGML_TYPE_Q5_K: return functions_of<k_quant<q5_K>>();
         case GGML_TYPE_Q6_K: return functions_of<k_quant<q6_K>>();
         default:             return { nullptr, nullptr };
     }
