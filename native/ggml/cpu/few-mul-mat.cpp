@@ -6,7 +6,7 @@
 // there, and what concerns a row alone (its codes, scales, minima) is unpacked once for all tokens.
 //
 // The unit of work is a group of rows and all tokens. A part of each row passes by while the tokens' activations of that part stay
-// in the nearest cache; sums of rows and tokens wait in memory between the parts.
+// in a near cache; sums of rows and tokens wait in memory between the parts.
 //
 //   pass 1  round the activations as upstream does, and lay them out in the order of pass 2 (threads share them)
 //   pass 2  unpack a unit of a row into registers, add its products to the sums of every token
@@ -30,7 +30,7 @@ using sfi::avx2;
 
 constexpr int64_t line = 64;
 constexpr int     unit = 256;             // most values that a row has in registers
-constexpr int64_t part_bytes = 16 << 10;  // of activations that stay in the nearest cache
+constexpr int64_t part_bytes = 32 << 10;  // of activations: longer runs of a row count more than the nearest cache
 constexpr int64_t sum_bytes  = 12 << 10;  // of sums
 
 int64_t pad(int64_t n, int64_t to) { return (n + to - 1)/to*to; }
