@@ -94,9 +94,9 @@ def edit(model: Any, text: str, args: argparse.Namespace) -> tuple[list[int], li
 
 
 def measure(model: Any, session: SwitchSession, prompt: list[int], answer: list[int], args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One round: dense, then exact."""
+    """One round: both modes, each first in every other round."""
     found, tokens = {}, {}
-    for mode in ("dense", "exact"):
+    for mode in ("dense", "exact") if seed % 2 == 0 else ("exact", "dense"):
         session.cut_back(mode)
         sampler = Replay(answer) if args.replay else Sampling(temp=0.8 if args.task == "prose" else 0, seed=seed).chain()
         tally, loop, n = Tally(), generate_exact if mode == "exact" else generate, len(answer) if args.replay else args.n

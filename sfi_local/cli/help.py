@@ -64,7 +64,7 @@ def knobs() -> str:
         "--set FIELD=VALUE[,FIELD=VALUE]: parameters of slow-fast decoding, on run, view, bench, eval, inspect and calibrate.",
         "Defaults are those of policy sketch; others that differ are named.", "",
         *_table(SfiParams, kinds(SfiParams), _default_of_parameter),
-        *_entry("draft", "as many as pay", "mode exact, run and view: tokens drafted per span", "tokens"),
+        *_entry("draft", "as many as pay", "mode exact, run and view: tokens drafted per span at most, by the text itself or by fast steps", "tokens"),
         *_entry("auto_depth=0 in mode auto", "measured", "the depth is measured once per model, or is that of SFI_LOCAL_AUTO_DEPTH", "cells")])
 
 
