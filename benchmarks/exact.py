@@ -95,7 +95,7 @@ def edit(model: Any, text: str, args: argparse.Namespace) -> tuple[list[int], li
 
 def measure(model: Any, session: SwitchSession, prompt: list[int], answer: list[int], args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One round: both modes, each first in every other round."""
-    found, tokens = {}, {}
+    found, tokens, drafted = {}, {}, Tally()
     for mode in ("dense", "exact") if seed % 2 == 0 else ("exact", "dense"):
         session.cut_back(mode)
         sampler = Replay(answer) if args.replay else Sampling(temp=0.8 if args.task == "prose" else 0, seed=seed).chain()
@@ -106,6 +106,8 @@ def measure(model: Any, session: SwitchSession, prompt: list[int], answer: list[
             start = start or time.perf_counter()  # the first comes with the prompt
         seconds, tokens[mode] = time.perf_counter() - start, tally.tokens
         found[mode] = {"tps": (len(tally.tokens) - 1) / seconds, "n": len(tally.tokens)}
+        drafted = tally if mode == "exact" else drafted
+    tally = drafted
     found["exact"].update(steps=dict(tally.steps), ngram=tally.drafted("ngram"), fast=tally.drafted("fast"), n_passes=len(tally.spans),
                           accepted=tally.n_accepted / max(1, tally.n_drafted), n_ties=tally.n_ties, noise=session.noise.largest,
                           first_difference=first_difference(tokens["exact"], tokens["dense"]))
