@@ -293,3 +293,12 @@ def test_help_needs_no_library():
     assert subprocess.run([sys.executable, "-c", code], env=cli_env()).returncode == 0
     for name in ("bench", "make-model"):
         assert subprocess.run(cli_command(name, "--help"), env=cli_env(), capture_output=True).returncode == 0
+
+
+def test_the_wait_of_a_mode_is_that_of_the_product(tiny):
+    """A first question in a new process, another one in it, a third in the next: each was read from where it says, or no wait is shown."""
+    rows = bench.measure(request(tiny, depths=(0, 600), modes=("dense",), wait=True, reps=1, n=8))
+    assert [row["answer_s"] for row in rows if row["depth"] == 0] == [None]
+    (row,) = (row for row in rows if row["depth"])
+    assert row["prefill_tps"] > 0 and 0 < row["ttft_memory_s"] < row["ttft_cold_s"] < row["answer_s"] and row["ttft_disk_s"] > 0
+    assert "answer s" in bench_report.table(rows) and "answer s" not in bench_report.table(rows[:1])

@@ -12,8 +12,10 @@ import click
 from sfi_local.cli.options import COUNT, depth_list, force_option, gpu_option, name_list, quality_option, set_options, take_params, threads_option
 from sfi_local.cli.progress import Runs
 from sfi_local.cli.window import width_of
+from sfi_local.errors import UsageError
 from sfi_local.lab import checks
 from sfi_local.lab.bench import report as bench_report
+from sfi_local.lab.bench import wait
 from sfi_local.lab.bench.session import PIECE, BenchSession, Decoded
 from sfi_local.lab.checks import compare
 from sfi_local.lab.facts import DEFAULT_TEXT, check_depth, facts, fetch, measured_text, params_facts, params_with_quality, read_bandwidth, text_tokens
@@ -49,6 +51,7 @@ MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in 
               help="How the cache gets to its depth: a real prefill, or a short one whose cells are repeated.")
 @click.option("--slow-every", type=COUNT, metavar="N",
               help="Every Nth step is slow, the first included, instead of the schedule.")
+@click.option("--wait", is_flag=True, help="Also what one waits for: the prompt, the first token of three questions, 300 tokens.")
 @set_options()
 @quality_option
 @click.option("-o", "--output", "output", type=click.Choice(list(FORMATS)), default="table", show_default=True)
@@ -69,13 +72,17 @@ def command(**options: Any) -> None:
     give the tokens of dense steps.
 
     ceiling is tokens/s of stock at depth 0 over tokens/s of stock at that depth: what a step can gain at most when
-    attention costs nothing. A ! marks rows during which other programs took more than a tenth of the CPUs' time. In a window
+    attention costs nothing. --wait adds what a person waits for, each mode loaded as `run` would load it, in processes of their own: tokens/s
+    of the prompt, seconds to the first token of a first question, of another in the same process and of a third in a new one, and to
+    the end of an answer of 300 tokens. A ! marks rows during which other programs took more than a tenth of the CPUs' time. In a window
     too narrow for all columns the least telling ones are left out; -o md, json and csv have all. GB/s counts weights and the
     K and V that were read once per step; KV GB/s, for stock and dense, is K and V over the time that a step takes beyond one of stock at depth 0.
     """
     asked = take_params(options)
     output, plot = options.pop("output"), options.pop("plot")
     request = BenchPlan(**options, params=asked.asked_params, asked=asked)
+    if request.wait and (request.random_tokens or request.fill == "state"):
+        raise UsageError("--wait asks about a text: leave out --random and --fill state.")
 
     if plot:
         check_plot(plot)
@@ -102,6 +109,7 @@ class BenchPlan:
     slow_every: int | None
     verbose: bool
     params: SfiParams
+    wait: bool = False
     asked: Settings | None = None
     gpu_layers: int | None = None
     force: bool = False
@@ -168,8 +176,18 @@ def measure_kv_type(request: BenchPlan, model: Any, kv_type: str, tokens: list[i
                     check_kinds(turns[mode][-1], mode, depth, request, greedy)
                     bar.advance()
             measured.append((depth, turns, checks))
-    return [row(mode, depth, turns, measured, checks, {**facts, **params_facts(params_of(mode, request))}, kv_type, session)
+    rows = [row(mode, depth, turns, measured, checks, {**facts, **params_facts(params_of(mode, request))}, kv_type, session)
             for depth, turns, checks in measured for mode in turns]
+    return [{**r, **wait_of(r, request, model, bar)} for r in rows]
+
+
+def wait_of(row: dict[str, Any], request: BenchPlan, model: Any, bar: Any) -> dict[str, Any]:
+    """The wait of a row's mode at its depth, where it was asked for and a command has the mode; see wait.measure."""
+    if not request.wait or not row["depth"] or row["mode"] == "frozen":
+        return wait.NONE
+    bar.say(f"{row['kv_type']} @ {row['depth']}: {row['mode']}, the wait")
+    return wait.measure(model.path, row["mode"], row["kv_type"], row["depth"], measured_text(request.text)[0], model.n_threads,
+                        params_of(row["mode"], request))
 
 
 # ---- what is decoded -------------------------------------------------------------------------------------------------

@@ -16,6 +16,11 @@ COLUMNS: Columns = {
     "ms step": ("ms_step", number(2)), "KV read": ("kv_read_share", percent), "x stock": ("ratio_to_stock", times),
     "x dense": ("ratio_to_dense", times), "ceiling": ("ceiling", times), "GB/s": ("gbps", number(1)), "KV GB/s": ("kv_gbps", number(1)),
 }
+# where --wait was given
+WAIT: Columns = {
+    "prompt/s": ("prefill_tps", number(1)), "first s": ("ttft_cold_s", number(2)), "memory s": ("ttft_memory_s", number(2)),
+    "disk s": ("ttft_disk_s", number(2)), "answer s": ("answer_s", number(1)),
+}
 # left out of a window one after another until it is wide enough
 LEAST_TELLING = ("KV GB/s", "GB/s", "ms slow", "ms fast", "ms step", "x dense", "KV read", "slow/fast", "ceiling", "spread")
 
@@ -24,9 +29,13 @@ def show(output: str, rows: Rows, width: int | None = None) -> str:
     """The rows in one of tables.FORMATS. width: columns of the window that a table is for; None: it has any width"""
     marked = [{**row, "busy": is_busy(row)} for row in rows]
     if output == "table" and width:
-        columns = tables.narrowed(marked, COLUMNS, LEAST_TELLING, width)
+        columns = tables.narrowed(marked, columns_of(rows), LEAST_TELLING, width)
         return tables.table(marked, columns, [line for sentence in context(rows) for line in wrap(sentence, width)])
-    return tables.FORMATS[output](rows if output in ("json", "csv") else marked, COLUMNS, context(rows))
+    return tables.FORMATS[output](rows if output in ("json", "csv") else marked, columns_of(rows), context(rows))
+
+
+def columns_of(rows: Rows) -> Columns:
+    return {**COLUMNS, **WAIT} if any(row.get("answer_s") for row in rows) else COLUMNS
 
 
 table, markdown, as_json, as_csv = (partial(show, output) for output in ("table", "md", "json", "csv"))
