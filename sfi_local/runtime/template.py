@@ -433,7 +433,7 @@ def fit_document(document: Head, build: Callable[[str], list[int]], tokenize: Ca
     n_rest = len(build(""))
     if n_rest >= limit:
         raise refuse(str(n_rest))
-    n = limit - n_rest
+    n = max(0, limit - max(n_rest, _beside(document.head(_SAMPLE)[:_SAMPLE], build, tokenize)))
     text, tokens = beginning(document, tokenize, n, may_cut)
     is_all = is_whole(document, text)
     whole = build(text) if is_all and len(tokens) <= n + _BORDER else None
@@ -469,6 +469,12 @@ def is_whole(document: Head, text: str) -> bool:
     return document.whole and len(text) == len(document.head(len(text) + 1))
 
 
+def _beside(text: str, build: Callable[[str], list[int]], tokenize: Callable[[str], list[int]]) -> int:
+    """Tokens of a prompt beside those of a text in it: told by a short one, so that a long one seldom has to be tokenised twice."""
+    return len(build(text)) - len(tokenize(text))
+
+
+_SAMPLE = 200  # characters
 _BORDER = 8  # tokens that a text may have less in its place than by itself
 
 

@@ -246,6 +246,13 @@ def test_no_more_of_a_document_is_read_than_is_taken():
     assert len(text) == 500 and n_read < 20_000
 
 
+def test_a_long_document_is_built_once():
+    built = []
+    tokens = fit_document(Document("word " * 10_000), lambda head: built.append(len(head)) or list(f"<{head}>{'+' if head else ''}?"), list,
+                          "".join, 4000, lambda n: InputError(f"{n} tokens"), True)
+    assert len(tokens) == 4000 and sum(n > 1000 for n in built) == 1
+
+
 def test_a_document_whose_tokens_grow_in_its_place_still_fits():
     document = Document("abc" * 100)
     tokens = fit_document(document, lambda head: list(head + head[:20]), list, "".join, 50, InputError, True)
