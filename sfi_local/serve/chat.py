@@ -96,7 +96,7 @@ class Shape:
         return out
 
     def _chunk(self, i: int, delta: dict[str, Any], finish: str | None, logprobs: Any = None, ours: Any = None) -> bytes:
-        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        choice = {"index": i, "delta": delta, **({"logprobs": logprobs} if logprobs else {}), "finish_reason": finish}
         return event({**self.fields, "choices": [choice], **({"sfi": ours} if ours else {})})
 
     @staticmethod

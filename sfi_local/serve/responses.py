@@ -18,8 +18,8 @@ _SAME = {"model": "model", "temperature": "temperature", "top_p": "top_p", "max_
          "top_logprobs": "top_logprobs", "timeout": "timeout", "stream": "stream"}
 # fields that a response repeats, and what they are where nothing was said
 _REPEATED = {"instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
-             "presence_penalty": 0.0, "frequency_penalty": 0.0, "prompt_cache_key": None, "safety_identifier": None, "service_tier": "default",
-             "temperature": 1.0, "top_p": 1.0, "top_logprobs": 0, "truncation": "disabled", "user": None}
+             "presence_penalty": 0.0, "frequency_penalty": 0.0, "prompt_cache_key": "", "safety_identifier": "", "service_tier": "default",
+             "temperature": 1.0, "top_p": 1.0, "top_logprobs": 0, "truncation": "disabled"}
 
 
 class Item(BaseModel):
