@@ -1,12 +1,12 @@
 """Measure `sfi-local serve` with SmolLM2 as docs/measured.md tells it: against generate() in this process, from memory, and many at once.
 
-    python benchmarks/serve.py [--rows one,first,four,many] [--server URL] [--model NAME] > serve.json
+    python benchmarks/serve.py [--rows one,first,four,many,follow] [--llama-server PATH] > serve.json
 
 one:   tokens/s of one stream over HTTP, and of generate() in this process, in turns
 first: seconds to the first token where 8k tokens are in memory, over HTTP and in this process
 four:  sum of tokens/s of four streams at depth 6k against one
 many:  64 clients, 2,000 requests, half of them cancelled at random: statuses, and the memory before and after
-follow: seconds of an 8k prompt and three follow-ups of 100 tokens; --server URL asks another server, such as llama-server
+follow: seconds of an 8k prompt and three follow-ups of 100 tokens, and with --llama-server those of llama.cpp's own server, by its program's path
 Texts are Python's own documentation. A row is JSON on stdout; what it is doing goes to stderr.
 """
 
@@ -17,6 +17,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import time
 from pydoc_data.topics import topics
 
 from sfi_local import Sampling, load
+from sfi_local.catalogue import find
 
 TEXT = "\n\n".join(topics.values())
 MODEL = "smollm2-135m"
@@ -32,17 +34,20 @@ ENDLESS = {0: -100.0, 2: -100.0}  # the tokens that end an answer
 
 
 class Server:
-    """`sfi-local serve`, or another one that is there already."""
+    """`sfi-local serve` with options, or another program that serves at the address."""
 
-    def __init__(self, url: str | None, *options: object):
-        self.process = None
-        if url is None:
-            command = [sys.executable, "-m", "sfi_local", "serve", MODEL, "--port", "0", "--quiet", *map(str, options)]
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            url = self.process.stdout.readline().split()[0]
-        self.host = url.removeprefix("http://")
-        while self.request("GET", "/health")[0] != 200:
+    def __init__(self, *options: object, program: list[str] | None = None, address: str = ""):
+        command = program or [sys.executable, "-m", "sfi_local", "serve", MODEL, "--port", "0", "--quiet", *map(str, options)]
+        self.process = subprocess.Popen(command, stdout=None if program else subprocess.PIPE, text=True)
+        self.host = address or self.process.stdout.readline().split()[0].removeprefix("http://")
+        while not self.is_ready():
             time.sleep(0.1)
+
+    def is_ready(self) -> bool:
+        try:
+            return self.request("GET", "/health")[0] == 200
+        except ConnectionError:
+            return False
 
     def connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.host, timeout=1800)
@@ -69,9 +74,8 @@ class Server:
         return float(next(line for line in self.request("GET", "/metrics")[1].decode().splitlines() if line.startswith("sfi_memory_bytes ")).split()[1])
 
     def end(self) -> None:
-        if self.process:
-            self.process.terminate()
-            self.process.wait(60)
+        self.process.terminate()
+        self.process.wait(60)
 
 
 def tps(times: list[float]) -> float:
@@ -88,10 +92,10 @@ def own_tokens(n: int, start: int = 0) -> list[int]:
         return model.tokenize(TEXT[start:start + 8 * n])[:n]
 
 
-def one(url: str | None) -> dict:
+def one() -> dict:
     """In turns: one is measured while the other waits."""
     prompt, n = own_tokens(2000), 200
-    server = Server(url, "--mode", "sfi", "--ctx", 4096, "--parallel", 1)
+    server = Server("--mode", "sfi", "--ctx", 4096, "--parallel", 1)
     ours, over_http = [], []
     with load(MODEL, mode="sfi", n_ctx=4096) as model:
         sampling = Sampling(temp=0, logit_bias=ENDLESS)
@@ -109,9 +113,9 @@ def one(url: str | None) -> dict:
     return {"row": "one", "depth": 2000, "in_process_tps": a, "http_tps": b, "ratio": b / a, "in_process": ours, "http": over_http}
 
 
-def first(url: str | None) -> dict:
+def first() -> dict:
     prompt = own_tokens(8000)
-    server = Server(url, "--mode", "sfi", "--ctx", 8192, "--parallel", 1)
+    server = Server("--mode", "sfi", "--ctx", 8192, "--parallel", 1)
     ours, over_http = [], []
     with load(MODEL, mode="sfi", n_ctx=8192) as model:
         for i in range(8):
@@ -130,9 +134,9 @@ def first(url: str | None) -> dict:
     return {"row": "first", "depth": 8000, "in_process_s": a, "http_s": b, "ratio": b / a}
 
 
-def four(url: str | None) -> dict:
+def four() -> dict:
     prompts = [own_tokens(6000, 40_000 * i) for i in range(4)]
-    server = Server(url, "--mode", "sfi", "--ctx", 8192, "--parallel", 4)
+    server = Server("--mode", "sfi", "--ctx", 8192, "--parallel", 4)
     for i, prompt in enumerate(prompts):
         server.stream(prompt, 2)
         tell(f"four: prompt {i} is read")
@@ -149,8 +153,8 @@ def four(url: str | None) -> dict:
             "slowest_of_mean": min(rates) / statistics.mean(rates)}
 
 
-def many(url: str | None, n_clients: int = 64, n_requests: int = 2000, seconds: float = 600) -> dict:
-    server = Server(url, "--mode", "sfi", "--ctx", 2048, "--parallel", 4)
+def many(n_clients: int = 64, n_requests: int = 2000, seconds: float = 600) -> dict:
+    server = Server("--mode", "sfi", "--ctx", 2048, "--parallel", 4)
     counts: dict[str, int] = {}
     lock, left, until = threading.Lock(), iter(range(n_requests)), time.monotonic() + seconds
     memories = []
@@ -202,10 +206,21 @@ def many(url: str | None, n_clients: int = 64, n_requests: int = 2000, seconds: 
             "memory_mb": [m / 1e6 for m in memories], "health": status}
 
 
-def follow(url: str | None) -> dict:
-    prompt = TEXT[:33_000]
-    server = Server(url, "--ctx", 10_240, "--parallel", 1, "--no-cache")
-    times = []
+def follow(llama_server: str | None = None) -> dict:
+    server = Server("--ctx", 10_240, "--parallel", 1, "--no-cache")
+    found = {"row": "follow", "depth": 8000, "seconds": followed(server)}
+    if llama_server:
+        address = f"127.0.0.1:{free_port()}"
+        program = [llama_server, "-m", str(find(MODEL).path), "-c", "10240", "-np", "1", "-t", str(os.cpu_count()), "--port", address.split(":")[1],
+                   "--log-disable"]
+        found["llama_server_seconds"] = followed(Server(program=program, address=address))
+        found["times_sooner"] = sum(found["llama_server_seconds"]) / sum(found["seconds"])
+    return found
+
+
+def followed(server: Server) -> list[float]:
+    """Seconds of each of four answers, every one to all that was said before; the server ends."""
+    prompt, times = TEXT[:33_000], []
     for question in ("", "\nAnd then?", "\nWhy?", "\nWhat else?"):
         prompt += question
         start = time.perf_counter()
@@ -214,19 +229,25 @@ def follow(url: str | None) -> dict:
         prompt += text
         tell(f"follow: {times[-1]:.1f} s")
     server.end()
-    return {"row": "follow", "server": url or "sfi-local", "seconds": times, "sum": sum(times), "follow_ups": sum(times[1:])}
+    return times
 
 
-ROWS = {"one": one, "first": first, "four": four, "many": many, "follow": follow}
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return one.getsockname()[1]
+
+
+ROWS = {"one": one, "first": first, "four": four, "many": many}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="one,first,four,many")
-    parser.add_argument("--server", help="the URL of a server that is there already")
+    parser.add_argument("--llama-server", help="path of the program, for the row follow")
     asked = parser.parse_args()
     for name in asked.rows.split(","):
-        print(json.dumps({**ROWS[name](asked.server), "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count()}), flush=True)
+        row = follow(asked.llama_server) if name == "follow" else ROWS[name]()
+        print(json.dumps({**row, "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count()}), flush=True)
 
 
 if __name__ == "__main__":

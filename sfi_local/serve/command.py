@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -48,6 +49,7 @@ MAX_CONNECTIONS = 512
 @set_options()
 @model_options
 @click.option("--quiet", is_flag=True, help="No access log.")
+@click.option("--rpc", hidden=True)
 def command(**options: Any) -> None:
     """Serve MODEL over HTTP: a name from `sfi-local models`, hf:USER/REPO:QUANT, or a path.
 
@@ -59,6 +61,9 @@ def command(**options: Any) -> None:
     A page for chats is at the URL that is printed, the OpenAI API below it at /v1, and /health, /metrics, /slots. What is asked is never
     logged. Ctrl-C lets answers end.
     """
+    if options.pop("rpc") is not None:
+        raise UsageError("Layers are not spread over machines (--rpc): ggml's RPC backend cannot tell whether the other side has the operations "
+                         "of fast steps. Run a server on each machine, see docs/serve.md.")
     key = options.pop("api_key") or os.environ.get("SFI_LOCAL_API_KEY") or None
     check_exposed(options["host"], key)
     settings = take_settings(options)
@@ -89,6 +94,7 @@ def serve(options: dict[str, Any], settings: ModelSettings, key: str | None, add
     with Progress("fetching", "bytes") as fetching:
         path = resolve_noted(options["model"], fetching)
     log_to_stderr(not options["quiet"])
+    share_arenas()
 
     def load(metrics: Metrics) -> Worker:
         model = load_as(path, settings, options["verbose"])
@@ -175,6 +181,13 @@ def log_to_stderr(access: bool) -> None:
     """Warnings of all, and a line per request."""
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("sfi_local.access").setLevel(logging.INFO if access else logging.WARNING)
+
+
+def share_arenas() -> None:
+    """Let all threads allocate from two arenas: glibc makes eight a core, and each keeps what was once used. Where there is no glibc, nothing."""
+    M_ARENA_MAX = -8
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def resident_bytes() -> float:

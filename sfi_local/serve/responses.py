@@ -133,6 +133,12 @@ class ResponsesRequest(BaseModel):
         raise Problem(f"An input item of type {item.type[:100]!r} cannot be read here.", param="input")
 
 
+def _usage(answer: Answering) -> dict[str, Any]:
+    usage = answer.usage
+    return {"input_tokens": usage.n_prompt, "output_tokens": usage.n_drawn, "total_tokens": usage.n_prompt + usage.n_drawn,
+            "input_tokens_details": {"cached_tokens": usage.n_cached}, "output_tokens_details": {"reasoning_tokens": answer.n_thought}}
+
+
 class ResponseShape:
     """One response, whole or as events. asked: the request; given: its JSON"""
 
@@ -158,6 +164,7 @@ class ResponseShape:
 
     async def stream(self, answer: Answering, ended: Ended) -> AsyncIterator[bytes]:
         """Server-sent events; the last one is that of its end."""
+        self._fields["usage"] = _usage(answer)  # so far
         for name in ("response.created", "response.in_progress"):
             yield self._event(name, response=self._response("in_progress"))
         try:
@@ -174,12 +181,9 @@ class ResponseShape:
         return {**self._fields, "status": status, "output": list(self._items)}
 
     def _final(self, answer: Answering) -> dict[str, Any]:
-        usage, cut = answer.usage, answer.finish == "length"
+        cut = answer.finish == "length"
         return {**self._response("incomplete" if cut else "completed"), "completed_at": int(time.time()),
-                "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "sfi": ours(usage),
-                "usage": {"input_tokens": usage.n_prompt, "output_tokens": usage.n_drawn, "total_tokens": usage.n_prompt + usage.n_drawn,
-                          "input_tokens_details": {"cached_tokens": usage.n_cached},
-                          "output_tokens_details": {"reasoning_tokens": answer.n_thought}}}
+                "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "sfi": ours(answer.usage), "usage": _usage(answer)}
 
     async def _events(self, answer: Answering, ended: Ended) -> AsyncIterator[bytes]:
         text = ""

@@ -42,6 +42,10 @@ def test_another_address_needs_a_key(tiny, cli):
     assert "--api-key" in sentence(cli("serve", tiny, "--host", "0.0.0.0", "--port", 0), code=2)
 
 
+def test_layers_on_another_machine_are_refused_with_the_reason(tiny, cli):
+    assert "RPC backend" in sentence(cli("serve", tiny, "--rpc", "127.0.0.1:50052"), code=2)
+
+
 def test_a_model_that_cannot_be_loaded_is_a_sentence(tmp_path, cli):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + os.urandom(100))
@@ -121,3 +125,26 @@ def test_a_disk_that_is_full_costs_no_answer(tiny, tmp_path, monkeypatch):
     server.stop()
     assert sum("is full" in note for note in notes) == 1
     assert not list((tmp_path / "prefixes").rglob("*.part"))
+
+
+def test_two_servers_share_a_store_and_one_takes_over_when_the_other_is_drained(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SFI_LOCAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SFI_LOCAL_PREFIX_BUDGET", "1e9")
+    first, second = (Served(tmp_path, tiny, "--ctx", 4096, "--threads", 1) for _ in range(2))
+    for one in (first, second):
+        one.until_ready()
+    prompt = [65 + (i * i) % 50 for i in range(1500)]
+    assert first.post("/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 2})["sfi"]["cached_from"] is None
+    running, read = first.stream(500)
+    first.process.send_signal(signal.SIGTERM)
+    with pytest.raises(OSError):  # urllib's errors are some
+        while True:
+            first.get("/v1/models")
+            time.sleep(0.05)
+    answer = second.post("/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 2})
+    assert answer["sfi"]["cached_from"] == "disk" and answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 1000
+    while b"[DONE]" not in read:
+        part = running.recv(4096)
+        assert part
+        read += part
+    assert first.process.wait(60) == 0 and second.end(signal.SIGTERM)[0] == 0

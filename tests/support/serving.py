@@ -48,6 +48,11 @@ class Served:
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
+    def post(self, path, body):
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
     def until_ready(self):
         until = time.monotonic() + 60
         while self.get("/health")[1]["status"] != "ready":
