@@ -33,6 +33,9 @@ def description():
     whole = yaml.load((files(specs) / FILE).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     whole["paths"] = {route: {method: what for method, what in whole["paths"][route].items() if method in ("get", "post")} for route in ROUTES}
     whole["paths"]["/chat/completions"].pop("get")  # a list of stored ones, of which there are none
+    for name in ("CreateChatCompletionStreamResponse", "CreateCompletionResponse"):  # its own examples have null until the last event
+        fields = whole["components"]["schemas"][name]["properties"]["choices"]["items"]["properties"]
+        fields["finish_reason"] = {"anyOf": [fields["finish_reason"], {"type": "null"}]}
     return json.loads(json.dumps(whole, default=str))
 
 
