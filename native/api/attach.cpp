@@ -4,7 +4,7 @@
 
 #include "llama-kv-cache-iswa.h"
 #include "llama-path.h"
-#include "llama-portable.h"
+#include "portable.h"
 
 #include <utility>
 
@@ -20,7 +20,7 @@ void forget_graphs(llama_context & lctx) {
 void destroy(const sfi * s) {
     if (const auto support = s->support.lock()) {
         llama_synchronize(s->lctx);
-        support->get_kv()->support.reset();
+        support->get_kv().support.reset();
         unwatch_cancel(*s);
     }
     delete s;
@@ -74,28 +74,28 @@ static int check_cache(const llama_kv_cache * kv) {
 }
 
 // Says what a layer's device lacks, and what does without.
-static int lacks_operations(const llama_support & support, const llama_model & model, int32_t il, const llama_support_params & p) {
-    ggml_backend_dev_t dev = llama_path_device(support.get_kv()->get_k_storage(il)->buffer);
+static int lacks_operations(const llama_support & support, int32_t il, const llama_support_params & p) {
+    ggml_backend_dev_t dev = llama_path_device(support.get_kv().get_k_storage(il)->buffer);
     const std::string & lacks = support.layer(il).lacks;
     const std::string what = lacks.empty() ? "" : " (" + lacks + ")";
     llama_support_params frozen = p;
     frozen.policy = LLAMA_SUPPORT_FROZEN;
     frozen.selector.kind = GGML_SUPPORT_SELECTOR_TOPK;
     const char * remedy = "use the context without sfi";
-    if (!llama_portable_has(p) && support.path_of(model, il, frozen) != LLAMA_PATH_NONE) {
+    if (!llama_portable_has(p) && support.path_of(il, frozen) != LLAMA_PATH_NONE) {
         remedy = "use policy frozen with selector topk, which works there";
-    } else if (support.has_path_with_f16(model, il)) {
+    } else if (support.has_path_with_f16(il)) {
         remedy = "use f16 for K and V (type_k, type_v), which works there";
-    } else if (const int64_t n = support.most_cells(model, il)) {
+    } else if (const int64_t n = support.most_cells(il)) {
         return fail(SFI_ERR_BACKEND, "Layer %d lives on %s, whose operations%s cannot have a sequence of %u cells: make the context of %lld "
                 "cells or less for each sequence.", il, dev ? ggml_backend_dev_name(dev) : "a device without a name", what.c_str(),
-                support.get_kv()->get_size(), (long long) n);
+                support.get_kv().get_size(), (long long) n);
     }
     return fail(SFI_ERR_BACKEND, "Layer %d lives on %s, which lacks operations%s that these parameters need: %s, or keep the model on the "
             "CPU (n_gpu_layers = 0).", il, dev ? ggml_backend_dev_name(dev) : "a device without a name", what.c_str(), remedy);
 }
 
-static int check_layers(const llama_support & support, const llama_model & model, const llama_support_params & p) {
+static int check_layers(const llama_support & support, const llama_support_params & p) {
     const auto & layers = support.get_layers();
     bool any = false;
     for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
@@ -104,7 +104,7 @@ static int check_layers(const llama_support & support, const llama_model & model
         }
         any = true;
         if (support.layer(il).path == LLAMA_PATH_NONE) {
-            return lacks_operations(support, model, il, p);
+            return lacks_operations(support, il, p);
         }
     }
     if (!any) {
@@ -142,7 +142,7 @@ static int install(sfi & s, llama_kv_cache * kv, const sfi_settings & settings) 
     const auto & model = s.lctx->get_model();
     const auto   sp    = support_params(settings);
     auto support = std::make_shared<llama_support>(kv, s.kv_swa, model, sp);
-    if (const int err = check_layers(*support, model, sp)) {
+    if (const int err = check_layers(*support, sp)) {
         return err;
     }
     if (settings.params.boundary && s.tokens.empty()) {
@@ -216,6 +216,6 @@ int sfi_set_params(struct sfi * s, const struct sfi_params * params) {
         if (const int err = read_settings(params, settings)) {
             return err;
         }
-        return install(*s, support.get_kv(), settings);
+        return install(*s, &support.get_kv(), settings);
     });
 }

@@ -82,7 +82,7 @@ int sfi_exact(struct sfi * s, llama_seq_id seq, llama_token token, int32_t n_dra
     int32_t room = 0;
     const int err = guarded(s, [&](llama_support & support) {
         const auto facts = support.facts(seq);
-        room    = (int32_t) support.get_kv()->get_size() - facts.depth - 1; // the token itself takes a cell
+        room    = (int32_t) support.get_kv().get_size() - facts.depth - 1; // the token itself takes a cell
         refresh = refreshes(s->settings.params.policy) && 2*facts.span >= s->settings.params.max_span; // before the window is full
         if (kind == SFI_STEP_FAST && support.has_portable()) {
             kind = SFI_STEP_DENSE; // whose batches round otherwise

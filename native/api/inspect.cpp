@@ -71,14 +71,14 @@ int sfi_get_layer(const struct sfi * s, int32_t il, struct sfi_layer * layer) {
             return err;
         }
         const auto & hparams = s->lctx->get_model().hparams;
-        const llama_kv_cache * kv = support.get_kv();
+        const llama_kv_cache & kv = support.get_kv();
         sfi_layer out = {};
         out.sparse        = support.is_sparse(il);
         out.n_head        = hparams.n_head(il);
         out.n_head_kv     = hparams.n_head_kv(il);
         out.n_embd_head_k = hparams.n_embd_head_k(il);
         out.n_embd_head_v = hparams.n_embd_head_v(il);
-        out.kv_cell_bytes = ggml_row_size(kv->type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv->type_v(), hparams.n_embd_v_gqa(il));
+        out.kv_cell_bytes = ggml_row_size(kv.type_k(), hparams.n_embd_k_gqa(il)) + ggml_row_size(kv.type_v(), hparams.n_embd_v_gqa(il));
         out.why           = support.layer(il).why.c_str();
         out.path          = public_path(support.layer(il).path);
         give(layer, out);
@@ -96,7 +96,7 @@ static int check_head(const sfi * s, const llama_support & support, llama_seq_id
     if (const int err = check_range("head_kv", head_kv, 0, (int32_t) s->lctx->get_model().hparams.n_head_kv(il) - 1)) {
         return err;
     }
-    if (!support.is_sparse(il) || !support.layer(il).selected) {
+    if (!support.is_sparse(il) || !support.layer(il).policy->has_selected()) {
         return fail(SFI_ERR_NO_SUPPORT, "Layer %d selects nothing: it %s.", il,
                 support.is_sparse(il) ? "keeps sink and recent cells only (policy window)" : support.layer(il).why.c_str());
     }
@@ -112,8 +112,8 @@ int sfi_get_selected(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t
             return err;
         }
         llama_synchronize(s->lctx);
-        const auto list = support.read_selected(seq, il, head_kv);
-        const auto & kv_cells = support.get_kv()->get_cells(seq);
+        const auto list = support.layer(il).policy->selected(seq, il, head_kv);
+        const auto & kv_cells = support.get_kv().get_cells(seq);
         for (int32_t i = 0; i < std::min<int32_t>(n_max, (int32_t) list.size()); ++i) {
             if (cells) {
                 cells[i] = list[i];
@@ -139,10 +139,10 @@ int sfi_get_stability(const struct sfi * s, llama_seq_id seq, int32_t il, int32_
                     "is stable or not.");
         }
         llama_synchronize(s->lctx);
-        const auto x = support.read_stability(seq, il, head_kv);
+        const auto x = support.layer(il).policy->stability(seq, il, head_kv);
         const bool first = support.n_refresh(seq) == 1;
         sfi_stability out = {};
-        out.n_selected = (int32_t) support.read_selected(seq, il, head_kv).size();
+        out.n_selected = (int32_t) support.layer(il).policy->selected(seq, il, head_kv).size();
         out.evidence   = x[0];
         out.mass       = x[0] > 0.0f ? x[1]/x[0] : 1.0f;
         out.mass_prev  = first ? NAN : x[0] > 0.0f ? x[2]/x[0] : 1.0f;
@@ -167,13 +167,13 @@ int sfi_get_tail(const struct sfi * s, llama_seq_id seq, int32_t il, int32_t hea
         if (const int err = check_range("head", head, 0, (int32_t) hparams.n_head(il) - 1)) {
             return err;
         }
-        if (!layer.mass || !support.scanned(seq)) {
+        std::array<float, 2> mass_and_error;
+        if (!layer.policy || !layer.policy->tail(seq, il, head, mass_and_error)) {
             return fail(SFI_ERR_NO_SUPPORT, "Layer %d has no tail: only a fast step of policy sketch leaves one, when there are cells beyond the window.", il);
         }
-        const int32_t n_head_kv = hparams.n_head_kv(il), group = hparams.n_head(il)/n_head_kv;
         sfi_tail out = {};
-        out.mass        = support.tail_mass(seq, il, head);
-        out.logit_error = layer.logit_error[seq*n_head_kv + head/group];
+        out.mass        = mass_and_error[0];
+        out.logit_error = mass_and_error[1];
         give(tail, out);
         return (int) SFI_OK;
     });

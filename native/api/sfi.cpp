@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <set>
 
 // ---- identity, log -------------------------------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ int busy(const sfi * s) {
 }
 
 int check_seq(const llama_support & support, llama_seq_id seq) {
-    const uint32_t n = support.get_kv()->get_n_stream();
+    const uint32_t n = support.get_kv().get_n_stream();
     if (seq < 0 || (uint32_t) seq >= n) {
         return fail(SFI_ERR_ARGUMENT, "Sequence %d does not exist; this context has sequences 0 to %u.", seq, n - 1);
     }
@@ -91,7 +92,7 @@ static int check_tokens(const sfi * s, const llama_token * tokens, int32_t n) {
 }
 
 static int check_room(const llama_support & support, llama_seq_id seq, int32_t n) {
-    const int32_t depth = support.facts(seq).depth, size = (int32_t) support.get_kv()->get_size();
+    const int32_t depth = support.facts(seq).depth, size = (int32_t) support.get_kv().get_size();
     if (n > size - depth) {
         return fail(SFI_ERR_FULL, "%d tokens do not fit: the context has %d cells and %d are in use. Make it larger, or remove some.", n, size, depth);
     }
@@ -110,7 +111,7 @@ static slowfast::decision decide(const sfi * s, const llama_support & support, l
     in.span        = facts.span;
     in.valid       = facts.valid;
     in.edited      = facts.edited;
-    in.window_full = facts.window_full;
+    in.window_full = facts.window_room < 1;
     in.boundary    = s->histories[seq].peek(class_of(s, token));
     return slowfast::decide(s->schedule, in, (slowfast::kind) asked);
 }
@@ -135,26 +136,49 @@ static int decode_status(const sfi * s, int ret) {
     }
 }
 
-// One llama_decode() of tokens at the end of a sequence; the logits of the last n_logits of them are kept.
-static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n,
-                  llama_support_kind kind, bool refresh, int32_t n_logits) {
-    std::unique_ptr<llama_batch, void (*)(llama_batch *)> batch(new llama_batch(llama_batch_init(n, 0, 1)),
-            [](llama_batch * b) { llama_batch_free(*b); delete b; });
-    const llama_pos pos = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq) + 1;
-    batch->n_tokens = n;
-    for (int32_t i = 0; i < n; ++i) {
-        batch->token[i]     = tokens[i];
-        batch->pos[i]       = pos + i;
-        batch->n_seq_id[i]  = 1;
-        batch->seq_id[i][0] = seq;
-        batch->logits[i]    = i >= n - n_logits;
+// Tokens for one llama_decode().
+class batch {
+public:
+    explicit batch(int32_t n_max) : b(llama_batch_init(n_max, 0, 1)) { b.n_tokens = 0; }
+    ~batch() { llama_batch_free(b); }
+    batch(const batch &) = delete;
+
+    void add(llama_seq_id seq, llama_pos pos, llama_token token, bool logits) {
+        const int32_t i = b.n_tokens++;
+        b.token[i]     = token;
+        b.pos[i]       = pos;
+        b.n_seq_id[i]  = 1;
+        b.seq_id[i][0] = seq;
+        b.logits[i]    = logits;
     }
+    const llama_batch & get() const { return b; }
+
+private:
+    llama_batch b;
+};
+
+static llama_pos next_pos(const sfi * s, llama_seq_id seq) {
+    return llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq) + 1;
+}
+
+static int decode(sfi * s, llama_support & support, const batch & tokens, const std::vector<llama_support_work> & work) {
     watch_cancel(*s);
-    return decode_status(s, support.run(*s->lctx, seq, kind, n, refresh, [&] {
-        const int ret = llama_decode(s->lctx, *batch);
+    return decode_status(s, support.run(*s->lctx, work, [&] {
+        const int ret = llama_decode(s->lctx, tokens.get());
         llama_synchronize(s->lctx);
         return ret;
     }));
+}
+
+// Tokens at the end of a sequence; the logits of the last n_logits of them are kept.
+static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n,
+                  llama_support_kind kind, bool refresh, int32_t n_logits) {
+    batch b(n);
+    const llama_pos pos = next_pos(s, seq);
+    for (int32_t i = 0; i < n; ++i) {
+        b.add(seq, pos + i, tokens[i], i >= n - n_logits);
+    }
+    return decode(s, support, b, { { (uint32_t) seq, kind, n, refresh } });
 }
 
 // more: this is not the end of the text, so nothing is chosen and no logits are kept
@@ -197,14 +221,14 @@ static int checked_prefill(sfi * s, llama_seq_id seq, const llama_token * tokens
         }
         struct watching { // the fit at the end, for as long as this call
             llama_support & support;
-            ~watching() { support.on_fit = nullptr; }
+            ~watching() { support.on_fit(nullptr); }
         } on_exit{support};
-        support.on_fit = [&](int32_t done, int32_t total) {
+        support.on_fit([&](int32_t done, int32_t total) {
             if (progress && !progress(user, SFI_PHASE_FIT, done, total)) {
                 s->cancelled = true;
             }
             return !s->cancelled;
-        };
+        });
         return prefill(s, support, seq, tokens, n, more, progress, user);
     });
 }
@@ -244,46 +268,140 @@ static int remove_last(sfi * s, llama_support & support, llama_seq_id seq, int32
     return SFI_OK;
 }
 
-// What a step did, after it.
-static sfi_step_info report(sfi * s, const llama_support & support, llama_seq_id seq, const slowfast::decision & d, int64_t start) {
-    const auto read = support.report(seq, support_kind(d), d.kind == slowfast::SLOW);
+// What a step of t_us did, after it. i, n: of a fast step of several tokens
+static sfi_step_info report(sfi * s, const llama_support & support, llama_seq_id seq, const slowfast::decision & d, int64_t t_us, int32_t i = 0, int32_t n = 1) {
+    const auto read = support.report(seq, support_kind(d), d.kind == slowfast::SLOW, i, n);
     sfi_step_info done = {};
     done.kind      = (sfi_step_kind) d.kind;
     done.reason    = (sfi_reason) d.reason;
-    done.pos       = llama_memory_seq_pos_max(llama_get_memory(s->lctx), seq);
-    done.depth     = support.facts(seq).depth;
+    done.pos       = next_pos(s, seq) - (n - i);
+    done.depth     = support.facts(seq).depth - (n - 1 - i);
     done.n_cells   = read.n_cells;
     done.tail_mass = read.tail_mass;
-    done.t_us      = ggml_time_us() - start;
+    done.t_us      = t_us;
     count_step(s, support, done, read.kv_read);
     return done;
 }
 
-int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_kind kind, struct sfi_step_info * info) {
-    return guarded(s, [&](llama_support & support) {
-        for (const int err : { check_seq(support, seq), check_tokens(s, &token, 1), check_range("kind", kind, SFI_STEP_AUTO, SFI_STEP_DENSE),
-                               info ? check_struct(info, "info") : SFI_OK }) {
+static int check_next(const sfi * s, const llama_support & support, const sfi_next * next, int32_t n, sfi_step_kind kind, const sfi_step_info * info) {
+    if (!next) {
+        return fail(SFI_ERR_ARGUMENT, "next is NULL.");
+    }
+    for (const int err : { check_range("n", n, 1, (int32_t) llama_n_batch(s->lctx)), check_range("kind", kind, SFI_STEP_AUTO, SFI_STEP_DENSE),
+                           info ? check_struct(info, "info") : SFI_OK }) {
+        if (err) {
+            return err;
+        }
+    }
+    std::set<llama_seq_id> seqs;
+    for (int32_t i = 0; i < n; ++i) {
+        for (const int err : { check_seq(support, next[i].seq), check_tokens(s, &next[i].token, 1) }) {
             if (err) {
                 return err;
             }
         }
-        if (const int err = check_room(support, seq, 1)) {
+        if (!seqs.insert(next[i].seq).second) {
+            return fail(SFI_ERR_ARGUMENT, "Sequence %d is there twice: a step is one token of each.", next[i].seq);
+        }
+        if (const int err = check_room(support, next[i].seq, 1)) {
             return err;
         }
+    }
+    if (n > 1 && support.has_portable()) {
+        return fail(SFI_ERR_BACKEND, "A device of this model steps one sequence at a time: take one step after the other.");
+    }
+    return SFI_OK;
+}
+
+// Fills in element i of a caller's array, whose elements are as large as the first says; null: he wants none.
+static void give_nth(sfi_step_info * infos, int32_t i, const sfi_step_info & done) {
+    if (infos) {
+        auto * to = (sfi_step_info *) ((char *) infos + i*infos->struct_size);
+        to->struct_size = infos->struct_size;
+        give(to, done);
+    }
+}
+
+static int step_many(sfi * s, llama_support & support, const sfi_next * next, int32_t n, sfi_step_kind kind, sfi_step_info * info) {
+    std::vector<slowfast::decision> decisions;
+    std::vector<llama_support_work> work;
+    batch tokens(n);
+    for (int32_t i = 0; i < n; ++i) {
+        const auto [seq, token] = next[i];
         const auto d = decide(s, support, seq, token, kind);
         if (d.kind == slowfast::AUTO) {
             return fail(SFI_ERR_NO_SUPPORT, "A fast step needs a support: prefill, or take a slow step first.");
         }
-        const int64_t start = ggml_time_us();
-        if (const int err = decode(s, support, seq, &token, 1, support_kind(d), d.kind == slowfast::SLOW, 1)) {
+        const auto done = support_kind(d);
+        decisions.push_back(d); // upstream's own path, which a short step may take, is for one sequence
+        work.push_back({ (uint32_t) seq, n > 1 && done == LLAMA_SUPPORT_SHORT ? LLAMA_SUPPORT_DENSE : done, 1, d.kind == slowfast::SLOW });
+        tokens.add(seq, next_pos(s, seq), token, true);
+    }
+    const int64_t start = ggml_time_us();
+    if (const int err = decode(s, support, tokens, work)) {
+        return err;
+    }
+    const int64_t t_us = (ggml_time_us() - start)/n;
+    for (int32_t i = 0; i < n; ++i) {
+        s->histories[next[i].seq].feed(class_of(s, next[i].token));
+        give_nth(info, i, report(s, support, next[i].seq, decisions[i], t_us));
+    }
+    return SFI_OK;
+}
+
+int sfi_step_many(struct sfi * s, const struct sfi_next * next, int32_t n, enum sfi_step_kind kind, struct sfi_step_info * info) {
+    return guarded(s, [&](llama_support & support) {
+        const int err = check_next(s, support, next, n, kind, info);
+        return err ? err : step_many(s, support, next, n, kind, info);
+    });
+}
+
+int sfi_step(struct sfi * s, llama_seq_id seq, llama_token token, enum sfi_step_kind kind, struct sfi_step_info * info) {
+    const sfi_next next = { seq, token };
+    return sfi_step_many(s, &next, 1, kind, info);
+}
+
+static int check_fast(const sfi * s, const llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n, const sfi_step_info * info) {
+    if (!tokens) {
+        return fail(SFI_ERR_ARGUMENT, "tokens is NULL.");
+    }
+    for (const int err : { check_seq(support, seq), check_range("n", n, 1, (int32_t) llama_n_batch(s->lctx)), info ? check_struct(info, "info") : SFI_OK }) {
+        if (err) {
             return err;
         }
-        s->histories[seq].feed(class_of(s, token));
-        const sfi_step_info done = report(s, support, seq, d, start);
-        if (info) {
-            give(info, done);
+    }
+    if (s->settings.params.policy != SFI_POLICY_SKETCH && s->settings.params.policy != SFI_POLICY_FROZEN) {
+        return fail(SFI_ERR_ARGUMENT, "Fast steps of several tokens are for policies sketch and frozen, whose window stays between two of them.");
+    }
+    if (support.has_portable()) {
+        return fail(SFI_ERR_BACKEND, "A device of this model steps one token at a time: take one step after the other.");
+    }
+    return check_tokens(s, tokens, n);
+}
+
+int sfi_step_fast(struct sfi * s, llama_seq_id seq, const llama_token * tokens, int32_t n, struct sfi_step_info * info) {
+    return guarded(s, [&](llama_support & support) {
+        if (const int err = check_fast(s, support, seq, tokens, n, info)) {
+            return err;
         }
-        return (int) SFI_OK;
+        const auto d = decide(s, support, seq, tokens[0], SFI_STEP_AUTO);
+        if (d.kind != slowfast::FAST) {
+            return fail(SFI_ERR_NO_SUPPORT, "The next step is no fast one: take it by sfi_step().");
+        }
+        const int32_t m = std::min({ n, (int32_t) llama_n_ubatch(s->lctx), llama_support_max_tokens, support.facts(seq).window_room });
+        if (const int err = check_room(support, seq, m)) {
+            return err;
+        }
+        const int64_t start = ggml_time_us();
+        if (const int err = decode(s, support, seq, tokens, m, LLAMA_SUPPORT_FAST, false, m)) {
+            return err;
+        }
+        const int64_t t_us = (ggml_time_us() - start)/m;
+        for (int32_t i = 0; i < m; ++i) {
+            s->histories[seq].feed(class_of(s, tokens[i]));
+            give_nth(info, i, report(s, support, seq, d, t_us, i, m));
+        }
+        return m;
     });
 }
 

@@ -265,7 +265,7 @@ int sfi_set_state(struct sfi * s, llama_seq_id seq, const void * state, size_t s
         if (n > size - sizeof(n)) {
             return fail(SFI_ERR_NO_SUPPORT, "This state of a sequence ends too early.");
         }
-        const int32_t depth = depth_in_order(*support.get_kv(), seq);
+        const int32_t depth = depth_in_order(support.get_kv(), seq);
         if (!depth) {
             return fail(SFI_ERR_NO_SUPPORT, "Sequence %d has no cells, or not in the order of its text.", seq);
         }

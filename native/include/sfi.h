@@ -191,6 +191,24 @@ SFI_API int sfi_prefill_part(struct sfi * sfi, llama_seq_id seq, const llama_tok
 SFI_API int sfi_step(struct sfi * sfi, llama_seq_id seq, llama_token token, enum sfi_step_kind kind,
                      struct sfi_step_info * info);
 
+struct sfi_next {
+    llama_seq_id seq;
+    llama_token  token;
+};
+
+/* One token each of n sequences in one pass over the weights; no sequence is there twice. Each step is what sfi_step() would do, of the
+ * kind that is right for its sequence. The logits after next[i] are then llama_get_logits_ith(lctx, i); info, if it is not NULL, is an array
+ * of n, the first with its struct_size set, and t_us of each is its share of the pass. Fastest with sequences of consecutive numbers in
+ * rising order. SFI_ERR_BACKEND: a device steps one sequence at a time. After an error no sequence has taken its step; those whose
+ * cells were written must be taken back by llama_memory_seq_rm(). */
+SFI_API int sfi_step_many(struct sfi * sfi, const struct sfi_next * next, int32_t n, enum sfi_step_kind kind, struct sfi_step_info * info);
+
+/* The next tokens of a sequence by fast steps in one pass over the weights, each with cells of its own choice: guesses, say, of which the
+ * wrong ones are then taken back by sfi_rollback(). Takes as many of the n as come before the window moves, one at least, and returns how
+ * many; each step is what sfi_step() would do with the token. The logits after token i are llama_get_logits_ith(lctx, i); info, if it is
+ * not NULL, is an array as for sfi_step_many(). SFI_ERR_NO_SUPPORT: the next step must be slow or dense. */
+SFI_API int sfi_step_fast(struct sfi * sfi, llama_seq_id seq, const llama_token * tokens, int32_t n, struct sfi_step_info * info);
+
 /* What the schedule would do with this token now; nothing is computed. */
 SFI_API int sfi_peek(const struct sfi * sfi, llama_seq_id seq, llama_token token,
                      enum sfi_step_kind * kind, enum sfi_reason * reason);

@@ -1,10 +1,18 @@
 #include "llama-path.h"
 
-#include "llama-portable.h"
+#include "portable.h"
+
+#include "llama-model.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <set>
+
+llama_path_shape llama_path_shape_of(const llama_model & model, const llama_kv_cache & kv, int32_t il) {
+    const auto & hparams = model.hparams;
+    return { hparams.n_head(il), hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), kv.type_k(), kv.type_v(),
+        model.layers[il].attn_sinks != nullptr, hparams.attn_soft_cap, kv.get_size() };
+}
 
 static constexpr int64_t n_list = 16; // of the instances that devices are asked about
 

@@ -4,6 +4,17 @@
 
 #include "policy.h"
 
+// What the operations of a layer depend on.
+struct llama_path_shape {
+    int64_t   n_head, n_head_kv, n_embd_head_k, n_embd_head_v;
+    ggml_type type_k, type_v;
+    bool      sinks = false;   // learned ones
+    bool      softcap = false; // of the logits
+    int64_t   n_cells = 256;   // of a sequence
+};
+
+llama_path_shape llama_path_shape_of(const llama_model & model, const llama_kv_cache & kv, int32_t il);
+
 // The path of a layer on this device. NONE: *lacks, if it is not null, names the operations that the preferred path
 // misses there ("" where no operations could help). SFI_PORTABLE_PATH=1 in the environment: never native.
 llama_support_path llama_path_choose(ggml_backend_dev_t dev, const llama_path_shape & shape, const llama_support_params & params,

@@ -1,10 +1,13 @@
-// What the parts of a support share: its parameters, its layers, a sequence, and what a graph depends on.
+// A policy says what fast steps attend to. This is what a support asks it, and what the two share.
 //
 //     support    the cells that a KV head attends to on a fast step: always and selected
 //     always     the first n_sink cells of the text and the latest ones, its *window*: the same for all heads
 //     selected   those that a policy chooses, for each layer and KV head
 //     evidence   the attention that cells get from some queries; a *refresh* chooses by it what stays selected
 //     sketch     a copy of K and V in few bits; a *look* at it chooses what is selected, and it stands for the *tail*: all others
+//
+// The support follows the cache and knows when fast steps are possible; a policy owns the tensors that they need beside K and V, and
+// makes its part of the graph. Who adds a policy writes a class, and makes it in llama_support's constructor.
 
 #pragma once
 
@@ -17,6 +20,8 @@
 #include "ggml-sfi.h"
 
 #include <algorithm>
+#include <array>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,7 +37,6 @@ enum llama_support_kind {
     LLAMA_SUPPORT_VERIFY,  // several tokens, each attends to every cell up to its own, our kernel; may end with a refresh
 };
 
-// How a fast step gets its support.
 enum llama_support_policy {
     LLAMA_SUPPORT_FROZEN, // selected at a refresh, from evidence
     LLAMA_SUPPORT_WINDOW, // always only
@@ -44,7 +48,7 @@ enum llama_support_policy {
 enum llama_support_path {
     LLAMA_PATH_NONE,     // its device lacks them
     LLAMA_PATH_NATIVE,   // ours, ggml-sfi.h
-    LLAMA_PATH_PORTABLE, // ggml's own, llama-portable.h
+    LLAMA_PATH_PORTABLE, // ggml's own, portable.h
 };
 
 struct llama_support_params {
@@ -62,7 +66,6 @@ struct llama_support_params {
     ggml_sketch_format    format   = {}; // all 0: by the head size of each layer
 
     bool selects()   const { return policy != LLAMA_SUPPORT_WINDOW && n_selected > 0; }
-    bool pinned()    const { return policy == LLAMA_SUPPORT_FROZEN; } // the window's start stays where the refresh put it
     bool refreshes() const { return policy == LLAMA_SUPPORT_FROZEN && n_selected > 0; } // a refresh takes evidence
 
     // the candidates of a refresh at n cells, as places in the text
@@ -72,30 +75,21 @@ struct llama_support_params {
     }
 };
 
-// A layer's tensors, in the memory of the backend that holds its K.
+class llama_policy;
+
+// A layer, as its policy finds it.
 struct llama_support_layer {
-    std::string   why;                 // why the layer stays dense; empty if it is sparse
+    std::string        why;            // why the layer stays dense; empty if it is sparse
     llama_support_path path = LLAMA_PATH_NONE;
-    std::string   lacks;               // path none: what the device lacks, by name
-    ggml_tensor * queries   = nullptr; // F32 [n_embd_head_k*n_head, n_queries, n_stream], a ring
-    ggml_tensor * selected  = nullptr; // I32 [n_selected, n_head_kv, n_stream]
-    ggml_tensor * stability = nullptr; // F32 [4, n_head_kv, n_stream], see ggml_support_stability()
-    // policy sketch; selected, mass and counts are parts of tensors that all layers of a device share
-    ggml_sketch_format format = {};
-    int64_t       n_embd_k = 0, n_embd_v = 0, n_head_kv = 0; // of a head; of a stream
+    std::string        lacks;          // path none: what the device lacks, by name
+    llama_policy     * policy = nullptr; // null: it stays dense
+    int64_t       n_head = 0, n_head_kv = 0, n_embd_k = 0, n_embd_v = 0; // heads, and values of one
     float         kq_scale = 0.0f;     // of the logits, as the graph has it: some models scale Q before
-    ggml_tensor * v         = nullptr; // the cache's V
-    ggml_tensor * codes     = nullptr; // I8  [16*cell_bytes, n_blocks, n_head_kv*n_stream]
-    ggml_tensor * basis     = nullptr; // F32 [basis_size, n_head_kv*n_stream]
-    ggml_tensor * least     = nullptr; // F32 [n_head_kv, n_stream], see ggml_sketch_scan()
-    ggml_tensor * mass      = nullptr; // F32 [2, n_head, n_stream], see ggml_sparse_attn_set_mass()
-    ggml_tensor * counts    = nullptr; // I32 [2, n_head_kv, n_stream], see ggml_sketch_scan()
-    std::vector<float> logit_error;    // [n_stream*n_head_kv]: expected error of a sketched logit, from the fit
-    // path portable
-    ggml_tensor * compact_k = nullptr; // [n_embd_head_k, n_compact, n_head_kv, n_stream], and the same of V
-    ggml_tensor * compact_v = nullptr;
-    ggml_tensor * previous  = nullptr; // I32 like selected: the set before
-    ggml_tensor * evidence  = nullptr; // F32 [n_ctx, n_head_kv, n_stream], of the last refresh
+    ggml_tensor * k = nullptr;         // the cache's, [n_embd_gqa, n_cells, n_stream]
+    ggml_tensor * v = nullptr;
+    ggml_tensor * queries = nullptr;   // F32 [n_embd_k*n_head, n_queries, n_stream], a ring; null: none are kept
+
+    bool on_host() const { return ggml_backend_buffer_is_host(k->buffer); }
 };
 
 // A sequence, between steps.
@@ -111,48 +105,187 @@ struct llama_sequence {
     int64_t n_refresh = 0;
     int32_t n_fit     = 0;     // sketch: the basis was fitted to so many candidates; 0: there is none
     int32_t n_fit_queries = 0; // and to so many queries
-    int32_t n_chosen = 0, n_previous = 0; // portable: cells selected by the last refresh and the one before ...
-    int64_t n_scanned = 0;                // ... and cells of its evidence
 };
 
-// What a graph depends on; two ubatches with equal keys can share one.
-struct llama_support_key {
+// What the support and its policies share.
+struct llama_support_core {
+    llama_kv_cache     & kv;
+    const llama_model  & model;
+    llama_support_params params;
+    std::vector<llama_support_layer> layers;
+    std::vector<llama_sequence>      streams;
+    llama_side_graph                 side;
+    std::function<bool(int32_t done, int32_t total)> on_fit; // called between the layers of a fit, if it is set; false stops it
+
+    int64_t always_size() const { // the longest list of always cells
+        return std::min<int64_t>(kv.get_size(), (int64_t) params.n_sink + params.n_recent + params.n_grow);
+    }
+    float   softcap() const;                              // of the logits, 0: none
+    int64_t row_bytes(int32_t il, bool keys_only) const;  // of one cell in a layer
+    int64_t cell_bytes(bool keys_only) const;             // in all layers that fast steps make sparse
+};
+
+// What is done for a run of tokens of one sequence in a ubatch, as far as a graph depends on it.
+struct llama_support_part {
     llama_support_kind kind = LLAMA_SUPPORT_NONE;
-    bool     refresh  = false;
+    bool     refresh  = false; // with evidence
     bool     listed   = false; // prefill by our kernel
     bool     blocks   = false; // ... which packs K and V for all tokens
     uint32_t stream   = 0;
-    int64_t  n_list   = 0; // length of the list of all cells
-    int64_t  n_stored = 0; // queries written to the ring
-    int64_t  n_skip   = 0; // sketch: length of the list of cells that the scan leaves out
-    int64_t  n_scan   = 0; // sketch: cells that are scanned
-    int64_t  n_append = 0; // portable: rows of compact caches that are written
+    int64_t  first    = 0;     // its tokens in the ubatch
+    int64_t  n_tokens = 0;
+    int64_t  index    = 0;     // fast: which of the sequence's tokens in the ubatch it is, and how many come after,
+    int64_t  n_behind = 0;     // whose cells it does not see
+    int64_t  n_list   = 0;     // length of the list of all cells
+    int64_t  n_stored = 0;     // queries written to the ring
+    int64_t  n_skip   = 0;     // sketch: length of the list of cells that the scan leaves out
+    int64_t  n_scan   = 0;     // sketch: cells that are scanned
+    int64_t  n_append = 0;     // portable: rows of compact caches that are written
 
-    bool operator==(const llama_support_key & o) const {
-        return kind == o.kind && refresh == o.refresh && listed == o.listed && blocks == o.blocks && stream == o.stream && n_list == o.n_list
-            && n_stored == o.n_stored && n_skip == o.n_skip && n_scan == o.n_scan && n_append == o.n_append;
+    bool operator==(const llama_support_part & o) const {
+        return kind == o.kind && refresh == o.refresh && listed == o.listed && blocks == o.blocks && stream == o.stream && first == o.first
+            && n_tokens == o.n_tokens && index == o.index && n_behind == o.n_behind
+            && n_list == o.n_list && n_stored == o.n_stored && n_skip == o.n_skip && n_scan == o.n_scan && n_append == o.n_append;
     }
 };
 
-// What the operations of a layer depend on.
-struct llama_path_shape {
-    int64_t   n_head, n_head_kv, n_embd_head_k, n_embd_head_v;
-    ggml_type type_k, type_v;
-    bool      sinks = false;   // learned ones
-    bool      softcap = false; // of the logits
-    int64_t   n_cells = 256;   // of a sequence
+// What a graph depends on; two ubatches with equal keys can share one. Empty: the ubatch takes upstream's own path.
+using llama_support_key = std::vector<llama_support_part>;
+
+// The inputs of a part; null: its graph does not need it.
+struct llama_part_input {
+    llama_support_part part;
+    ggml_tensor * always  = nullptr; // I32 [always_size]    fast
+    ggml_tensor * cells   = nullptr; // I32 [n_list]         dense, short, slow, verify, refreshing prefill, oracle
+    ggml_tensor * visible = nullptr; // I32 [n_tokens]       verify, prefill: how many of `cells` each token sees
+    ggml_tensor * plan    = nullptr; // I32 [2 + n_queries]  with a refresh; oracle [3]
+    ggml_tensor * rows    = nullptr; // I64 [n_stored]       rows of the ring that this ubatch writes
+    ggml_tensor * skip    = nullptr; // I32 [n_skip]         sketch
+    ggml_tensor * scan    = nullptr; // I32 [1]              sketch: the plan of the scan
+    // portable; lists of cells are repeated for each of n_head_kv KV heads, the most that a layer has
+    ggml_tensor * append  = nullptr; // I32 [n_append, n_head_kv]  whose rows are written ...
+    ggml_tensor * slots   = nullptr; // I64 [n_append]             ... here
+    ggml_tensor * in_use  = nullptr; // F16 [n_compact, 1]         fast: 0, or -INFINITY for rows that are not
 };
 
-// All cells of the stream that `view` (one of get_k() / get_v()) shows, as [n_embd_head, n_cells, n_head_kv].
-inline ggml_tensor * llama_support_all_cells(ggml_context * ctx, const ggml_tensor * view) {
-    ggml_tensor * cache = view->view_src;
-    ggml_tensor * all = ggml_view_3d(ctx, cache, view->ne[0], view->ne[1], cache->ne[1], view->nb[1], view->nb[2], view->view_offs);
-    return ggml_permute(ctx, all, 0, 2, 1, 3);
-}
+// Attention of one layer for the tokens of one part.
+struct llama_layer_graph {
+    const llm_graph_context  & g;
+    const llama_part_input   & in;
+    const llama_support_layer & layer;
+    int32_t       il;
+    ggml_tensor * q;     // [n_embd_k, n_head, n_tokens]
+    ggml_tensor * k;     // all cells of the stream, [n_embd, n_cells, n_head_kv]
+    ggml_tensor * v;
+    ggml_tensor * sinks; // learned ones, or null
+    float         kq_scale, softcap;
+
+    ggml_tensor * q_rows() const { return ggml_permute(g.ctx0, q, 0, 2, 1, 3); } // [n_embd_k, n_tokens, n_head]
+
+    // The result of an operation [n_embd_v, n_head, n_tokens] as upstream has it, placed in the graph.
+    ggml_tensor * done(ggml_tensor * attention, const char * name) const;
+};
+
+// What a step attended to and read.
+struct llama_support_report {
+    int32_t n_cells   = 0;    // cells per KV head of a sparse layer, in the mean
+    float   tail_mass = 0.0f; // sketch: attention mass that it stood in for, mean over all heads
+    int64_t kv_read   = 0;    // bytes of K and V, and of what the policy reads in their place
+};
+
+class llama_state_cursor; // support-state.h
+
+class llama_policy {
+public:
+    explicit llama_policy(llama_support_core & core) : core(core) {}
+    virtual ~llama_policy() = default;
+
+    // ---- memory
+
+    // The tensors that it needs for these layers of one device, in a context whose memory is had afterwards and begins with bytes `blank`.
+    virtual void    allocate(ggml_context * ctx, const std::vector<int32_t> & ils) = 0;
+    virtual uint8_t blank() const { return 0xff; } // lists of cells: of pads
+
+    // ---- a sequence
+
+    // Always is what is not at places [first, second) of the text.
+    virtual std::pair<int32_t, int32_t> window(const llama_sequence & st) const = 0;
+
+    // Tokens that fast steps can still take before a slow step must move the window.
+    virtual int32_t window_room(const llama_sequence & st) const { (void) st; return INT32_MAX; }
+
+    // Makes it the support of the first `left` tokens; false: it cannot be one.
+    virtual bool cut(llama_sequence & st, int32_t left) const = 0;
+
+    // Before fast steps of n tokens, with the support valid: what they need and lack. False: computing failed.
+    virtual bool prepare(llama_context & lctx, uint32_t stream, int32_t n) { (void) lctx; (void) stream; (void) n; return true; }
+
+    // After a refreshing ubatch, of one token if `slow`. False: computing failed.
+    virtual bool refresh(llama_context & lctx, uint32_t stream, bool slow) = 0;
+
+    // ---- the graph
+
+    virtual void key(llama_support_part & part) const { (void) part; }
+    virtual void new_inputs(ggml_context * ctx, llama_part_input & in) const { (void) ctx; (void) in; }
+    virtual void set_inputs(const llama_part_input & in) const { (void) in; }
+
+    // [n_embd_v*n_head, n_tokens], in the graph; null: the part takes upstream's own path.
+    virtual ggml_tensor * attend(const llama_layer_graph & a) const = 0;
+
+    // ---- what a step did
+
+    // Adds to what always has what the last fast step attended to and read beside, for token i of n.
+    virtual void report(uint32_t stream, int32_t i, int32_t n, llama_support_report & out) const { (void) stream; (void) i; (void) n; (void) out; }
+
+    // Whether such a step reads all keys once more, for its evidence.
+    virtual bool reads_keys(llama_support_kind kind, bool refresh) const { (void) kind; (void) refresh; return false; }
+
+    // ---- inspection, from the device
+
+    virtual bool                 has_selected() const { return false; }
+    virtual std::vector<int32_t> selected (uint32_t stream, int32_t il, int32_t head_kv) const { (void) stream; (void) il; (void) head_kv; return {}; }
+    virtual std::array<float, 4> stability(uint32_t stream, int32_t il, int32_t head_kv) const { (void) stream; (void) il; (void) head_kv; return {}; }
+
+    // {mass, expected error of a logit} of a query head; false: no fast step has left a tail
+    virtual bool tail(uint32_t stream, int32_t il, int32_t head, std::array<float, 2> & out) const { (void) stream; (void) il; (void) head; (void) out; return false; }
+
+    // ---- the state of a sequence, see support-state.h
+
+    virtual bool keeps_state() const { return false; }
+    virtual void state(llama_state_cursor & c, uint32_t stream, int32_t il, int32_t n_coded, int32_t n_kept) { (void) c; (void) stream; (void) il; (void) n_coded; (void) n_kept; }
+    virtual bool is_sound(const char * bytes, int32_t il, int32_t n_coded) const { (void) bytes; (void) il; (void) n_coded; return false; }
+
+protected:
+    llama_support_core & core;
+};
+
+// ---- for policies, policy.cpp ------------------------------------------------------------------------------------------
+
+// Every cell of the list, by our kernel; null where upstream's own path is taken.
+ggml_tensor * llama_attend_densely(const llama_layer_graph & a);
+
+// The queries that are kept, as [n_embd_k, n_head, n_queries].
+ggml_tensor * llama_kept_queries(const llama_layer_graph & a);
+
+// All cells of one stream in a cache, as [n_embd, n_cells, n_head_kv].
+ggml_tensor * llama_all_cells(ggml_context * ctx, ggml_tensor * cache, int64_t n_embd, int64_t n_head_kv, uint32_t stream);
+
+// A stream of a tensor [ne0, ne1, n_stream].
+ggml_tensor * llama_stream_of(ggml_context * ctx, ggml_tensor * t, uint32_t stream);
 
 // The part of one stream in a tensor whose dimension dim (1 or 2) holds the KV heads of all streams.
-inline ggml_tensor * llama_support_heads(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream) {
-    return dim == 2
-        ? ggml_view_3d(ctx, t, t->ne[0], t->ne[1], n_head_kv, t->nb[1], t->nb[2], stream*n_head_kv*t->nb[2])
-        : ggml_view_2d(ctx, t, t->ne[0], n_head_kv, t->nb[1], stream*n_head_kv*t->nb[1]);
-}
+ggml_tensor * llama_heads_of(ggml_context * ctx, ggml_tensor * t, int dim, int64_t n_head_kv, uint32_t stream);
+
+ggml_tensor * llama_new_input(ggml_context * ctx, ggml_type type, std::array<int64_t, 4> ne, const char * name);
+
+// An input that the graph uses: one that no operation reads has no memory.
+inline bool llama_is_used(const ggml_tensor * t) { return t && t->buffer; }
+
+// A list of cells, with pads behind it.
+void llama_set_list(ggml_tensor * dst, std::vector<int32_t> list);
+
+// The length of the list of all cells of a stream, padded so that a graph fits many depths.
+int64_t llama_list_size(const llama_support_core & core, uint32_t stream);
+
+// The cells of a list [n, n_head_kv, n_stream] of one KV head, from the device, without pads.
+std::vector<int32_t> llama_read_cells(const ggml_tensor * lists, uint32_t stream, int32_t head_kv);

@@ -9,7 +9,8 @@ static ggml_backend_sched_t new_sched(ggml_backend_sched_t model, size_t n_tenso
         backends.push_back(ggml_backend_sched_get_backend(model, i));
         types.push_back(ggml_backend_sched_get_buffer_type(model, backends.back()));
     }
-    return ggml_backend_sched_new(backends.data(), types.data(), (int) backends.size(), n_tensors, false, false);
+    // it counts the tensors that are not the graph's own as well, such as K and V
+    return ggml_backend_sched_new(backends.data(), types.data(), (int) backends.size(), 2*n_tensors, false, false);
 }
 
 bool llama_side_graph::compute(ggml_backend_sched_t model, size_t n_tensors, const build_fn & build, const std::function<void()> & set_inputs) {

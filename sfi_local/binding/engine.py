@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from sfi_local.binding.library import open_library
 from sfi_local.errors import SfiError, from_status
@@ -149,6 +149,29 @@ class Engine:
         info = _sized("struct sfi_step_info")
         self._check(self._lib.sfi_step(self._handle(), seq, token, KINDS[kind], info))
         return self._step_info(info)
+
+    def step_many(self, tokens: Mapping[int, int], kind: str = "auto") -> list[StepInfo]:
+        """One token each of several sequences, {sequence: token}, in one pass over the weights.
+
+        The logits after the i-th of them are then row i of the context; each step takes its share of the time.
+        """
+        ffi, n = self._ffi, len(tokens)
+        infos = ffi.new("struct sfi_step_info[]", n)
+        if n:
+            infos[0].struct_size = ffi.sizeof("struct sfi_step_info")
+        self._check(self._lib.sfi_step_many(self._handle(), ffi.new("struct sfi_next[]", list(tokens.items())), n, KINDS[kind], infos))
+        return [self._step_info(info) for info in infos]
+
+    def step_fast(self, tokens: Sequence[int], seq: int = 0) -> list[StepInfo]:
+        """The next tokens of a sequence by fast steps in one pass over the weights: as many as come before the window moves, one at least.
+
+        The logits after the i-th are row i of the context. Raises NoSupportError where the next step must be slow or dense.
+        """
+        ffi, n = self._ffi, len(tokens)
+        infos = ffi.new("struct sfi_step_info[]", max(1, n))
+        infos[0].struct_size = ffi.sizeof("struct sfi_step_info")
+        done = self._check(self._lib.sfi_step_fast(self._handle(), seq, ffi.new("llama_token[]", tokens), n, infos))
+        return [self._step_info(info) for info in infos[0:done]]
 
     def verify(self, tokens: Sequence[int], n_replaced: int, refresh: bool = True, seq: int = 0) -> StepInfo:
         """Dense attention for tokens in one batch, in place of the last n_replaced of the sequence.

@@ -11,6 +11,7 @@ from typing import Any, Iterator, Sequence
 from sfi_local.binding.context import logits
 from sfi_local.binding.engine import StepInfo
 from sfi_local.errors import InputError
+from sfi_local.runtime.ahead import Ahead
 from sfi_local.runtime.slot import Progress, Schedule, Slot
 from sfi_local.runtime.step import Step, TextStream
 from sfi_local.runtime.vocabulary import Vocabulary
@@ -18,30 +19,39 @@ from sfi_local.runtime.vocabulary import Vocabulary
 
 def generate(slot: Slot, vocabulary: Vocabulary, prompt: Sequence[int], sampler: Any, n: int | None = None,
              stop: Sequence[str] = (), schedule: Schedule | None = None, progress: Progress | None = None,
-             logprobs: int | None = None) -> Iterator[Step]:
+             logprobs: int | None = None, guess: bool = False) -> Iterator[Step]:
     """Yield one Step per generated token; the last has ``finish`` set. One turn of the slot.
 
     prompt:   token ids; what the cache already holds of them is not computed again
-    sampler:  has ``sample(context) -> token id``
+    sampler:  has ``sample(context, row) -> token id``
     n:        tokens at most; None: until the answer ends or the context is full
     schedule: may overrule the kind of each step
     logprobs: see Step.top; None: none
+    guess:    where the text repeats itself, take several fast steps in one pass, see ahead.py; not with a schedule
     Raises InputError for an empty prompt, BusyError if another generation runs, AbortedError when it is cancelled, and what Slot
     raises. After any exception the slot is usable.
     """
-    return slot.turn(_generate(slot, vocabulary, prompt, sampler, n, stop, schedule, progress, logprobs))
+    return slot.turn(_generate(slot, vocabulary, prompt, sampler, n, stop, schedule, progress, logprobs, guess))
 
 
 def _generate(slot: Slot, vocabulary: Vocabulary, prompt: Sequence[int], sampler: Any, n: int | None, stop: Sequence[str],
-              schedule: Schedule | None, progress: Progress | None, logprobs: int | None) -> Iterator[Step]:
+              schedule: Schedule | None, progress: Progress | None, logprobs: int | None, guess: bool) -> Iterator[Step]:
     info = begin(slot, prompt, progress)
     ending = Ending(slot, vocabulary, n, stop)
+    ahead = Ahead(slot, vocabulary) if guess and not schedule and slot.can_try else None
+    token = sampler.sample(slot.context)
+    span = [(token, info, -1)]
     while True:
-        token = sampler.sample(slot.context)
-        yield (step := replace(ending.step(token, info), **top(slot.context, -1, token, logprobs)))
-        if step.finish:
-            return
-        info = slot.step(token, schedule)
+        more = [top(slot.context, row, token, logprobs) for token, _, row in span]  # before the next pass
+        for (token, info, _), fields in zip(span, more):
+            yield (step := replace(ending.step(token, info), **fields))
+            if step.finish:
+                return
+        if ahead:
+            span = ahead.span(sampler, token, min(ending.n_left, slot.n_ctx - len(slot.tokens)))
+        else:
+            info = slot.step(token, schedule)
+            span = [(sampler.sample(slot.context), info, -1)]
 
 
 def begin(slot: Slot, prompt: Sequence[int], progress: Progress | None) -> StepInfo:

@@ -209,7 +209,7 @@ class Model:
         if self._mode.verifies:
             steps = generate_exact(slot, self.vocabulary, tokens, sampler, n, stop, draft, progress, logprobs)
         else:
-            steps = generate(slot, self.vocabulary, tokens, sampler, n, stop, schedule, progress, logprobs)
+            steps = generate(slot, self.vocabulary, tokens, sampler, n, stop, schedule, progress, logprobs, guess=True)
         return slot.turn(self._with_room(slot, steps, len(tokens), n))
 
     def complete(self, text: str, **options: Any) -> Iterator[Step]:

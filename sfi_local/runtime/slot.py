@@ -62,6 +62,7 @@ class Slot:
     n_since_refresh: tokens since a support was chosen, where mode ``exact`` counts them
     noise:    how far verified batches lie from dense steps
     costs:    what steps and batches cost, where mode ``exact`` follows it
+    fast_costs: what fast steps cost alone and together, where guesses are tried
     access:   one thread at a time, one generation at a time; a second gets BusyError, and after close() DetachedError
     Raises ModelError, KvTypeError, BackendError in modes ``sfi``, ``dense`` and ``exact``; OutOfMemoryError.
     """
@@ -73,7 +74,7 @@ class Slot:
         self.n_prefilled = self.n_drafted = self.n_since_refresh = 0
         self.cached_from: str | None = None
         self.why_read = ""
-        self.noise, self.costs, self.keeper = Noise(), Costs(), keeper
+        self.noise, self.costs, self.fast_costs, self.keeper = Noise(), Costs(), Costs(), keeper
         self._n_kept = 0                    # tokens that the last kept text has in common with these
         self._blocks: list[str] = []        # names of the blocks in the store that hold the first tokens
         self._saving: Saving | None = None
@@ -264,6 +265,39 @@ class Slot:
         """A fast step whose token is to be verified or taken back."""
         self.n_drafted += 1  # first, so that after an interrupt at any point no draft passes for a sure token
         return replace(self.step(token, lambda *_: "fast"), reason="")
+
+    @property
+    def can_try(self) -> bool:
+        """Whether several tokens can take their fast steps together."""
+        return (self.engine is not None and self.mode.fast and not self.mode.verifies and self.params.policy == "sketch"
+                and self.engine.path == "native")
+
+    def try_fast(self, tokens: Sequence[int]) -> list[StepInfo]:
+        """Fast steps of tokens, of which the first is sure, in one pass: as many as come before the window moves, one at least.
+
+        Row i of the logits follows token i. The guesses among them that are wrong must be taken back.
+        """
+        with self.access:
+            n = len(self.tokens)
+            self.n_drafted = len(tokens) - 1  # first, so that after an interrupt at any point no guess passes for a sure token
+            self.tokens += tokens
+            try:
+                infos = self._sfi.step_fast(tokens)
+            except AbortedError as error:
+                self._drop_drafts()
+                raise self._why_aborted(error) from None
+            except BaseException:
+                self._drop_drafts()
+                raise
+            del self.tokens[n + len(infos):]
+            self.n_drafted = len(infos) - 1
+            return infos
+
+    def take_back_guesses(self, n: int) -> None:
+        """Of the tokens of try_fast() the last n are wrong, the others are sure."""
+        if n:
+            self.rollback(n)
+        self.n_drafted = 0
 
     def verify(self, tokens: Sequence[int], n_known: int, refresh: bool) -> StepInfo:
         """One dense pass over tokens, in place of the last n_known that the cache holds; row i of the logits follows token i.

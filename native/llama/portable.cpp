@@ -1,4 +1,8 @@
-#include "llama-portable.h"
+#include "portable.h"
+
+#include "frozen.h"
+
+#include "llama-context.h"
 
 #include <cmath>
 #include <numeric>
@@ -14,32 +18,44 @@ bool llama_portable_has(const llama_support_params & p) {
 
 // ---- the compact cache ---------------------------------------------------------------------------------------------------
 
-static int64_t selected_rows(const llama_support_params & p) {
-    return p.refreshes() ? p.n_selected : 0;
-}
-
-static int64_t compact_rows(const llama_support_params & p, int64_t n_always) {
-    return GGML_PAD(selected_rows(p) + n_always, compact_pad);
-}
-
 // the types that flash attention is given: upstream turns F32 into F16 before it
 static ggml_type compact_type(ggml_type type) {
     return type == GGML_TYPE_F32 ? GGML_TYPE_F16 : type;
 }
 
-void llama_portable_allocate(ggml_context * ctx, llama_support_layer & layer, const llama_path_shape & s,
-                             const llama_support_params & p, int64_t n_always, int64_t n_ctx, int64_t n_stream) {
-    const int64_t n_rows = compact_rows(p, n_always);
-    layer.compact_k = ggml_new_tensor_4d(ctx, compact_type(s.type_k), s.n_embd_head_k, n_rows, s.n_head_kv, n_stream);
-    layer.compact_v = ggml_new_tensor_4d(ctx, compact_type(s.type_v), s.n_embd_head_v, n_rows, s.n_head_kv, n_stream);
-    if (p.refreshes()) {
-        layer.previous = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, p.n_selected, s.n_head_kv, n_stream);
-        layer.evidence = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_ctx, s.n_head_kv, n_stream);
-    }
+llama_portable::llama_portable(llama_support_core & core, std::unique_ptr<llama_policy> window_of) :
+        llama_policy(core), window_of(std::move(window_of)), tensors(core.layers.size()), refreshes(core.streams.size()) {}
+
+int64_t llama_portable::compact_rows() const {
+    return GGML_PAD(selected_rows() + core.always_size(), compact_pad);
 }
 
-static int64_t slot_of(int64_t i, const llama_support_params & p, int64_t n_always) {
-    return i < p.n_sink ? i : p.n_sink + (i - p.n_sink) % (n_always - p.n_sink);
+int64_t llama_portable::slot_of(int64_t i) const {
+    const int64_t n_sink = core.params.n_sink;
+    return i < n_sink ? i : n_sink + (i - n_sink) % (core.always_size() - n_sink);
+}
+
+int64_t llama_portable::most_heads() const {
+    int64_t n = 0;
+    for (const auto & t : tensors) {
+        n = t.compact_k ? std::max(n, t.compact_k->ne[2]) : n;
+    }
+    return n;
+}
+
+void llama_portable::allocate(ggml_context * ctx, const std::vector<int32_t> & ils) {
+    const int64_t n_rows = compact_rows(), n_stream = core.streams.size();
+    for (const int32_t il : ils) {
+        const auto & layer = core.layers[il];
+        auto & t = tensors[il];
+        t.compact_k = ggml_new_tensor_4d(ctx, compact_type(layer.k->type), layer.n_embd_k, n_rows, layer.n_head_kv, n_stream);
+        t.compact_v = ggml_new_tensor_4d(ctx, compact_type(layer.v->type), layer.n_embd_v, n_rows, layer.n_head_kv, n_stream);
+        if (core.params.refreshes()) {
+            t.selected = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, core.params.n_selected, layer.n_head_kv, n_stream);
+            t.previous = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, core.params.n_selected, layer.n_head_kv, n_stream);
+            t.evidence = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, core.kv.get_size(), layer.n_head_kv, n_stream);
+        }
+    }
 }
 
 // the part of one stream in a tensor [.., .., .., n_stream]
@@ -171,24 +187,21 @@ std::vector<ggml_tensor *> llama_portable_operations(ggml_context * c, const lla
     return std::vector<ggml_tensor *>(ggml_graph_nodes(graph), ggml_graph_nodes(graph) + ggml_graph_n_nodes(graph));
 }
 
-// ---- the input -----------------------------------------------------------------------------------------------------------
+// ---- a sequence ------------------------------------------------------------------------------------------------------------
 
-int64_t llama_portable_scan_size(const llama_sequence & seq, int64_t n_ctx) {
-    return std::min<int64_t>(GGML_PAD((int64_t) seq.mirror.n_used(), scan_pad), n_ctx);
+// Cells that the evidence of a refresh is made of.
+static int64_t scan_size(const llama_support_core & core, uint32_t stream) {
+    return std::min<int64_t>(GGML_PAD((int64_t) core.streams[stream].mirror.n_used(), scan_pad), core.kv.get_size());
 }
 
-bool llama_portable_overwritten(const llama_support_params & p, int64_t n_always, int32_t n) {
-    return !p.pinned() && p.n_sink + p.n_recent + n > n_always;
+// The rows that a sliding window needs must not be gone: the ring holds n_grow cells more than it shows.
+bool llama_portable::cut(llama_sequence & st, int32_t left) const {
+    const auto & p = core.params;
+    const bool overwritten = !is_pinned() && p.n_sink + p.n_recent + (st.mirror.size() - left) > core.always_size();
+    return window_of->cut(st, left) && !overwritten;
 }
 
-int64_t llama_portable_append(const llama_support_params & p, int64_t n_always, int32_t n_tokens) {
-    const int64_t n_ring = n_always - p.n_sink;
-    return std::min<int64_t>(n_tokens, n_ring > 0 ? n_ring : n_always); // of more than the ring holds, the latest
-}
-
-static bool is_used(const ggml_tensor * t) {
-    return t && t->buffer;
-}
+// ---- the inputs ------------------------------------------------------------------------------------------------------------
 
 template <class T>
 static void set(ggml_tensor * t, const std::vector<T> & values) {
@@ -216,13 +229,13 @@ static std::vector<int64_t> always_places(std::pair<int32_t, int32_t> window, in
 }
 
 // Fills the lists of the cells at these places of the text, and of their rows.
-static void set_always(ggml_tensor * cells, ggml_tensor * slots, const std::vector<int32_t> & text, const std::vector<int64_t> & places,
-                       const llama_support_params & p, int64_t n_always) {
+void llama_portable::set_always(ggml_tensor * cells, ggml_tensor * slots, uint32_t stream, const std::vector<int64_t> & places) const {
+    const auto & text = core.streams[stream].mirror.cells();
     std::vector<int32_t> list;
     std::vector<int64_t> rows;
     for (const int64_t i : places) {
         list.push_back(text[i]);
-        rows.push_back(selected_rows(p) + slot_of(i, p, n_always));
+        rows.push_back(selected_rows() + slot_of(i));
     }
     list.resize(slots->ne[0], list.back()); // the same row twice does no harm
     rows.resize(slots->ne[0], rows.back());
@@ -230,49 +243,40 @@ static void set_always(ggml_tensor * cells, ggml_tensor * slots, const std::vect
     set(slots, rows);
 }
 
-void llama_portable_input::set(const llama_sequence & seq, const llama_support_params & p, int64_t n_always, std::pair<int32_t, int32_t> window) const {
-    const int64_t n = seq.mirror.size();
-    if (is_used(cells)) {
-        set_always(cells, slots, seq.mirror.cells(), always_places({ 0, (int32_t) (n - slots->ne[0]) }, n), p, n_always);
+// Rows of always that a step writes; a refresh writes all of them anew.
+void llama_portable::key(llama_support_part & part) const {
+    const int64_t n_ring = core.always_size() - core.params.n_sink;
+    if (!part.refresh && core.streams[part.stream].valid) {
+        part.n_append = std::min<int64_t>(part.n_tokens, n_ring > 0 ? n_ring : core.always_size()); // of more than the ring holds, the latest
     }
-    if (is_used(in_use)) {
-        const int64_t n_selected = selected_rows(p);
-        std::vector<ggml_fp16_t> mask(in_use->ne[0], blind);
-        std::fill_n(mask.begin(), n_selected > 0 ? seq.n_chosen : 0, sees);
-        for (const int64_t i : always_places(window, n)) {
-            mask[n_selected + slot_of(i, p, n_always)] = sees;
+}
+
+void llama_portable::new_inputs(ggml_context * ctx, llama_part_input & in) const {
+    const int64_t n_append = in.part.n_append;
+    if (n_append > 0) {
+        in.append = llama_new_input(ctx, GGML_TYPE_I32, { n_append, most_heads(), 1, 1 }, "portable_cells");
+        in.slots  = llama_new_input(ctx, GGML_TYPE_I64, { n_append, 1, 1, 1 }, "portable_slots");
+    }
+    if (in.part.kind == LLAMA_SUPPORT_FAST) {
+        in.in_use = llama_new_input(ctx, GGML_TYPE_F16, { compact_rows(), 1, 1, 1 }, "portable_in_use");
+    }
+}
+
+void llama_portable::set_inputs(const llama_part_input & in) const {
+    const uint32_t stream = in.part.stream;
+    const auto & st = core.streams[stream];
+    const int64_t n = st.mirror.size();
+    if (llama_is_used(in.append)) {
+        set_always(in.append, in.slots, stream, always_places({ 0, (int32_t) (n - in.slots->ne[0]) }, n));
+    }
+    if (llama_is_used(in.in_use)) {
+        std::vector<ggml_fp16_t> mask(in.in_use->ne[0], blind);
+        std::fill_n(mask.begin(), selected_rows() > 0 ? refreshes[stream].n_chosen : 0, sees);
+        for (const int64_t i : always_places(window(st), n)) {
+            mask[selected_rows() + slot_of(i)] = sees;
         }
-        ::set(in_use, mask);
+        set(in.in_use, mask);
     }
-}
-
-static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1, const char * name, int64_t ne3 = 1) {
-    ggml_tensor * t = ggml_new_tensor_4d(ctx, type, ne0, ne1, 1, ne3);
-    ggml_set_input(t);
-    ggml_set_name(t, name);
-    return t;
-}
-
-// the most KV heads that a layer has
-static int64_t most_heads(const std::vector<llama_support_layer> & layers) {
-    int64_t n = 0;
-    for (const auto & layer : layers) {
-        n = layer.compact_k ? std::max(n, layer.compact_k->ne[2]) : n;
-    }
-    return n;
-}
-
-std::unique_ptr<llama_portable_input> llama_portable_new_input(ggml_context * ctx, const llama_support_key & key, const llama_support_params & p,
-                                                               const std::vector<llama_support_layer> & layers, int64_t n_always) {
-    auto inp = std::make_unique<llama_portable_input>();
-    if (key.n_append > 0) {
-        inp->cells = new_input(ctx, GGML_TYPE_I32, key.n_append, most_heads(layers), "portable_cells");
-        inp->slots = new_input(ctx, GGML_TYPE_I64, key.n_append, 1, "portable_slots");
-    }
-    if (key.kind == LLAMA_SUPPORT_FAST) {
-        inp->in_use = new_input(ctx, GGML_TYPE_F16, compact_rows(p, n_always), 1, "portable_in_use");
-    }
-    return inp;
 }
 
 // ---- the graph of a layer ------------------------------------------------------------------------------------------------
@@ -282,27 +286,20 @@ static ggml_tensor * for_heads(ggml_context * ctx, ggml_tensor * lists, int64_t 
     return !lists || lists->ne[1] == n_head_kv ? lists : ggml_view_2d(ctx, lists, lists->ne[0], n_head_kv, lists->nb[1], 0);
 }
 
-ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama_portable_input & inp, const llama_support_key & key,
-        const llama_support_layer & layer, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * sinks, float kq_scale, float softcap, int il) {
-    ggml_context * ctx = g.ctx0;
+ggml_tensor * llama_portable::attend(const llama_layer_graph & a) const {
+    ggml_context * ctx = a.g.ctx0;
     const auto update = [&](ggml_tensor * compact, ggml_tensor * cache) {
-        ggml_tensor * cur = stream_of(ctx, compact, key.stream);
-        if (inp.cells) {
-            cur = copy_rows(ctx, cache, for_heads(ctx, inp.cells, cache->ne[2]), cur, inp.slots);
-            ggml_build_forward_expand(g.gf, cur);
+        ggml_tensor * cur = stream_of(ctx, compact, a.in.part.stream);
+        if (a.in.append) {
+            cur = copy_rows(ctx, cache, for_heads(ctx, a.in.append, cache->ne[2]), cur, a.in.slots);
+            ggml_build_forward_expand(a.g.gf, cur);
         }
         return cur;
     };
-    k = update(layer.compact_k, k);
-    v = update(layer.compact_v, v);
-    if (key.kind != LLAMA_SUPPORT_FAST) {
-        return nullptr;
-    }
-    ggml_tensor * cur = attend(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, inp.in_use, sinks, kq_scale, softcap);
-    g.cb(cur, "portable_attn", il);
-    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
-    ggml_build_forward_expand(g.gf, cur);
-    return cur;
+    ggml_tensor * k = update(tensors[a.il].compact_k, a.k);
+    ggml_tensor * v = update(tensors[a.il].compact_v, a.v);
+    return a.in.part.kind == LLAMA_SUPPORT_FAST
+        ? a.done(::attend(ctx, a.q_rows(), k, v, a.in.in_use, a.sinks, a.kq_scale, a.softcap), "portable_attn") : nullptr;
 }
 
 // ---- the graph of a refresh ----------------------------------------------------------------------------------------------
@@ -311,8 +308,7 @@ ggml_tensor * llama_portable_build_attn(const llm_graph_context & g, const llama
 struct portable_refresh {
     static constexpr int64_t nodes_per_layer = 72;
 
-    portable_refresh(const llama_kv_cache & kv, const llama_support_params & params, const std::vector<llama_support_layer> & layers,
-                     const llama_sequence & st, uint32_t stream, int64_t n_always, bool slow, float softcap);
+    portable_refresh(const llama_portable & policy, uint32_t stream, bool slow);
 
     void build(ggml_context * ctx, ggml_cgraph * graph);
     void set_inputs() const;
@@ -320,18 +316,17 @@ struct portable_refresh {
 private:
     void new_inputs(ggml_context * ctx);
     void build_layer(ggml_context * ctx, ggml_cgraph * graph, int32_t il) const;
-    ggml_tensor * select_cells(ggml_context * ctx, ggml_cgraph * graph, const llama_support_layer & layer, ggml_tensor * k) const;
-    ggml_tensor * queries(ggml_context * ctx, const llama_support_layer & layer, ggml_tensor * k) const;
+    ggml_tensor * select_cells(ggml_context * ctx, ggml_cgraph * graph, int32_t il, ggml_tensor * k) const;
+    ggml_tensor * queries(ggml_context * ctx, const llama_support_layer & layer) const;
     void set_evidence() const;
     void set_order() const;
 
-    const llama_kv_cache       & kv;
+    const llama_portable       & policy;
+    const llama_support_core   & core;
     const llama_support_params & params;
-    const std::vector<llama_support_layer> & layers;
     const llama_sequence       & st;
     uint32_t stream;
-    int64_t  n_always;
-    float    softcap;
+    int32_t  n_chosen;
     std::pair<int32_t, int32_t> candidates;
     std::vector<int32_t> seen;           // how many cells each query sees, 0: it gives no evidence
     int64_t  n_scan = 0;                 // cells that evidence is made of; 0: none is
@@ -349,67 +344,70 @@ private:
     ggml_tensor * top     = nullptr;     // I64 [n_top] = 0, 1, ...    the rows of the selected cells
 };
 
-portable_refresh::portable_refresh(const llama_kv_cache & kv, const llama_support_params & params, const std::vector<llama_support_layer> & layers,
-                                   const llama_sequence & st, uint32_t stream, int64_t n_always, bool slow, float softcap) :
-        kv(kv), params(params), layers(layers), st(st), stream(stream), n_always(n_always), softcap(softcap),
-        candidates(params.candidates(st.mirror.size())) {
+portable_refresh::portable_refresh(const llama_portable & policy, uint32_t stream, bool slow) :
+        policy(policy), core(policy.core), params(core.params), st(core.streams[stream]), stream(stream),
+        n_chosen(policy.refreshes[stream].n_chosen), candidates(params.candidates(st.mirror.size())) {
     if (!params.refreshes()) {
         return;
     }
-    n_scan  = llama_portable_scan_size(st, kv.get_size());
+    n_scan  = scan_size(core, stream);
     seen    = slow ? std::vector<int32_t>{ st.mirror.size() } : st.mirror.seen(params.n_evidence);
     ordered = st.mirror.in_order();
 }
 
 void portable_refresh::new_inputs(ggml_context * ctx) {
-    const int64_t n_head_kv = most_heads(layers), n_q = seen.size();
-    cells = new_input(ctx, GGML_TYPE_I32, n_always, n_head_kv, "portable_cells");
-    slots = new_input(ctx, GGML_TYPE_I64, n_always, 1, "portable_slots");
+    const int64_t n_head_kv = policy.most_heads(), n_q = seen.size(), n_always = core.always_size();
+    const auto input = [&](ggml_type type, int64_t ne0, int64_t ne1, const char * name, int64_t ne3 = 1) {
+        return llama_new_input(ctx, type, { ne0, ne1, 1, ne3 }, name);
+    };
+    cells = input(GGML_TYPE_I32, n_always, n_head_kv, "portable_cells");
+    slots = input(GGML_TYPE_I64, n_always, 1, "portable_slots");
     if (n_scan > 0) {
-        visible      = new_input(ctx, GGML_TYPE_F16, n_scan, n_q, "portable_visible");
-        weights      = n_q > 1 ? new_input(ctx, GGML_TYPE_F32, 1, n_q, "portable_weights") : nullptr;
-        is_candidate = new_input(ctx, GGML_TYPE_F32, n_scan, 1, "portable_is_candidate");
-        own_head     = ggml_is_quantized(kv.type_k()) ? new_input(ctx, GGML_TYPE_F32, 1, n_head_kv, "portable_own_head", n_head_kv) : nullptr;
+        visible      = input(GGML_TYPE_F16, n_scan, n_q, "portable_visible");
+        weights      = n_q > 1 ? input(GGML_TYPE_F32, 1, n_q, "portable_weights") : nullptr;
+        is_candidate = input(GGML_TYPE_F32, n_scan, 1, "portable_is_candidate");
+        own_head     = ggml_is_quantized(core.kv.type_k()) ? input(GGML_TYPE_F32, 1, n_head_kv, "portable_own_head", n_head_kv) : nullptr;
     }
-    if (n_scan > 0 && st.n_chosen > 0) {
-        handicap = new_input(ctx, GGML_TYPE_F32, n_scan, 1, "portable_handicap");
-        top      = new_input(ctx, GGML_TYPE_I64, st.n_chosen, 1, "portable_top");
-        order    = ordered ? nullptr : new_input(ctx, GGML_TYPE_I32, n_scan, n_head_kv, "portable_order");
-        place    = ordered ? nullptr : new_input(ctx, GGML_TYPE_I32, n_scan, n_head_kv, "portable_place");
+    if (n_scan > 0 && n_chosen > 0) {
+        handicap = input(GGML_TYPE_F32, n_scan, 1, "portable_handicap");
+        top      = input(GGML_TYPE_I64, n_chosen, 1, "portable_top");
+        order    = ordered ? nullptr : input(GGML_TYPE_I32, n_scan, n_head_kv, "portable_order");
+        place    = ordered ? nullptr : input(GGML_TYPE_I32, n_scan, n_head_kv, "portable_place");
     }
 }
 
 // [n_embd_k, n_head, n_q]
-ggml_tensor * portable_refresh::queries(ggml_context * ctx, const llama_support_layer & layer, ggml_tensor * k) const {
-    const ggml_tensor * ring = layer.queries;
+ggml_tensor * portable_refresh::queries(ggml_context * ctx, const llama_support_layer & layer) const {
+    ggml_tensor * ring = layer.queries;
     const bool   one  = seen.size() == 1;
     const size_t from = stream*ring->nb[2] + (one ? (st.mirror.last_pos() % params.n_queries)*ring->nb[1] : 0);
-    return ggml_view_3d(ctx, layer.queries, k->ne[0], ring->ne[0]/k->ne[0], one ? 1 : ring->ne[1], k->ne[0]*sizeof(float), ring->nb[1], from);
+    return ggml_view_3d(ctx, ring, layer.n_embd_k, layer.n_head, one ? 1 : ring->ne[1], layer.n_embd_k*sizeof(float), ring->nb[1], from);
 }
 
 // evidence -> selected cells, I32 [n_chosen, n_head_kv]; null if there is no candidate. What the set before was is kept.
-ggml_tensor * portable_refresh::select_cells(ggml_context * ctx, ggml_cgraph * graph, const llama_support_layer & layer, ggml_tensor * k) const {
-    ggml_tensor * evidence = evidence_of(ctx, queries(ctx, layer, k), k, visible, weights, is_candidate, own_head, layer.kq_scale, softcap);
-    ggml_build_forward_expand(graph, ggml_cpy(ctx, evidence, first_of(ctx, layer.evidence, stream, n_scan)));
+ggml_tensor * portable_refresh::select_cells(ggml_context * ctx, ggml_cgraph * graph, int32_t il, ggml_tensor * k) const {
+    const auto & layer = core.layers[il];
+    const auto & t     = policy.tensors[il];
+    ggml_tensor * evidence = evidence_of(ctx, queries(ctx, layer), k, visible, weights, is_candidate, own_head, layer.kq_scale, core.softcap());
+    ggml_build_forward_expand(graph, ggml_cpy(ctx, evidence, first_of(ctx, t.evidence, stream, n_scan)));
 
-    const int64_t n = layer.selected->ne[0];
-    ggml_build_forward_expand(graph, ggml_cpy(ctx, first_of(ctx, layer.selected, stream, n), first_of(ctx, layer.previous, stream, n)));
+    const int64_t n = t.selected->ne[0];
+    ggml_build_forward_expand(graph, ggml_cpy(ctx, first_of(ctx, t.selected, stream, n), first_of(ctx, t.previous, stream, n)));
     if (!top) {
         return nullptr;
     }
-    ggml_tensor * chosen = select(ctx, evidence, handicap, for_heads(ctx, order, k->ne[2]), for_heads(ctx, place, k->ne[2]), st.n_chosen, params.selector);
-    ggml_build_forward_expand(graph, ggml_cpy(ctx, chosen, first_of(ctx, layer.selected, stream, st.n_chosen)));
+    ggml_tensor * chosen = select(ctx, evidence, handicap, for_heads(ctx, order, k->ne[2]), for_heads(ctx, place, k->ne[2]), n_chosen, params.selector);
+    ggml_build_forward_expand(graph, ggml_cpy(ctx, chosen, first_of(ctx, t.selected, stream, n_chosen)));
     return chosen;
 }
 
 void portable_refresh::build_layer(ggml_context * ctx, ggml_cgraph * graph, int32_t il) const {
-    const auto & layer = layers[il];
-    llama_kv_cache::slot_info all;
-    all.s0 = all.s1 = stream;
-    ggml_tensor * k = llama_support_all_cells(ctx, kv.get_k(ctx, il, kv.get_size(), all));
-    ggml_tensor * v = llama_support_all_cells(ctx, kv.get_v(ctx, il, kv.get_size(), all));
-    ggml_tensor * chosen = visible ? select_cells(ctx, graph, layer, k) : nullptr;
-    for (const auto & [compact, cache] : { std::make_pair(layer.compact_k, k), std::make_pair(layer.compact_v, v) }) {
+    const auto & layer = core.layers[il];
+    const auto & t     = policy.tensors[il];
+    ggml_tensor * k = llama_all_cells(ctx, layer.k, layer.n_embd_k, layer.n_head_kv, stream);
+    ggml_tensor * v = llama_all_cells(ctx, layer.v, layer.n_embd_v, layer.n_head_kv, stream);
+    ggml_tensor * chosen = visible ? select_cells(ctx, graph, il, k) : nullptr;
+    for (const auto & [compact, cache] : { std::make_pair(t.compact_k, k), std::make_pair(t.compact_v, v) }) {
         ggml_tensor * cur = stream_of(ctx, compact, stream);
         if (chosen) {
             cur = copy_rows(ctx, cache, chosen, cur, top);
@@ -420,15 +418,15 @@ void portable_refresh::build_layer(ggml_context * ctx, ggml_cgraph * graph, int3
 
 void portable_refresh::build(ggml_context * ctx, ggml_cgraph * graph) {
     new_inputs(ctx);
-    for (int32_t il = 0; il < (int32_t) layers.size(); ++il) {
-        if (layers[il].compact_k) {
+    for (int32_t il = 0; il < (int32_t) policy.tensors.size(); ++il) {
+        if (policy.tensors[il].compact_k) {
             build_layer(ctx, graph, il);
         }
     }
 }
 
 void portable_refresh::set_inputs() const {
-    set_always(cells, slots, st.mirror.cells(), always_places(candidates, st.mirror.size()), params, n_always);
+    policy.set_always(cells, slots, stream, always_places(candidates, st.mirror.size()));
     if (visible) {
         set_evidence();
     }
@@ -444,7 +442,7 @@ void portable_refresh::set_inputs() const {
         set_order();
     }
     if (top) {
-        std::vector<int64_t> rows(st.n_chosen);
+        std::vector<int64_t> rows(n_chosen);
         std::iota(rows.begin(), rows.end(), 0);
         set(top, rows);
     }
@@ -489,11 +487,17 @@ void portable_refresh::set_order() const {
     set_cells(place, places);
 }
 
-bool llama_portable_refresh(llama_side_graph & side, ggml_backend_sched_t sched, const llama_kv_cache & kv, const llama_support_params & params,
-        const std::vector<llama_support_layer> & layers, const llama_sequence & seq, uint32_t stream, int64_t n_always, bool slow, float softcap) {
-    portable_refresh refresh(kv, params, layers, seq, stream, n_always, slow, softcap);
-    return side.compute(sched, portable_refresh::nodes_per_layer*layers.size() + 16,
-            [&](ggml_context * ctx, ggml_cgraph * graph) { refresh.build(ctx, graph); }, [&] { refresh.set_inputs(); });
+bool llama_portable::refresh(llama_context & lctx, uint32_t stream, bool slow) {
+    if (!window_of->refresh(lctx, stream, slow)) {
+        return false;
+    }
+    auto & last = refreshes[stream];
+    last.n_previous = last.n_chosen;
+    last.n_chosen   = llama_most_selected(core, core.params.candidates(core.streams[stream].mirror.size()));
+    last.n_scanned  = scan_size(core, stream);
+    portable_refresh now(*this, stream, slow);
+    return core.side.compute(lctx.get_sched(), portable_refresh::nodes_per_layer*core.layers.size() + 16,
+            [&](ggml_context * ctx, ggml_cgraph * graph) { now.build(ctx, graph); }, [&] { now.set_inputs(); });
 }
 
 // ---- inspection ----------------------------------------------------------------------------------------------------------
@@ -506,14 +510,14 @@ static std::vector<T> read_head(const ggml_tensor * t, uint32_t stream, int32_t 
     return values;
 }
 
-std::vector<int32_t> llama_portable_selected(const llama_support_layer & layer, const llama_sequence & seq, uint32_t stream, int32_t head_kv) {
-    return read_head<int32_t>(layer.selected, stream, head_kv, seq.n_chosen);
+std::vector<int32_t> llama_portable::selected(uint32_t stream, int32_t il, int32_t head_kv) const {
+    return read_head<int32_t>(tensors[il].selected, stream, head_kv, refreshes[stream].n_chosen);
 }
 
-std::array<float, 4> llama_portable_stability(const llama_support_layer & layer, const llama_sequence & seq, uint32_t stream, int32_t head_kv) {
-    const auto evidence = read_head<float>(layer.evidence, stream, head_kv, seq.n_scanned);
-    const auto selected = llama_portable_selected(layer, seq, stream, head_kv);
-    const auto previous = read_head<int32_t>(layer.previous, stream, head_kv, seq.n_previous);
+std::array<float, 4> llama_portable::stability(uint32_t stream, int32_t il, int32_t head_kv) const {
+    const auto evidence = read_head<float>(tensors[il].evidence, stream, head_kv, refreshes[stream].n_scanned);
+    const auto selected = this->selected(stream, il, head_kv);
+    const auto previous = read_head<int32_t>(tensors[il].previous, stream, head_kv, refreshes[stream].n_previous);
     const auto mass = [&](const std::vector<int32_t> & cells) {
         double sum = 0.0;
         for (const int32_t cell : cells) {
