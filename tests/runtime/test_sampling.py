@@ -41,7 +41,9 @@ def tokens(steps):
 def test_exact_decoding_draws_what_dense_decoding_draws(models, name):
     sampling = Sampling(temp=1.0, seed=3, **SAMPLERS[name])
     dense, exact = (run(models[mode], sampling=sampling, **({"draft": 6} if mode == "exact" else {})) for mode in ("dense", "exact"))
-    assert tokens(dense) == tokens(exact) and (sum(step.n_accepted for step in exact) > 0 or len(exact) < 8)
+    by_steps = [step for step in exact if step.drafted_by == "fast"]  # what the text drafts may all be wrong
+    assert tokens(dense) == tokens(exact) and (any(step.n_drafted for step in exact) or len(exact) < 8)
+    assert not by_steps or any(step.n_accepted for step in by_steps)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "plain"])
