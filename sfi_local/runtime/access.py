@@ -68,6 +68,12 @@ class Access:
             while not self._freed and not self._holds(threading.get_ident()):
                 self._changed.wait()
 
+    @property
+    def is_freed(self) -> bool:
+        """Whether somebody frees it, or has. If not, nobody begins while this thread is inside or at work in a turn."""
+        with self._changed:
+            return self._begun_to_free
+
     def check_open(self) -> None:
         """Raise DetachedError after close()."""
         if self.closed:

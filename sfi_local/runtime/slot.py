@@ -253,13 +253,15 @@ class Slot:
 
     def can_draft(self, token: int) -> bool:
         """Whether a fast step may be taken now: there is a support, room in its window, and depth enough."""
-        kind, reason = self._sfi.peek(token)
-        return kind == "fast" or reason == "boundary"
+        with self.access:
+            kind, reason = self._sfi.peek(token)
+            return kind == "fast" or reason == "boundary"
 
     def can_verify(self, token: int) -> bool:
         """Whether a pass may be taken now: no slow step is due."""
-        kind, reason = self._sfi.peek(token)
-        return kind != "slow" or reason == "boundary"
+        with self.access:
+            kind, reason = self._sfi.peek(token)
+            return kind != "slow" or reason == "boundary"
 
     def draft(self, token: int) -> StepInfo:
         """A fast step whose token is to be verified or taken back."""
@@ -269,8 +271,9 @@ class Slot:
     @property
     def can_try(self) -> bool:
         """Whether several tokens can take their fast steps together."""
-        return (self.engine is not None and self.mode.fast and not self.mode.verifies and self.params.policy == "sketch"
-                and self.engine.path == "native")
+        with self.access:
+            return (self.engine is not None and self.mode.fast and not self.mode.verifies and self.params.policy == "sketch"
+                    and self.engine.path == "native")
 
     def try_fast(self, tokens: Sequence[int]) -> list[StepInfo]:
         """Fast steps of tokens, of which the first is sure, in one pass: as many as come before the window moves, one at least.
@@ -343,12 +346,12 @@ class Slot:
         try:
             for item in items:
                 yield item
-                if first and self.n_prefilled >= MIN_KEEP:
+                if first and self.n_prefilled >= MIN_KEEP and not self.access.is_freed:
                     self._keep()
                 first = False
         finally:
             items.close()  # type: ignore[attr-defined]  # generators, all of them
-            if self._context is not None:
+            if self._context is not None and not self.access.is_freed:  # by who closed it between two items
                 self._drop_drafts_if_any()
                 self._keep()
 
