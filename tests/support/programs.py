@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OPERATIONS = "SPARSE_ATTN,SUPPORT_.*,SKETCH_.*,BLOCK_.*"
+OPERATIONS = "SPARSE_ATTN,SUPPORT_.*,SKETCH_.*,BLOCK_.*,FEW_.*"
 LEAST_CASES = {"SPARSE_ATTN": 60, "SUPPORT_EVIDENCE": 20, "SUPPORT_SELECT": 15, "SUPPORT_STABILITY": 12, "SKETCH_ENCODE": 15,
                "SKETCH_SCAN": 60}
 
