@@ -3,7 +3,7 @@
 #include "frozen.h"
 #include "llama-path.h"
 #include "portable.h"
-#include "sketch.h"
+#include "sketch-policy.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"

@@ -1,6 +1,6 @@
-// When the basis is fitted, when cells get their codes, and what a fast step does with them; see sketch.h.
+// When the basis is fitted, when cells get their codes, and what a fast step does with them; see sketch-policy.h.
 
-#include "sketch.h"
+#include "sketch-policy.h"
 
 #include "llama-path.h"
 #include "sketch-error.h"
