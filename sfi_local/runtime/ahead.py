@@ -50,8 +50,7 @@ class Ahead:
         return items
 
     def _guesses(self, token: int, room: int) -> list[int]:
-        for one in [*self._slot.tokens[len(self._ngrams.tokens):], token]:
-            self._ngrams.push(one)
+        self._ngrams.follow(self._slot.tokens, token)
         _, n = self._length.next(min(room, MAX_GUESSES), self._ngrams.odds(MAX_GUESSES), fast=False)
         if not n or not self._slot.can_draft(token):
             return []

@@ -71,12 +71,6 @@ class Drafting:
     def __init__(self, slot: Slot, draft: int | None = None):
         self.length, self.ngrams = SpanLength(draft, slot.costs), Ngrams(slot.tokens)
 
-    def follow(self, tokens: Sequence[int], token: int) -> None:
-        """These are the tokens in the cache, all of them sure, and the one that comes next. Only more of them since the last call."""
-        for one in tokens[len(self.ngrams.tokens):]:
-            self.ngrams.push(one)
-        self.ngrams.push(token)
-
     def next(self, room: int, fast: bool) -> tuple[str, int]:
         """See SpanLength.next()."""
         return self.length.next(room, self.ngrams.odds(MAX_DRAFTS), fast)
@@ -88,7 +82,7 @@ def decode_span(slot: Slot, vocabulary: Vocabulary, sampler: Any, token: int, ro
 
     Returns [(token, its step, more fields of its Step)], one at least; the last is not in the cache yet.
     """
-    drafting.follow(slot.tokens, token)
+    drafting.ngrams.follow(slot.tokens, token)
     source, n_drafts = _planned(slot, token, room, drafting)
     if source is None:
         return _dense(slot, sampler, token, drafting, logprobs)

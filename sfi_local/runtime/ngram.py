@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Iterable, Sequence
 
 CANDIDATES = 16   # places that are compared, at most
 LONGEST = 32      # tokens that are compared at each
@@ -51,6 +51,12 @@ class Ngrams:
         for token in tokens:
             self._append(token)
         self._look()
+
+    def follow(self, tokens: Sequence[int], token: int) -> None:
+        """These are the tokens in the cache, all of them sure, and the one that comes next. Only more of them since the last call."""
+        for one in tokens[len(self.tokens):]:
+            self.push(one)
+        self.push(token)
 
     def push(self, token: int) -> None:
         """One token more, which is sure."""

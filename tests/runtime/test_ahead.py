@@ -3,42 +3,16 @@
 import random
 
 import pytest
+from support.replay import Given, Replay
 
 from sfi_local import Sampling, SfiParams, load
 from sfi_local.errors import DecodeError
 from sfi_local.runtime.ahead import MAX_GUESSES
-from sfi_local.runtime.draft_length import Costs
 from sfi_local.runtime.generate import generate
 
 RNG = random.Random(2)
 RANDOM = [RNG.randrange(10, 250) for _ in range(900)]
 TEXT = RANDOM[:300]
-
-
-class Given(Costs):
-    """What steps cost does not depend on the machine's load."""
-
-    def __init__(self, passes=0.1):
-        super().__init__(10.0, 9.0, {16: 10.0 + 150.0 * passes})
-
-    def dense_took(self, ms):
-        pass
-
-    def forget_passes(self):
-        pass
-
-    def pass_took(self, n, ms):
-        pass
-
-
-class Replay:
-    """A sampler that draws given tokens, whatever the logits."""
-
-    def __init__(self, tokens):
-        self.tokens = iter(tokens)
-
-    def sample(self, context, row=-1):
-        return next(self.tokens)
 
 
 @pytest.fixture(scope="module", params=["sfi", "auto"])
@@ -52,7 +26,7 @@ def model(tiny, request):
 @pytest.fixture
 def slot(model, monkeypatch):
     model.slot.cut(0)
-    model.slot.fast_costs = Given()
+    model.slot.fast_costs = Given(longest=16)
     model.slot.passes = []
     do = model.slot.try_fast
     monkeypatch.setattr(model.slot, "try_fast", lambda tokens: model.slot.passes.append(do(tokens)) or model.slot.passes[-1])
@@ -71,13 +45,13 @@ def test_what_repeats_takes_few_passes(slot, model):
 
 
 def test_what_does_not_repeat_takes_single_steps(slot, model):
-    slot.fast_costs = Given(passes=0.4)
+    slot.fast_costs = Given(0.4, 16)
     assert run(slot, model, RANDOM[:300], Replay(RANDOM[300:700]), 400) == RANDOM[300:700]
     assert sum(map(len, slot.passes)) < 20
 
 
 def test_where_a_pass_is_too_dear_none_is_taken(slot, model):
-    slot.fast_costs = Given(passes=1.1)
+    slot.fast_costs = Given(1.1, 16)
     assert run(slot, model, TEXT + TEXT[:20], Replay(TEXT[20:200]), 180) == TEXT[20:200] and slot.passes == []
 
 

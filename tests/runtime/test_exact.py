@@ -2,11 +2,11 @@
 
 import ctypes
 import itertools
-import signal
 from collections import Counter
 
 import numpy as np
 import pytest
+from support.replay import interrupted
 
 from sfi_local import Sampling, SfiParams, Tally, load
 from sfi_local.errors import ArgumentError, BusyError
@@ -151,18 +151,6 @@ def test_a_second_turn_reuses_the_cache_and_equals_dense(models):
 
     dense, exact = turns(models("dense")), turns(models("exact"), draft=5)
     assert exact[:2] == dense[:2] and exact[2] <= dense[2] == len(" And then?") + 1
-
-
-def interrupted(method, when):
-    """Slot.method, after which Ctrl-C comes at its `when`th call."""
-    original, calls = getattr(Slot, method), iter(range(1 << 30))
-
-    def call(self, *args):
-        result = original(self, *args)
-        if next(calls) == when:
-            signal.raise_signal(signal.SIGINT)
-        return result
-    return call
 
 
 @pytest.mark.parametrize("method, when", [("draft", 0), ("draft", 4), ("verify", 0), ("verify", 3), ("rollback", 2)])

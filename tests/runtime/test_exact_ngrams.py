@@ -1,14 +1,13 @@
 """Mode exact where the text itself drafts: what repeats is kept, what does not is left alone, and every ending finds the cache right."""
 
 import random
-import signal
 
 import pytest
+from support.replay import Given, Replay, interrupted
 
 from sfi_local import Sampling, SfiParams, Tally, load
 from sfi_local.errors import DecodeError
 from sfi_local.runtime import exact, ties
-from sfi_local.runtime.draft_length import Costs
 from sfi_local.runtime.exact import generate_exact
 from sfi_local.runtime.generate import generate
 from sfi_local.runtime.slot import Slot
@@ -20,37 +19,6 @@ TEXT = RANDOM[:300]
 FROZEN = SfiParams.of("frozen", n_sink=4, n_recent=32, n_selected=64, max_span=32, auto_depth=1)
 SKETCH = SfiParams(n_sink=2, n_recent=32, n_selected=8, auto_depth=1)
 LATER = SKETCH.replace(auto_depth=4000)  # no fast step is possible before
-
-
-class Given(Costs):
-    """What steps cost does not depend on the machine's load."""
-
-    def __init__(self, passes=0.1):
-        super().__init__(10.0, 9.0, {32: 10.0 + 310.0 * passes})
-
-    def dense_took(self, ms):
-        pass
-
-    def forget_passes(self):
-        pass
-
-    fast_took = dense_took
-
-    def pass_took(self, n, ms):
-        pass
-
-
-class Replay:
-    """A sampler that draws given tokens, whatever the logits."""
-
-    def __init__(self, tokens):
-        self.tokens = iter(tokens)
-
-    def sample(self, context, row=-1):
-        return next(self.tokens)
-
-    def clone(self):
-        return Sampling(temp=0).chain()
 
 
 @pytest.fixture(scope="module", params=[FROZEN, SKETCH, LATER], ids=["frozen", "sketch", "not yet deep"])
@@ -159,18 +127,10 @@ def test_a_context_that_grows_keeps_what_is_sure(tiny, params):
 
 @pytest.mark.parametrize("method, when", [("verify", 0), ("verify", 2), ("rollback", 0), ("rollback", 2), ("step", 0)])
 def test_ctrl_c_at_any_point_leaves_nothing_wrong_behind(slot, model, monkeypatch, method, when):
-    original, calls = getattr(Slot, method), iter(range(1 << 30))
-
-    def call(self, *args):
-        result = original(self, *args)
-        if next(calls) == when:
-            signal.raise_signal(signal.SIGINT)
-        return result
-
     broken = [token if i % 13 else 251 for i, token in enumerate(TEXT)]  # so that drafts are wrong, too
     slot.costs.dense *= method != "step"  # else it is measured first
     with monkeypatch.context() as patch:
-        patch.setattr(Slot, method, call)
+        patch.setattr(Slot, method, interrupted(method, when))
         with pytest.raises(KeyboardInterrupt):
             run(slot, model, TEXT + broken[:20], Replay(broken[20:250]), 230)
     mine = run(slot, model, TEXT + broken[:60], Sampling(temp=0).chain(), 20).tokens

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.serving import named_events
 
 ASK = [{"role": "user", "content": "The quick brown fox."}]
 TOOL = {"name": "look_up", "input_schema": {"type": "object", "properties": {"day": {"type": "integer"}}, "required": ["day"], "additionalProperties": False}}
@@ -12,15 +13,6 @@ def message(client, status=200, **fields):
     response = client.post("/v1/messages", json={"model": "tiny", "messages": ASK, "max_tokens": 12, "seed": 1, **fields})
     assert response.status_code == status, response.text
     return response
-
-
-def events(response):
-    out = []
-    for block in filter(None, response.text.split("\n\n")):
-        name, data = block.split("\n")
-        out.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {out[-1]['type']}"
-    return out
 
 
 def test_a_message_has_blocks_a_reason_and_usage(client):
@@ -34,7 +26,7 @@ def test_a_message_has_blocks_a_reason_and_usage(client):
 
 
 def test_events_come_in_order_and_make_the_message(client):
-    found = events(message(client, stream=True))
+    found = named_events(message(client, stream=True))
     assert [one["type"] for one in found[:2]] == ["message_start", "content_block_start"]
     assert [one["type"] for one in found[-3:]] == ["content_block_stop", "message_delta", "message_stop"]
     text = "".join(one["delta"]["text"] for one in found if one["type"] == "content_block_delta")
@@ -55,7 +47,7 @@ def test_a_call_comes_whole_and_in_pieces(client, choice):
     found = message(client, **fields).json()
     call = found["content"][-1]
     assert found["stop_reason"] == "tool_use" and call["type"] == "tool_use" and call["name"] == "look_up" and isinstance(call["input"]["day"], int)
-    deltas = [one["delta"]["partial_json"] for one in events(message(client, stream=True, **fields)) if one["type"] == "content_block_delta"]
+    deltas = [one["delta"]["partial_json"] for one in named_events(message(client, stream=True, **fields)) if one["type"] == "content_block_delta"]
     assert len(deltas) > 2 and json.loads("".join(deltas)) == call["input"]
 
 

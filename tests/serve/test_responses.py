@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.serving import named_events
 
 FIELDS = {"id", "object", "created_at", "completed_at", "status", "incomplete_details", "model", "previous_response_id", "instructions", "output",
           "error", "tools", "tool_choice", "truncation", "parallel_tool_calls", "text", "top_p", "presence_penalty", "frequency_penalty",
@@ -19,11 +20,7 @@ def respond(client, status=200, **fields):
 
 
 def events(response):
-    out = []
-    for block in filter(None, response.text.split("\n\n")):
-        name, data = block.split("\n")
-        out.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {out[-1]['type']}"
+    out = named_events(response)
     assert [one["sequence_number"] for one in out] == list(range(len(out)))
     return out
 

@@ -77,3 +77,13 @@ class Served:
         self.process.send_signal(sign)
         _, err = self.process.communicate(timeout=60)
         return self.process.returncode, err.decode()
+
+
+def named_events(response):
+    """The events of a stream whose events are named as their data's type."""
+    out = []
+    for block in filter(None, response.text.split("\n\n")):
+        name, data = block.split("\n")
+        out.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {out[-1]['type']}"
+    return out
