@@ -17,27 +17,20 @@ static ggml_tensor * attend_to(const llama_layer_graph & a, ggml_tensor * select
     return a.done(ggml_sparse_attn(a.g.ctx0, a.q_rows(), a.k, a.v, a.in.always, selected, nullptr, a.sinks, a.kq_scale, a.softcap), "sparse_attn");
 }
 
-// A support keeps the place of its window, and lists none of the cells behind it.
-static bool keep_places(llama_support_core & core, uint32_t stream) {
+// ---- window --------------------------------------------------------------------------------------------------------------
+
+// A support lists none of the cells behind the place of its window ...
+bool llama_window::cut(llama_sequence & st, int32_t left) const {
+    return !st.valid || left >= st.j1;
+}
+
+// ... which it keeps. What is selected, the graph of the ubatch has selected.
+bool llama_window::refresh(llama_context &, uint32_t stream, bool) {
     auto & st = core.streams[stream];
     const auto [j0, j1] = core.params.candidates(st.mirror.size());
     st.j0 = j0;
     st.j1 = j1;
     return true;
-}
-
-static bool lists_none_behind(const llama_sequence & st, int32_t left) {
-    return !st.valid || left >= st.j1;
-}
-
-// ---- window --------------------------------------------------------------------------------------------------------------
-
-bool llama_window::cut(llama_sequence & st, int32_t left) const {
-    return lists_none_behind(st, left);
-}
-
-bool llama_window::refresh(llama_context &, uint32_t stream, bool) {
-    return keep_places(core, stream);
 }
 
 ggml_tensor * llama_window::attend(const llama_layer_graph & a) const {
@@ -58,14 +51,6 @@ void llama_frozen::allocate(ggml_context * ctx, const std::vector<int32_t> & ils
 
 int32_t llama_frozen::window_room(const llama_sequence & st) const {
     return st.valid ? (int32_t) (core.always_size() - st.j0 - (st.mirror.size() - st.j1)) : INT32_MAX;
-}
-
-bool llama_frozen::cut(llama_sequence & st, int32_t left) const {
-    return lists_none_behind(st, left);
-}
-
-bool llama_frozen::refresh(llama_context &, uint32_t stream, bool) {
-    return keep_places(core, stream); // the graph of the ubatch has selected
 }
 
 ggml_tensor * llama_frozen::attend(const llama_layer_graph & a) const {

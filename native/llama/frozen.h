@@ -17,15 +17,13 @@ public:
 };
 
 // And those that a refresh selected by the evidence of some queries. The window's start stays where the refresh put it.
-class llama_frozen : public llama_policy {
+class llama_frozen : public llama_window {
 public:
-    explicit llama_frozen(llama_support_core & core) : llama_policy(core), tensors(core.layers.size()) {}
+    explicit llama_frozen(llama_support_core & core) : llama_window(core), tensors(core.layers.size()) {}
 
     void allocate(ggml_context * ctx, const std::vector<int32_t> & ils) override;
     std::pair<int32_t, int32_t> window(const llama_sequence & st) const override { return { st.j0, st.j1 }; }
     int32_t window_room(const llama_sequence & st) const override;
-    bool cut(llama_sequence & st, int32_t left) const override;
-    bool refresh(llama_context & lctx, uint32_t stream, bool slow) override;
     ggml_tensor * attend(const llama_layer_graph & a) const override;
     void report(uint32_t stream, int32_t i, int32_t n, llama_support_report & out) const override;
     bool reads_keys(llama_support_kind kind, bool refresh) const override;

@@ -393,9 +393,8 @@ llama_support_part llama_support::part_of(const announced & w, int64_t first, in
     part.n_behind = n_behind;
     part.refresh  = w.refresh && w.n_left == 0 && core.params.refreshes();
     part.n_stored = core.params.selects() ? std::min<int64_t>(n, core.params.n_queries) : 0;
-    const bool on_host = std::any_of(core.layers.begin(), core.layers.end(),
+    part.listed = w.kind == LLAMA_SUPPORT_PREFILL && std::any_of(core.layers.begin(), core.layers.end(),
             [](const auto & layer) { return layer.path == LLAMA_PATH_NATIVE && layer.on_host(); });
-    part.listed = w.kind == LLAMA_SUPPORT_PREFILL && on_host;
     part.blocks = part.listed && n >= min_block;
     if (w.kind == LLAMA_SUPPORT_PREFILL ? part.refresh || part.listed : w.kind != LLAMA_SUPPORT_FAST) {
         part.n_list = llama_list_size(core, w.stream);
