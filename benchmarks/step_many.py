@@ -8,7 +8,6 @@ Nothing is timed before the logits of both ways agree.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import sys
@@ -18,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from sfi_local import SfiParams
-from sfi_local.binding.context import context_params
+from sfi_local.binding.context import Context, context_params, load_weights, logits
 from sfi_local.binding.engine import Engine
 from sfi_local.binding.library import open_library
-from sfi_local.machine import cpu_name
+from sfi_local.machine import cpu_name, reads_mapped_weights
+from sfi_local.runtime.vocabulary import Vocabulary
 
 CLOSE = 0.02  # of the spread of the logits: products of several columns may round otherwise than of one
 
@@ -51,33 +51,23 @@ class Steps:
     """A context of several sequences with one text in all of them, each behind a slow step."""
 
     def __init__(self, args: argparse.Namespace):
-        llama = self.llama = open_library().llama_cpp
-        weights = llama.llama_model_default_params()
-        weights.use_extra_bufts = False  # as the product loads them on this kind of machine: mapped, not repacked
-        self.model = llama.llama_model_load_from_file(args.model.encode(), weights)
-        if not self.model:
-            sys.exit(f"{args.model} cannot be loaded.")
+        llama = open_library().llama_cpp
+        weights = load_weights(llama, Path(args.model), None, None, mapped_only=reads_mapped_weights())
         params = context_params(llama, (args.tokens + 4 * args.rounds + 64) * args.sequences, args.t, "f16", "f16")
         params.n_seq_max, params.n_outputs_max = args.sequences, 0
-        self.context = llama.llama_init_from_model(self.model, params)
-        self.vocab = llama.llama_model_get_vocab(self.model)
-        self.engine = Engine(self.context, SfiParams(auto_depth=0))
-        tokens = self.tokens_of(Path(args.text).read_bytes())
+        self.context = Context(weights, params)
+        self.engine = Engine(self.context.ctx, SfiParams(auto_depth=0), owner=self.context)
+        tokens = Vocabulary(weights).tokenize(Path(args.text).read_text(encoding="utf-8", errors="replace"), add_bos=True)
         if len(tokens) < args.tokens + 2:
             sys.exit(f"The text has {len(tokens)} tokens only: give a longer one, or a smaller --tokens.")
         self.next = tokens[args.tokens]
         self.sequences = range(args.sequences)
         self.engine.prefill(tokens[:args.tokens], seq=0)
-        memory = llama.llama_get_memory(self.context)
+        memory = llama.llama_get_memory(self.context.ctx)
         for seq in self.sequences[1:]:
             llama.llama_memory_seq_cp(memory, 0, seq, -1, -1)
         for seq in self.sequences:
             self.engine.step(self.next, "slow", seq)
-
-    def tokens_of(self, text: bytes) -> list[int]:
-        buffer = (self.llama.llama_token * (len(text) + 8))()
-        n = self.llama.llama_tokenize(self.vocab, text, len(text), buffer, len(buffer), True, False)
-        return list(buffer[:n])
 
     def apart(self) -> None:
         for seq in self.sequences:
@@ -86,20 +76,15 @@ class Steps:
     def together(self) -> None:
         self.engine.step_many({seq: self.next for seq in self.sequences}, "fast")
 
-    def logits(self, row: int) -> np.ndarray:
-        n = self.llama.llama_vocab_n_tokens(self.vocab)
-        pointer = self.llama.llama_get_logits_ith(self.context, row)
-        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape=(n,)).astype(np.float64)
-
     def check(self) -> None:
         """A step of all gives each sequence what its own step does."""
         alone = []
         for seq in self.sequences:
             self.engine.step(self.next, "fast", seq)
-            alone.append(self.logits(-1))
+            alone.append(logits(self.context, -1).copy())
             self.engine.rollback(1, seq)
         self.together()
-        self.apart_by = max(float(np.abs(self.logits(row) - one).max() / np.ptp(one)) for row, one in enumerate(alone))
+        self.apart_by = max(float(np.abs(logits(self.context, row) - one).max() / np.ptp(one)) for row, one in enumerate(alone))
         if not self.apart_by < CLOSE:
             sys.exit(f"No time is shown: the logits of a step of all are {self.apart_by:.3f} of their spread from those of one.")
 

@@ -41,8 +41,7 @@ def took(info):
 
 def rows(context, n):
     """The logits after each token of the last batch, [n, n_vocab]."""
-    get = context.llama.llama_get_logits_ith
-    return np.array([np.ctypeslib.as_array(get(context.address, i), shape=(context.n_vocab,)).copy() for i in range(n)])
+    return np.array([context.logits(i) for i in range(n)])
 
 
 def kv(context):

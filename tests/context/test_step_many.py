@@ -37,10 +37,6 @@ def near(distances):
     return np.median(distances) < CLOSE and np.max(distances) < 300 * CLOSE
 
 
-def row(context, i):
-    return np.ctypeslib.as_array(context.llama.llama_get_logits_ith(context.address, i), shape=(context.n_vocab,)).copy()
-
-
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0], [1]])
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
 def test_each_sequence_takes_the_step_it_would_take_alone(opened, prompts, params, order, kv):
@@ -52,7 +48,7 @@ def test_each_sequence_takes_the_step_it_would_take_alone(opened, prompts, param
         infos = together.engine.step_many({seq: step[seq] for seq in order})
         for i, seq in enumerate(order):
             assert took(infos[i]) == took(apart.step(step[seq], seq=seq))
-            distances.append(np.abs(row(together, i) - apart.logits()).max())
+            distances.append(np.abs(together.logits(i) - apart.logits()).max())
     assert near(distances)
     one, other = together.engine.stats(), apart.engine.stats()
     assert (one.n_fast, one.n_slow, one.kv_dense) == (other.n_fast, other.n_slow, other.kv_dense)
@@ -73,11 +69,11 @@ def test_on_a_real_model_a_pass_gives_what_single_steps_give_bit_for_bit(native,
                 context.prefill(list(range(1000 + 50 * seq, 1200)), seq=seq)
         tokens = list(range(2000, 2040))
         expected = {seq: one.steps(tokens, "fast", seq) for seq in range(2)}
-        assert np.array_equal(np.array([row(several, 1) for t in tokens[:3] if several.engine.step_many({0: t, 1: t}, "fast")]), expected[1][:3])
+        assert np.array_equal(np.array([several.logits(1) for t in tokens[:3] if several.engine.step_many({0: t, 1: t}, "fast")]), expected[1][:3])
         done = 3
         while done < len(tokens):
             n = len(several.engine.step_fast(tokens[done:done + 9], seq=0))
-            assert np.array_equal(np.array([row(several, i) for i in range(n)]), expected[0][done:done + n])
+            assert np.array_equal(np.array([several.logits(i) for i in range(n)]), expected[0][done:done + n])
             done += n
         assert several.engine.stats().kv_read < one.engine.stats().kv_read
         one.close(), several.close()
@@ -98,7 +94,7 @@ def test_several_tokens_take_the_steps_they_would_take_one_by_one(opened, prompt
         infos = together.engine.step_fast(tokens[done:done + 5])
         for i, info in enumerate(infos):
             assert took(info)[2:] == took(apart.step(tokens[done + i], "fast"))[2:] and (info.kind, info.reason) == ("fast", "")
-            distances.append(np.abs(row(together, i) - apart.logits()).max())
+            distances.append(np.abs(together.logits(i) - apart.logits()).max())
         done += len(infos)
     assert near(distances)
     assert together.engine.stats().n_fast == apart.engine.stats().n_fast > 40

@@ -8,8 +8,7 @@ import pytest
 from support.ggml_ops import TYPES, Graph, encode
 from support.op_cases import EPS32, SEED, Case, pass_on_path, simd_paths
 
-KINDS = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q5_0": "Q5_0", "q5_1": "Q5_1", "q4_K": "Q4_K", "q5_K": "Q5_K", "q6_K": "Q6_K"}
-TYPES.update({kind: int(gguf.GGMLQuantizationType[name]) for kind, name in KINDS.items()})
+KINDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q4_K", "q5_K", "q6_K")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Product:
             return g.compute(out, n_threads)[0, 0]
 
     def weights(self):
-        return gguf.quants.dequantize(self.w, gguf.GGMLQuantizationType[KINDS[self.case.kind]]).astype(np.float64)
+        return gguf.quants.dequantize(self.w, gguf.GGMLQuantizationType(TYPES[self.case.kind])).astype(np.float64)
 
     def check(self):
         w, x, got = self.weights(), rounded(self.x), self.run()

@@ -3,15 +3,12 @@
 import platform
 from dataclasses import dataclass
 
-import gguf
 import numpy as np
 import pytest
-from support.ggml_ops import TYPES, Graph, encode
+from support.ggml_ops import Graph, encode
 from support.op_cases import SEED, Case, simd_paths
 
-KINDS = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q5_0": "Q5_0", "q5_1": "Q5_1", "q8_0": "Q8_0", "q4_K": "Q4_K", "q5_K": "Q5_K",
-         "q6_K": "Q6_K"}
-TYPES.update({kind: int(gguf.GGMLQuantizationType[name]) for kind, name in KINDS.items()})
+KINDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_K", "q5_K", "q6_K")
 
 pytestmark = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64") or "avx2" not in simd_paths(), reason="needs AVX2")
 

@@ -138,8 +138,8 @@ class Context:
         self.llama.llama_batch_free(batch)
         return self.logits() if status == 0 else None
 
-    def logits(self):
-        return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.address, -1), shape=(self.n_vocab,)).copy()
+    def logits(self, row=-1):
+        return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.address, row), shape=(self.n_vocab,)).copy()
 
     def n_reused(self):
         """Graphs that were used again since the context was made."""

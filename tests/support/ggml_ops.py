@@ -20,7 +20,8 @@ import pytest
 # ggml's OpenMP threads spin when they wait; with more threads than idle cores that makes these tests ten times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 8, "i8": 24, "i32": 26, "bf16": 30}
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_K": 12, "q5_K": 13, "q6_K": 14, "i8": 24, "i32": 26,
+         "bf16": 30}
 DEVICE_CPU = 0  # enum ggml_backend_dev_type
 DEVICE = os.environ.get("SFI_TEST_DEVICE", "")
 MEM_SIZE = 512 << 20  # of a context; only what is touched becomes real
