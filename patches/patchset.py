@@ -40,7 +40,7 @@ VENDOR = NATIVE / "vendor"
 
 STAMP = ".sfi-patched"  # in a tree of ours: the fingerprint of what it was made from
 UNUSED = ("docs/", "media/", "models/", "tools/ui/")  # of llama.cpp: nothing we build reads them
-NOT_IN_THE_LIBRARIES = ("vendor", "tests", "examples")  # of native/
+NOT_IN_THE_LIBRARIES = ("vendor", "tests", "examples", "cross", "package.py", "wheels.py")  # of native/
 SOURCE_SUFFIXES = {".c", ".cpp", ".cu", ".cuh", ".h", ".m", ".metal", ".cmake", ".txt", ".py"}
 
 
@@ -306,8 +306,13 @@ def copy_local(source: Path, tree: Path) -> None:
     """A copy of the user's tree, without its history, builds and models."""
     if not (source / "ggml" / "CMakeLists.txt").exists():
         raise PatchsetError(f"SFI_LLAMA_DIR={source} is not a llama.cpp source tree: it has no ggml/CMakeLists.txt.")
-    shutil.copytree(source, tree, dirs_exist_ok=True,
-                    ignore=shutil.ignore_patterns(".git", STAMP, "build*", "*.gguf", "__pycache__"))
+    def left_behind(directory: str, names: list[str]) -> set[str]:
+        here = Path(directory)
+        builds = {name for name in names if name.startswith("build") and (here / name).is_dir()} if here == source else set()
+        return builds | everywhere(directory, names)  # deeper down upstream's own files begin so: cmake/build-info.cmake
+
+    everywhere = shutil.ignore_patterns(".git", STAMP, "*.gguf", "__pycache__")
+    shutil.copytree(source, tree, dirs_exist_ok=True, ignore=left_behind)
 
 
 def is_patched(tree: Path) -> bool:

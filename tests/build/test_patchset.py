@@ -140,6 +140,23 @@ def test_the_local_tree_is_never_changed(tool, exported, tmp_path):
     assert read_tree(tmp_path / "pristine") == PRISTINE
 
 
+def test_builds_and_models_of_the_local_tree_stay_behind(tool, project, tmp_path):
+    """A build is a folder at the root; a file of upstream's may be called like one."""
+    left = {"build/ggml.h": b"", "build-arm/cmake/x.cmake": b"", "models/tiny.gguf": b"", "src/__pycache__/a.pyc": b""}
+    kept = {"cmake/build-info.cmake": b"set(X 1)\n", "src/build/a.cpp": b"int a;\n", "build-all.sh": b"make\n"}
+    write_tree(tmp_path / "pristine", left | kept)
+    tool.apply(tmp_path / "out")
+    assert read_tree(tmp_path / "out") == PRISTINE | kept
+
+
+def test_a_tree_reached_by_a_link_is_copied_alike(tool, project, tmp_path, monkeypatch):
+    write_tree(tmp_path / "pristine", {"build/ggml.h": b""})
+    (tmp_path / "link").symlink_to(tmp_path / "pristine")
+    monkeypatch.setenv("SFI_LLAMA_DIR", str(tmp_path / "link"))
+    tool.apply(tmp_path / "out")
+    assert read_tree(tmp_path / "out") == PRISTINE
+
+
 @needs_git
 def test_a_tree_that_does_not_fit_is_refused_by_name(tool, exported, tmp_path, monkeypatch):
     other = PRISTINE | {"ggml/ggml.h": b"something else\n"}
