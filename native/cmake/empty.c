@@ -1,0 +1,2 @@
+/* A library of nothing: see sfi-variants.cmake. */
+typedef int sfi_nothing;
