@@ -24,7 +24,7 @@ __path__ = extend_path(__path__, __name__)
 _WHERE = {
     "load": "loading", "Model": "runtime.model", "Step": "runtime.step", "Tally": "runtime.step", "SfiParams": "params",
     "Sampling": "runtime.sampling", "Engine": "binding.engine", "Message": "runtime.template",
-    "Conversation": "runtime.conversation", "SlowFastLlama": "llama", "SfiError": "errors",
+    "Conversation": "runtime.conversation", "Look": "runtime.look", "SlowFastLlama": "llama", "SfiError": "errors",
 }
 
 __all__ = [*_WHERE, "__version__"]

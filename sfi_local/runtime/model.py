@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 from sfi_local.binding import gpu
 from sfi_local.binding.context import load_adapter, maker
+from sfi_local.binding.engine import StepInfo
 from sfi_local.binding.state import checksum
 from sfi_local.errors import ArgumentError, InputError, OutOfMemoryError
 from sfi_local.params import SfiParams
@@ -19,7 +20,7 @@ from sfi_local.runtime.auto import FindDepth, find_depth
 from sfi_local.runtime.conversation import Conversation
 from sfi_local.runtime.draft_length import MAX_DRAFTS
 from sfi_local.runtime.exact import generate_exact
-from sfi_local.runtime.generate import generate
+from sfi_local.runtime.generate import begin, generate
 from sfi_local.runtime.keeper import Keeper
 from sfi_local.runtime.memory import MIN_CTX
 from sfi_local.runtime.modes import Mode, mode_of
@@ -212,6 +213,20 @@ class Model:
             steps = generate(slot, self.vocabulary, tokens, sampler, n, stop, schedule, progress, logprobs, guess=True)
         return slot.turn(self._with_room(slot, steps, len(tokens), n))
 
+    def read(self, prompt: str | Sequence, *, progress: Progress | None = None, tools: Sequence[dict] | None = None,
+             slot: Slot | None = None) -> int:
+        """Compute a prompt ahead; returns how many tokens it has.
+
+        What is given to generate() or a conversation afterwards and begins as this does starts there. After cancel(), which raises
+        AbortedError here, what was read stays. Arguments and errors as of generate.
+        """
+        slot = slot or self.slot
+        slot.access.check_free()
+        tokens = self._checked(self.prompt_tokens(prompt, tools))
+        for _ in slot.turn(self._reading(slot, tokens, progress)):
+            pass
+        return len(tokens)
+
     def complete(self, text: str, **options: Any) -> Iterator[Step]:
         """Go on with a text, as it is and without a chat template. options: of generate"""
         if not isinstance(text, str):
@@ -314,6 +329,10 @@ class Model:
         """The steps, once the context has room for them."""
         self.make_room(slot, n_prompt, n)
         yield from steps
+
+    def _reading(self, slot: Slot, tokens: list[int], progress: Progress | None) -> Iterator[StepInfo]:
+        self.make_room(slot, len(tokens), None)
+        yield begin(slot, tokens, progress)
 
     def _note_slot(self, slot: Slot) -> None:
         if slot.why_stock:

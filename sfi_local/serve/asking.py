@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any, AsyncIterator, Sequence
 
 from sfi_local.errors import ArgumentError
+from sfi_local.runtime.look import Look, texts
 from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.step import Step
 from sfi_local.runtime.template import ChatTemplate, Message
 from sfi_local.runtime.thoughts import THOUGHT, TokenThoughts
-from sfi_local.serve.look import Look, texts
 from sfi_local.serve.problems import ContextTooSmall, Problem
 from sfi_local.serve.relay import Relay
 from sfi_local.serve.requests import ChatRequest, CompletionRequest, Request, check_schema, messages_of

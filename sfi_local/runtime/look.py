@@ -18,9 +18,14 @@ STRONGEST = 255
 
 
 class Look:
-    """Called after each step, see Job.look: {"parts": [0 .. STRONGEST of each part]} of a fast step, or None.
+    """Called with a slot and each of its steps: {"parts": [0 .. STRONGEST of each part]} of a fast step, or None.
 
-    n_prompt: tokens of the prompt, which are parted into so many parts, see edges()
+    n_prompt: tokens of the prompt, which are parted into at most N_PARTS, see edges()
+    Looking is skipped as often as keeps it below SHARE of the time.
+
+        look = sfi_local.Look(model.read(text))
+        for step in model.generate(text):
+            seen = look(model.slot, step)
     """
 
     def __init__(self, n_prompt: int):
