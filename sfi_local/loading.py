@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 from sfi_local.binding import gpu
-from sfi_local.binding.context import load_weights
+from sfi_local.binding.context import N_BATCH, SMALL_BATCH, load_weights
 from sfi_local.binding.devices import all_native
 from sfi_local.binding.library import log, open_library, source_id
 from sfi_local.errors import ModelFileError
 from sfi_local.machine import physical_cores, reads_mapped_weights
 from sfi_local.params import SfiParams
 from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
-from sfi_local.runtime.settings import Lora, Quality, Settings, Yarn
+from sfi_local.runtime.settings import Lora, Quality, Settings, Yarn, kv_type_of
 from sfi_local.store import layout, stretch
 from sfi_local.store.fingerprint import fingerprint, parts_of
 from sfi_local.store.gguf_file import GgufFile, read_gguf
@@ -33,15 +33,16 @@ Progress = Callable[[float, float], None]
 
 
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
-         type_k: str = "f16", type_v: str = "f16", params: SfiParams | Mapping[str, Any] | None = None,
+         type_k: str | None = None, type_v: str | None = None, params: SfiParams | Mapping[str, Any] | None = None,
          quality: Quality | None = None, gpu_layers: int | None = None, yarn: Yarn | None = None,
-         lora: Lora = (), force: bool = False, cache: bool = True, verbose: bool = False, progress: Progress | None = None) -> Model:
+         lora: Lora = (), force: bool = False, cache: bool = True, low_memory: bool = False, verbose: bool = False,
+         progress: Progress | None = None) -> Model:
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
     mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see runtime/modes.py
     n_ctx:     cells of the context; None: grows as needed, up to what the model was trained on and memory allows
     n_threads: None: one per physical core
-    type_k, type_v: f16, bf16, q8_0, q4_0 or f32
+    type_k, type_v: f16, bf16, q8_0, q4_0 or f32; None: f16, with low_memory q8_0
     params:    budget, schedule and selector: an SfiParams is taken as it is; of a mapping of its fields these are kept, and the
                others adapted: the budget to a small context, the policy to a device that lacks its operations
     quality:   how close to dense. ``close``, the default: within the noise of the model's own rounding where it is calibrated, else
@@ -51,11 +52,13 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     lora:      a LoRA adapter as GGUF, or several with their scales
     force:     go on, with a note, where the memory is too small
     cache:     keep the K and V of long texts on the disk, and take from there what was read before: docs/cache.md
+    low_memory: for 2 to 4 GB: K and V as q8_0, weights that stay in their file, smaller batches, nothing kept in memory; prompts are
+               read more slowly: docs/edge.md
     progress:  called with (done, total) while the weights are read; what it raises ends the loading
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
-    return load_as(model, Settings(str(mode), n_ctx, n_threads, type_k, type_v, gpu_layers, params, quality, yarn, lora, force, cache),
-                   verbose, progress)
+    return load_as(model, Settings(str(mode), n_ctx, n_threads, kv_type_of(type_k, low_memory), kv_type_of(type_v, low_memory), gpu_layers, params,
+                                   quality, yarn, lora, force, cache, low_memory), verbose, progress)
 
 
 def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, progress: Progress | None = None) -> Model:
@@ -69,13 +72,14 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     taken = taken_for(file, asked, any(layer.sparse for layer in layers) and all_native(asked.asked_params, bool(gpus)))
     _check_generates(file)
     share = gpu.share_of(len(layers), asked.gpu_layers, gpus)
-    cost = cost_of(by_metadata(file, layers, asked.type_k, asked.type_v), layers, taken.mode, asked.type_k, asked.type_v, taken.params,
-                   taken.portable or taken.params, bool(gpus))
-    cost = exact_cost(file, cost, asked.n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, asked.gpu_layers)
+    n_ubatch = SMALL_BATCH if asked.low_memory else N_BATCH
+    cost = cost_of(by_metadata(file, layers, asked.type_k, asked.type_v, n_ubatch), layers, taken.mode, asked.type_k, asked.type_v,
+                   taken.params, taken.portable or taken.params, bool(gpus))
+    cost = exact_cost(file, replace(cost, n_ubatch=n_ubatch), asked.n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, asked.gpu_layers)
     room = check_memory(file, cost, asked.n_ctx or MIN_CTX, share, gpus, asked.force)
     native = open_library()
     log.verbose = verbose
-    mapped = room.mapped_only or (taken.mode != "stock" and not gpus and reads_mapped_weights())
+    mapped = room.mapped_only or asked.low_memory or (taken.mode != "stock" and not gpus and reads_mapped_weights())
     meanwhile = _prepare(file)
     weights = load_weights(native.llama_cpp, file.path, asked.gpu_layers, progress, mapped, stretched)
     meanwhile.join()
@@ -85,9 +89,9 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     loaded = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
                    n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
                    fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
-                   adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of)
+                   adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of, n_ubatch=n_ubatch)
     if asked.cache:
-        loaded.keep_prefixes(fingerprint_of(file, asked, stretched), told_settings(asked))
+        loaded.keep_prefixes(fingerprint_of(file, asked, stretched), told_settings(asked), in_memory=not asked.low_memory)
     for sentence in filter(None, (*taken.notes, no_gpu, *room.notes)):
         loaded._note(sentence)
     return loaded

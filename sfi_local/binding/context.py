@@ -14,6 +14,7 @@ from sfi_local.machine import new_memory
 
 GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 N_BATCH = 512
+SMALL_BATCH = 128  # tokens that are computed at once where memory is short
 MAX_OUTPUTS = 64  # tokens of a batch whose logits are wanted, a verified span being the most; more are possible, but not reserved for
 
 
@@ -156,12 +157,12 @@ def _set_adapters(llama: Any, context: Any, adapters: Sequence[tuple[Any, float]
 
 
 def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str,
-                adapters: Sequence[tuple[Any, float]] = ()) -> Context:
+                adapters: Sequence[tuple[Any, float]] = (), n_ubatch: int = N_BATCH) -> Context:
     """One sequence and n_ctx cells. Raises OutOfMemoryError.
 
     adapters: (of load_adapter(), scale) of each
     """
-    params = context_params(llama, n_ctx, n_threads, type_k, type_v)
+    params = context_params(llama, n_ctx, n_threads, type_k, type_v, n_ubatch)
     try:
         context = Context(weights, params)
     except ValueError:
@@ -173,9 +174,9 @@ def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: st
 
 
 def maker(weights: Any, n_threads: int, type_k: str = "f16", type_v: str = "f16",
-          adapters: Sequence[tuple[Any, float]] = ()) -> Callable[[int], Any]:
+          adapters: Sequence[tuple[Any, float]] = (), n_ubatch: int = N_BATCH) -> Callable[[int], Any]:
     """new_context() of loaded weights, which it keeps alive, as a function of n_ctx."""
-    return lambda n_ctx: new_context(open_library().llama_cpp, weights, n_ctx, n_threads, type_k, type_v, adapters)
+    return lambda n_ctx: new_context(open_library().llama_cpp, weights, n_ctx, n_threads, type_k, type_v, adapters, n_ubatch)
 
 
 def decode(context: Any, tokens: Sequence[int]) -> int:
@@ -238,11 +239,16 @@ def kv_overrides(llama: Any, metadata: Mapping[str, int | float | str]) -> Any:
     return found
 
 
-def context_params(llama: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str) -> Any:
-    """struct llama_context_params of every context we make."""
+def most_outputs(n_ubatch: int) -> int:
+    """Tokens of a batch that logits are reserved for: rows of the vocabulary, which are much of a small model's memory."""
+    return MAX_OUTPUTS * n_ubatch // N_BATCH
+
+
+def context_params(llama: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str, n_ubatch: int = N_BATCH) -> Any:
+    """struct llama_context_params of every context we make. n_ubatch: tokens of a batch that are computed at once"""
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_BATCH, N_BATCH, 1
-    params.n_outputs_max = MAX_OUTPUTS
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_BATCH, n_ubatch, 1
+    params.n_outputs_max = most_outputs(n_ubatch)
     params.n_threads = params.n_threads_batch = n_threads
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.type_k, params.type_v = GGML_TYPES[type_k], GGML_TYPES[type_v]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
-from sfi_local.binding.context import context_params, kv_overrides
+from sfi_local.binding.context import N_BATCH, context_params, kv_overrides
 from sfi_local.binding.library import log, open_library
 
 MIB = 1 << 20
@@ -21,10 +21,10 @@ class Simulated:
     def __init__(self, llama: Any, model: Any):
         self._llama, self._model = llama, model
 
-    def context_bytes(self, n_ctx: int, type_k: str, type_v: str) -> tuple[int, int] | None:
+    def context_bytes(self, n_ctx: int, type_k: str, type_v: str, n_ubatch: int = N_BATCH) -> tuple[int, int] | None:
         """(cache, buffers for computing) of a context of n_ctx cells, in bytes; None where llama.cpp makes none."""
         with log.collected() as lines:
-            context = self._llama.llama_init_from_model(self._model, context_params(self._llama, n_ctx, 1, type_k, type_v))
+            context = self._llama.llama_init_from_model(self._model, context_params(self._llama, n_ctx, 1, type_k, type_v, n_ubatch))
             if context:
                 self._llama.llama_free(context)
         text = "".join(lines)

@@ -44,7 +44,7 @@ class RunCommand(BriefCommand):
 @click.option("--color", type=click.Choice(WHEN), default="never", metavar="WHEN",
               help="Mark tokens by their steps: auto, always, never.")
 def command(**options: Any) -> None:
-    """Answer with MODEL: a name (`sfi-local models`), hf:USER/REPO:QUANT, or a path.
+    """Answer with MODEL: a name of `models`, hf:USER/REPO:QUANT, or a path.
 
     \b
     sfi-local run smollm2-135m

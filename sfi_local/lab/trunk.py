@@ -18,7 +18,7 @@ class SwitchSession(Slot):
     """
 
     def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str):
-        super().__init__(maker(model.weights, model.n_threads, kv_type, kv_type), n_ctx, "stock", params)
+        super().__init__(maker(model.weights, model.n_threads, kv_type, kv_type, n_ubatch=model.n_ubatch), n_ctx, "stock", params)
         self.kv_type, self.trunk = kv_type, []
 
     def __enter__(self) -> "SwitchSession":

@@ -12,7 +12,7 @@ from sfi_local.store.prefixes import AddRows, Found, Prefixes, is_off
 
 MIN_KEEP = 512    # tokens of a text that is worth keeping
 MIN_GAIN = 64     # tokens that must be in the store beyond those in the context, to fetch them
-MAX_WAITING = 16  # blocks that wait to be written
+MAX_WAITING = 16  # blocks that wait to be written; one where memory is short
 WAIT_S = 0.3      # before reading a text, for the fingerprint of its model
 
 Note = Callable[[str], None]
@@ -26,13 +26,15 @@ class Keeper:
     note:    takes a sentence where something is wrong with the store
     checksum: see Prefixes
     settings: what K and V depend on beside the model, for people
+    in_memory: keep texts there too
     recent:  texts that are in memory
     """
 
     def __init__(self, fingerprint: Callable[[], str], checksum: Callable[[Any], int], model: str, text_of: Callable[[Sequence[int]], str], note: Note,
-                 settings: str = ""):
+                 settings: str = "", in_memory: bool = True):
         self._fingerprint, self._checksum, self._model, self._text_of, self._note = fingerprint, checksum, model, text_of, note
-        self._settings, self.recent = settings, Recent()
+        self._settings, self.recent = settings, Recent(in_memory)
+        self._max_waiting = MAX_WAITING if in_memory else 1
         self._store: Prefixes | None = None
         self._finding: threading.Thread | None = None
 
@@ -81,7 +83,8 @@ class Keeper:
         store = self.store()
         if store is None:
             return None
-        saving = Saving(store, list(tokens), blocks, state, (self._model, self._text_of(tokens[:100]), n_bytes, self._settings))
+        saving = Saving(store, list(tokens), blocks, state, (self._model, self._text_of(tokens[:100]), n_bytes, self._settings),
+                        self._max_waiting)
         saving.take(rows)
         return saving
 
@@ -95,8 +98,9 @@ class Keeper:
 class Saving:
     """A text that is being written."""
 
-    def __init__(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, told: tuple[str, str, int, str]):
-        self._queue: Queue[Any] = Queue(MAX_WAITING)
+    def __init__(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, told: tuple[str, str, int, str],
+                 max_waiting: int = MAX_WAITING):
+        self._queue: Queue[Any] = Queue(max_waiting)
         self._names: list[str] | None = None
         self._thread = threading.Thread(target=self._write, args=(store, tokens, blocks, state, told), name="prefixes")
         self._thread.start()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Callable, Iterable, Sequence
 
 from sfi_local.binding import gpu
-from sfi_local.binding.context import MAX_OUTPUTS, N_BATCH
+from sfi_local.binding.context import N_BATCH, most_outputs
 from sfi_local.binding.devices import all_native
 from sfi_local.binding.simulate import Simulated, simulated
 from sfi_local.errors import OutOfMemoryError, Remedy
@@ -38,6 +38,7 @@ class ContextCost:
     of_llama: llama.cpp's part
     params:   None: nothing is attached (mode stock)
     portable: a device has the support by a compact copy of its cells
+    n_ubatch: tokens of a batch that are computed at once
     """
 
     of_llama: OfLlama
@@ -46,6 +47,7 @@ class ContextCost:
     type_v: str
     params: SfiParams | None
     portable: bool = False
+    n_ubatch: int = N_BATCH
 
     def bytes(self, n_ctx: int) -> int:
         """Of n_ctx cells: the KV cache, the buffers for computing, and what sfi adds."""
@@ -67,18 +69,18 @@ class ContextCost:
         return replace(self, of_llama=of_llama, type_k=kind, type_v=kind)
 
 
-def by_metadata(file: GgufFile, layers: list[Layer], type_k: str, type_v: str) -> OfLlama:
+def by_metadata(file: GgufFile, layers: list[Layer], type_k: str, type_v: str, n_ubatch: int = N_BATCH) -> OfLlama:
     """llama.cpp's part as the metadata says, and rather more than less: each layer holds every cell."""
     return lambda n_ctx: (layout.kv_bytes(layers, _padded(n_ctx), type_k, type_v)
-                          + layout.compute_bytes(file, layers, _padded(n_ctx), N_BATCH, MAX_OUTPUTS))
+                          + layout.compute_bytes(file, layers, _padded(n_ctx), n_ubatch, most_outputs(n_ubatch)))
 
 
-def by_llama(file: GgufFile, type_k: str, type_v: str, n_most: int, gpu_layers: int | None = None) -> OfLlama | None:
+def by_llama(file: GgufFile, type_k: str, type_v: str, n_most: int, gpu_layers: int | None = None, n_ubatch: int = N_BATCH) -> OfLlama | None:
     """llama.cpp's part as it says itself for a small context and one of n_most cells, a straight line between them (the true
     curve is bent downwards in between); None where it does not load the model."""
     n_most = max(_padded(n_most), 2 * MIN_CTX)
     with simulated(file.path, file.architecture, layout.n_vocab(file), gpu_layers) as model:
-        ends = _ends(model, (MIN_CTX, n_most), type_k, type_v)
+        ends = _ends(model, (MIN_CTX, n_most), type_k, type_v, n_ubatch)
     if not ends:
         return None
     least, most = map(sum, ends)
@@ -98,9 +100,9 @@ def caches_by_llama(file: GgufFile, kv_types: Iterable[str], contexts: Sequence[
     return found
 
 
-def _ends(model: Simulated | None, contexts: Sequence[int], type_k: str, type_v: str) -> list[tuple[int, int]]:
+def _ends(model: Simulated | None, contexts: Sequence[int], type_k: str, type_v: str, n_ubatch: int = N_BATCH) -> list[tuple[int, int]]:
     """(cache, buffers) in bytes of the first context and of the last; [] where llama.cpp does not make them."""
-    asked = [model.context_bytes(n, type_k, type_v) for n in (contexts[0], contexts[-1])] if model else []
+    asked = [model.context_bytes(n, type_k, type_v, n_ubatch) for n in (contexts[0], contexts[-1])] if model else []
     return [size for size in asked if size] if None not in asked else []
 
 
@@ -118,7 +120,7 @@ def exact_cost(file: GgufFile, cost: ContextCost, n_most: int, share: float, gpu
     """The cost as llama.cpp says it, where it may decide what fits: contexts of up to n_most cells are to be judged."""
     if not layout.why_dense(cost.layers) and _surely_fits(file, cost.bytes(n_most), share, gpus):
         return cost
-    of_llama = by_llama(file, cost.type_k, cost.type_v, n_most, gpu_layers)
+    of_llama = by_llama(file, cost.type_k, cost.type_v, n_most, gpu_layers, cost.n_ubatch)
     return replace(cost, of_llama=of_llama) if of_llama else cost
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 from sfi_local.binding import gpu
-from sfi_local.binding.context import load_adapter, maker
+from sfi_local.binding.context import N_BATCH, load_adapter, maker
 from sfi_local.binding.engine import StepInfo
 from sfi_local.binding.state import checksum
 from sfi_local.errors import ArgumentError, InputError, OutOfMemoryError
@@ -75,7 +75,7 @@ class Model:
     def __init__(self, file: GgufFile, weights: Any, n_fit: int | None, *, mode: str | Mode, n_ctx: int | None, n_threads: int,
                  type_k: str, type_v: str, params: SfiParams, fit_budget: bool, gpu_layers: int | None = None,
                  portable_params: SfiParams | None = None, adapters: Sequence[tuple[str, float]] = (),
-                 quality: str = "", find_auto_depth: FindDepth | None = None):
+                 quality: str = "", find_auto_depth: FindDepth | None = None, n_ubatch: int = N_BATCH):
         self.file, self.n_threads, self.gpu_layers = file, n_threads, gpu_layers
         self._mode = mode_of(mode)
         self.quality = quality  # how close to dense it is, in words, or ""
@@ -83,6 +83,7 @@ class Model:
         self._n_notes_read = 0
         self.weights, self._n_fit, self._n_ctx = weights, n_fit, n_ctx
         self._types, self._params, self._fit_budget, self._portable = (type_k, type_v), params, fit_budget, portable_params
+        self.n_ubatch = n_ubatch
         self._find_auto_depth = find_auto_depth
         self._access = Access("model", weights.close)
         self.vocabulary = Vocabulary(weights, self._access)
@@ -288,9 +289,12 @@ class Model:
                 self.slot.set_auto_depth(found.depth)
         return self._params
 
-    def keep_prefixes(self, fingerprint: Callable[[], str], settings: str = "") -> None:
-        """From now on keep what is read in the prefix store. fingerprint: names all that K and V depend on; settings: for people"""
-        self._keeper = self.slot.keeper = Keeper(fingerprint, checksum, self.name, self.detokenize, self._note, settings)
+    def keep_prefixes(self, fingerprint: Callable[[], str], settings: str = "", in_memory: bool = True) -> None:
+        """From now on keep what is read in the prefix store. fingerprint: names all that K and V depend on; settings: for people
+
+        in_memory: the latest texts there too
+        """
+        self._keeper = self.slot.keeper = Keeper(fingerprint, checksum, self.name, self.detokenize, self._note, settings, in_memory)
 
     def close_session(self) -> None:
         """Free the context; the weights stay, and the next answer makes a new one."""
@@ -322,7 +326,7 @@ class Model:
 
     def new_slot(self) -> Slot:
         """A further sequence on these weights, without a context as yet; it is closed with the model, if not before."""
-        return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters), 0, self._mode, self._fit_params,
+        return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters, self.n_ubatch), 0, self._mode, self._fit_params,
                     portable=self._portable, weights=self._access, keeper=self._keeper)
 
     def _with_room(self, slot: Slot, steps: Iterator[Step], n_prompt: int, n: int | None) -> Iterator[Step]:

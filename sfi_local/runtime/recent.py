@@ -30,9 +30,10 @@ class Text:
 
 
 class Recent:
-    """Texts within a budget; the one that was not used for longest goes first. From any thread."""
+    """Texts within a budget; the one that was not used for longest goes first. From any thread. any: False: none is kept"""
 
-    def __init__(self) -> None:
+    def __init__(self, any: bool = True) -> None:
+        self._any = any
         self._texts: list[Text] = []  # the latest last
         self._lock = threading.Lock()
 
@@ -64,6 +65,8 @@ class Recent:
 
     def _limit(self) -> int:
         """Bytes: SFI_LOCAL_PREFIX_MEMORY, or a share of what is free without these."""
+        if not self._any:
+            return -1
         try:
             return int(float(os.environ["SFI_LOCAL_PREFIX_MEMORY"]))
         except (KeyError, ValueError, OverflowError):

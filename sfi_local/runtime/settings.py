@@ -24,6 +24,11 @@ Yarn = float | tuple[float, int]
 Quality = str | float  # one of QUALITIES, FLOOR, or nats from dense
 
 
+def kv_type_of(asked: str | None, low_memory: bool) -> str:
+    """The type of K or V that was asked for, or what is taken where none was."""
+    return asked or ("q8_0" if low_memory else Settings.type_k)
+
+
 def parse_quality(text: str) -> Quality:
     """What is typed: one of QUALITIES, ``floor``, or nats. Raises ArgumentError."""
     try:
@@ -59,6 +64,8 @@ class Settings:
     lora:       a LoRA adapter, or several with their scales
     force:      go on where the memory is too small
     cache:      keep what is read in the prefix store, and take from it what was read before
+    low_memory: weights stay in their file, prompts are computed by fewer tokens at once, texts to turn back to lie on the disk alone;
+                who fills this in asks kv_type_of() too
     """
 
     mode: str = "auto"
@@ -73,6 +80,7 @@ class Settings:
     lora: Lora = ()
     force: bool = False
     cache: bool = True
+    low_memory: bool = False
 
     @property
     def given(self) -> Mapping[str, Any]:

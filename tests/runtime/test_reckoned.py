@@ -10,7 +10,7 @@ import pytest
 from support.command_line import cli_env
 from support.shapes import SHAPES, write_shape
 
-from sfi_local.binding.context import new_context
+from sfi_local.binding.context import MAX_OUTPUTS, N_BATCH, new_context
 from sfi_local.binding.library import log
 from sfi_local.runtime import memory
 from sfi_local.store.gguf_file import read_gguf
@@ -60,7 +60,7 @@ def test_the_cache_follows_from_the_metadata_too_and_the_rest_is_no_less(native,
         for n_ctx, kv_type in ((4096, "q8_0"), (32768, "f16"), (131072, "q4_0")):
             cache, buffers = taken(native, weights, n_ctx, kv_type)
             assert kv_bytes(all_layers, n_ctx, kv_type, kv_type) == pytest.approx(cache, rel=0.03)
-            bound = compute_bytes(file, all_layers, n_ctx, memory.N_BATCH, memory.MAX_OUTPUTS)
+            bound = compute_bytes(file, all_layers, n_ctx, N_BATCH, MAX_OUTPUTS)
             assert buffers <= bound
             assert memory.by_metadata(file, all_layers, kv_type, kv_type)(n_ctx) >= cache + buffers
 
@@ -79,7 +79,7 @@ def test_every_type_can_be_asked_for(native, shape, kv_type):
 GROWTH = """
 import sys
 from llama_cpp._internals import LlamaModel
-from sfi_local.binding.context import new_context
+from sfi_local.binding.context import MAX_OUTPUTS, N_BATCH, new_context
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 weights = LlamaModel(path_model=sys.argv[1], params=native.llama_cpp.llama_model_default_params(), verbose=True)

@@ -9,7 +9,18 @@ from typing import Any
 
 import click
 
-from sfi_local.cli.options import COUNT, depth_list, force_option, gpu_option, name_list, quality_option, set_options, take_params, threads_option
+from sfi_local.cli.options import (
+    COUNT,
+    depth_list,
+    force_option,
+    gpu_option,
+    low_memory_option,
+    name_list,
+    quality_option,
+    set_options,
+    take_params,
+    threads_option,
+)
 from sfi_local.cli.progress import Runs
 from sfi_local.cli.window import width_of
 from sfi_local.errors import UsageError
@@ -23,7 +34,7 @@ from sfi_local.lab.other_work import OtherWork
 from sfi_local.lab.tables import FORMATS, check_plot
 from sfi_local.loading import load
 from sfi_local.params import SfiParams
-from sfi_local.runtime.settings import Settings
+from sfi_local.runtime.settings import Settings, kv_type_of
 from sfi_local.store.layout import KV_TYPES
 from sfi_local.tuning.auto_depth import auto_depth_of
 
@@ -36,8 +47,9 @@ MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in 
               help="Tokens in the KV cache before the first step; 32k is 32768.")
 @click.option("--modes", default="stock,dense,sfi", show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
               help=f"Of {', '.join(MODES)}.")
-@click.option("--kv-type", "kv_types", default="f16", show_default=True, callback=name_list(tuple(KV_TYPES), "KV type"),
-              metavar="A,B", help=f"Types of K and V, of {', '.join(KV_TYPES)}.")
+@click.option("--kv-type", "kv_types", callback=name_list(tuple(KV_TYPES), "KV type"),
+              metavar="A,B", help=f"Types of K and V, of {', '.join(KV_TYPES)}.  [default: {Settings.type_k}]")
+@low_memory_option
 @click.option("-n", "--n", "n", type=COUNT, default=128, show_default=True, metavar="N",
               help="Steps per repetition.")
 @click.option("--reps", type=COUNT, default=5, show_default=True, metavar="R",
@@ -80,9 +92,12 @@ def command(**options: Any) -> None:
     """
     asked = take_params(options)
     output, plot = options.pop("output"), options.pop("plot")
+    options["kv_types"] = options["kv_types"] or (kv_type_of(None, options["low_memory"]),)
     request = BenchPlan(**options, params=asked.asked_params, asked=asked)
     if request.wait and (request.random_tokens or request.fill == "state"):
         raise UsageError("--wait asks about a text: leave out --random and --fill state.")
+    if request.wait and request.low_memory:
+        raise UsageError("--wait measures texts that are kept in memory, and --low-memory keeps none there: leave one of them out.")
 
     if plot:
         check_plot(plot)
@@ -113,6 +128,7 @@ class BenchPlan:
     asked: Settings | None = None
     gpu_layers: int | None = None
     force: bool = False
+    low_memory: bool = False
 
     @property
     def need(self) -> int:
@@ -143,7 +159,7 @@ def measure(request: BenchPlan) -> list[dict[str, Any]]:
     widest = max(request.kv_types, key=KV_TYPES.get)
     with Runs(request.n_runs) as bar, load(path, mode=request.loaded_for, n_ctx=request.need, n_threads=request.threads, type_k=widest,
                                     type_v=widest, gpu_layers=request.gpu_layers,
-                                    force=request.force, cache=False, verbose=request.verbose) as model:
+                                    force=request.force, cache=False, low_memory=request.low_memory, verbose=request.verbose) as model:
         facts, tokens = run_facts(request, model), take_tokens(request, model)
         rows = []
         for kv_type in request.kv_types:
