@@ -52,8 +52,8 @@ def command(**options: Any) -> None:
     sfi-local run smollm2-135m -f report.txt -p "What does the report conclude?"
     cat report.txt | sfi-local run smollm2-135m -f - -p "Summarise this." --json
 
-    Without -p it is a chat on a terminal, about the file if there is one; elsewhere the prompt is read from stdin. The answer
-    alone goes to stdout. `sfi-local help statistics` explains the line that follows it on stderr.
+    Without -p it is a chat on a terminal, about the file if any; elsewhere stdin is the prompt. The answer alone goes to stdout
+    (stderr: `help statistics`).
     """
     request = RunRequest(settings=take_settings(options), thinking=take_thinking(options), **options)
     if request.n is None:
