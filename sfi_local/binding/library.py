@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import sfi_local
+from sfi_local.cgroup import read
 from sfi_local.errors import LibraryError
 from sfi_local.machine import cpu_flags, cpu_name
 
@@ -59,6 +60,12 @@ def build_info() -> ModuleType:
     except ImportError:
         raise LibraryError(f"sfi-local has no native library here ({LIB_DIR.parent}): {REBUILD}.") from None
     return _build_info
+
+
+def cpu_library() -> str:
+    """The file of the CPU's operations that is loaded, which in a portable build is one of several; "" where the system does not tell."""
+    names = {Path(line.split(maxsplit=5)[-1]).name for line in read("/proc/self/maps").splitlines() if "ggml-cpu" in line}
+    return ", ".join(sorted(name for name in names if ".so" in name))
 
 
 def source_id() -> str:

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import click
 
-from sfi_local import cpus, machine
+from sfi_local import cpus, machine, strain
 from sfi_local.binding import library
 from sfi_local.binding.devices import devices
 from sfi_local.cli.models import known_models
@@ -67,6 +67,8 @@ def verdict(facts: dict[str, dict[str, Any]]) -> tuple[bool, str]:
     wishes = [text for text in (
         _too_little(models.get("free_disk_bytes"), f"on the disk of {models.get('cache')}", "make room there, or set SFI_LOCAL_CACHE"),
         _too_little(machine.get("available_memory_bytes"), "of memory", "close other programs"),
+        "; ".join(f"the CPU is slowed down: {clause}" for clause in machine.get("slowed_by", [])),
+        "memory is short and lies on the disk (swap): close other programs, or take --low-memory" if machine.get("swapping") else "",
         "" if models.get("fetched") or "error" in models else "no model is here yet: run `sfi-local pull smollm2-135m`") if text]
     ready = f"Ready: fast steps on {' and '.join(able)}"
     return True, f"{ready}, but {'; '.join(wishes)}." if wishes else f"{ready}."
@@ -126,7 +128,7 @@ def _library() -> dict[str, Any]:
         return {"path": str(library.LIB_DIR), "usable": False, "why": str(error)}
     try:
         library.open_library()
-        return {"usable": True, **facts}
+        return {"usable": True, **facts, "cpu_library": library.cpu_library()}
     except Exception as error:
         return {"usable": False, "why": str(error), **facts}
 
@@ -139,9 +141,11 @@ def _devices() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    memory, choice = machine.available_memory(), cpus.choose()
+    memory, choice, degrees, swap = machine.available_memory(), cpus.choose(), strain.temperature(), strain.swap()
     return {"cpu": machine.cpu_name(), "cores": choice.n, "threads": f"{choice.n} ({choice.why})", "logical_cpus": len(cpus.usable_cpus()),
             "available_memory_bytes": memory if memory is not None else "unknown",
+            "swap": f"{human_bytes(swap.used)} of {human_bytes(swap.total)} in use" if swap.total else "none", "swapping": swap.hurts,
+            "temperature": f"{degrees:.0f} °C" if degrees is not None else "unknown", "slowed_by": strain.slowed_by(),
             "cpu_flags": _interesting(machine.cpu_flags())}
 
 

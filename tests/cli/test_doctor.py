@@ -53,6 +53,7 @@ def test_the_exit_code_follows(cli, monkeypatch):
     done = cli("doctor")
     ready = json.loads(cli("doctor", "--json").stdout)
     assert done.returncode == 0 and done.stdout.decode().rstrip().splitlines()[-1] == ready["verdict"] and ready["ready"]
+    assert "ggml-cpu" in ready["library"]["cpu_library"]
     monkeypatch.setattr(doctor, "collect", lambda: {**GOOD, "library": {"usable": False, "why": "It is gone: build it."}})
     with pytest.raises(SystemExit) as left:
         doctor.command.callback(as_json=False)
