@@ -107,7 +107,7 @@ class DetachedError(SfiError):
 
 
 class LibraryError(SfiError):
-    """The native library is missing, foreign, of another build, or too new for this CPU."""
+    """The native library is missing, foreign, of another build, or too new for this CPU (SFI_ERR_VERSION, SFI_ERR_CPU)."""
 
 
 class ModelFileError(SfiError):
@@ -139,6 +139,8 @@ STATUS_ERRORS: dict[str, type[SfiError]] = {
     "SFI_ERR_NO_SUPPORT": NoSupportError,
     "SFI_ERR_BUSY": BusyError,
     "SFI_ERR_DETACHED": DetachedError,
+    "SFI_ERR_VERSION": LibraryError,
+    "SFI_ERR_CPU": LibraryError,
 }
 
 

@@ -54,7 +54,7 @@ int report_exception() {
 
 // Every value once. The switches made of these have no default, so the compiler names a value that a list lacks.
 #define STATUSES(X) X(OK) X(ERR_ARGUMENT) X(ERR_MODEL) X(ERR_CONTEXT) X(ERR_KV_TYPE) X(ERR_BACKEND) X(ERR_FULL) X(ERR_MEMORY) \
-    X(ERR_DECODE) X(ERR_ABORTED) X(ERR_NO_SUPPORT) X(ERR_BUSY) X(ERR_DETACHED)
+    X(ERR_DECODE) X(ERR_ABORTED) X(ERR_NO_SUPPORT) X(ERR_BUSY) X(ERR_DETACHED) X(ERR_VERSION) X(ERR_CPU)
 #define KINDS(X)    X(AUTO, "auto") X(SLOW, "slow") X(FAST, "fast") X(DENSE, "dense")
 #define REASONS(X)  X(NONE, "none") X(FIRST, "first") X(BOUNDARY, "boundary") X(MAX_SPAN, "max_span") \
     X(INVALIDATED, "invalidated") X(FORCED, "forced") X(SHORT, "short") X(VERIFY, "verify")

@@ -1,5 +1,5 @@
-# What is installed: lib/ with the libraries, include/ with the headers a C embedder needs. In the Python package they lie
-# in sfi_local/, with a stub, the cffi extension, _build_info.py and the catalogue of models.
+# What is installed: for C programs libsfi and all that goes with it (sfi-embed.cmake); in the Python package also the libraries that
+# Python uses, in sfi_local/lib, with a stub, the cffi extension, _build_info.py and the catalogue of models.
 
 # ---- the stub llama-cpp-python looks for -------------------------------------------------------------------------
 
@@ -26,17 +26,28 @@ add_custom_target(sfi-source-id
 add_dependencies(llama sfi-source-id)
 set(SFI_HEADERS "${CMAKE_CURRENT_SOURCE_DIR}/include/sfi.h" "${CMAKE_CURRENT_SOURCE_DIR}/include/sfi-research.h")
 
+# ---- the CPU that the build is for -----------------------------------------------------------------------------------
+
+include(sfi-cpu-flags)
+string(REPLACE ";" " " SFI_CPU_FLAGS_WORDS "${SFI_CPU_FLAGS}")
+set_source_files_properties("${CMAKE_CURRENT_SOURCE_DIR}/api/cpu-features.cpp" TARGET_DIRECTORY llama PROPERTIES
+    COMPILE_DEFINITIONS "SFI_CPU_FLAGS=\"${SFI_CPU_FLAGS_WORDS}\"")
+
 # ---- install -------------------------------------------------------------------------------------------------------
 
-set(SFI_PREFIX "")
+include(sfi-embed) # libsfi, the one library that a C program links, with its headers
 if (SFI_PYTHON)
     include(sfi-python)
     set(SFI_PREFIX "sfi_local/")
 endif()
-install(TARGETS ${SFI_LIBRARIES} ${SFI_STUB}
-    LIBRARY DESTINATION ${SFI_PREFIX}lib
-    RUNTIME DESTINATION ${SFI_PREFIX}lib
-    ARCHIVE DESTINATION ${SFI_PREFIX}lib EXCLUDE_FROM_ALL)
-install(FILES ${SFI_HEADERS} "${SFI_GENERATED}/sfi-source-id.h" DESTINATION ${SFI_PREFIX}include)
-install(DIRECTORY "${SFI_TREE}/include/" "${SFI_TREE}/ggml/include/" DESTINATION ${SFI_PREFIX}include FILES_MATCHING PATTERN "*.h")
-install(FILES "${SFI_TREE}/LICENSE" DESTINATION ${SFI_PREFIX}lib RENAME LICENSE-llama.cpp)
+if (SFI_PYTHON OR NOT SFI_EMBED)
+    install(TARGETS ${SFI_LIBRARIES} ${SFI_STUB}
+        LIBRARY DESTINATION ${SFI_PREFIX}lib
+        RUNTIME DESTINATION ${SFI_PREFIX}lib
+        ARCHIVE DESTINATION ${SFI_PREFIX}lib EXCLUDE_FROM_ALL)
+    install(FILES "${SFI_TREE}/LICENSE" DESTINATION ${SFI_PREFIX}lib RENAME LICENSE-llama.cpp)
+endif()
+if (NOT SFI_EMBED)
+    install(FILES ${SFI_HEADERS} "${SFI_GENERATED}/sfi-source-id.h" DESTINATION ${SFI_PREFIX}include)
+    install(DIRECTORY "${SFI_TREE}/include/" "${SFI_TREE}/ggml/include/" DESTINATION ${SFI_PREFIX}include FILES_MATCHING PATTERN "*.h")
+endif()

@@ -35,8 +35,6 @@ set_target_properties(sfi-ffi PROPERTIES
 
 # ---- _build_info.py ------------------------------------------------------------------------------------------------
 
-include(sfi-cpu-flags)
-string(REPLACE ";" " " SFI_CPU_FLAGS_WORDS "${SFI_CPU_FLAGS}")
 add_custom_target(sfi-build-info ALL
     COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/build_info.py"
         "${CMAKE_BINARY_DIR}/package/_build_info.py"

@@ -60,6 +60,9 @@
 #define SFI_VERSION_PATCH 0
 #define SFI_VERSION (SFI_VERSION_MAJOR*10000 + SFI_VERSION_MINOR*100 + SFI_VERSION_PATCH)
 
+/* Of the library: libsfi.so.0. It becomes another where a program that was built before would no longer work. */
+#define SFI_SOVERSION 0
+
 #if defined(_WIN32)
 #    if defined(SFI_BUILD)
 #        define SFI_API __declspec(dllexport)
@@ -76,6 +79,22 @@ extern "C" {
 
 struct sfi;
 struct sfi_research; /* sfi-research.h */
+
+/* ---- start ------------------------------------------------------------------------------------------------------ */
+
+struct sfi_init_params {
+    size_t  struct_size; /* sizeof(struct sfi_init_params) */
+    int32_t version;     /* SFI_VERSION */
+    int32_t n_threads;   /* libsfi: what llama_context_default_params() says; 0: sfi_threads() */
+    int32_t n_spin;      /* libsfi: how often a thread looks for work before it sleeps; 0: so that it is fast beside other work */
+};
+
+/* May be left out, and called again; params may be NULL. Says early what would fail later: SFI_ERR_VERSION, the library is older than
+ * this header, or breaks with it; SFI_ERR_CPU, it was built for another CPU than this one. Without it, loading a model fails there. */
+SFI_API int sfi_init(const struct sfi_init_params * params);
+
+/* Threads to compute with: one for each core that is as fast as the fastest, within this process's affinity and quota. */
+SFI_API int32_t sfi_threads(void);
 
 /* ---- parameters ------------------------------------------------------------------------------------------------ */
 
@@ -312,6 +331,8 @@ enum sfi_status {
     SFI_ERR_NO_SUPPORT = -10, /* nothing was selected yet */
     SFI_ERR_BUSY       = -11, /* another thread is inside this context */
     SFI_ERR_DETACHED   = -12, /* the llama_context is gone */
+    SFI_ERR_VERSION    = -13, /* the library is not of the version that the program was built for */
+    SFI_ERR_CPU        = -14, /* the library was built for another CPU */
 };
 
 /* One sentence with the remedy about the last failure on this thread; "" if there was none. */

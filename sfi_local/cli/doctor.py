@@ -14,7 +14,7 @@ from typing import Any, Callable
 import click
 
 from sfi_local import cpus, machine, strain
-from sfi_local.binding import library
+from sfi_local.binding import embedding, library
 from sfi_local.binding.devices import devices
 from sfi_local.cli.models import known_models
 from sfi_local.cli.window import width_of
@@ -177,5 +177,10 @@ def _fidelity() -> dict[str, Any]:
                            for e in tolerance.known()]}
 
 
-SECTIONS = {"library": _library, "devices": _devices, "machine": _machine, "models": _models, "auto": _auto,
+def _embedding() -> dict[str, Any]:
+    """Where a C program finds include/ and lib/; why there is none."""
+    return {"prefix": str(embedding.prefix())}
+
+
+SECTIONS = {"library": _library, "embedding": _embedding, "devices": _devices, "machine": _machine, "models": _models, "auto": _auto,
             "fidelity": _fidelity, "versions": _versions}

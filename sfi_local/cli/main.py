@@ -28,6 +28,7 @@ COMMANDS = {
     "make-model": ("lab.make_model", "command", "Write a model with random weights, to measure speed."),
     "inspect": ("cli.show", "command", "Show a model's layers and the cost of its KV cache."),
     "help": ("cli.help", "command", "Explain what can be set: knobs, environment, statistics."),
+    "embed": ("cli.embed", "command", "Print what a C program is compiled and linked with."),
     "doctor": ("cli.doctor", "command", "Report on the installation and this machine."),
 }
 
