@@ -5,6 +5,7 @@
 #include "llama-kv-cache-iswa.h"
 #include "llama-path.h"
 #include "portable.h"
+#include "start.h"
 
 #include <utility>
 
@@ -181,9 +182,18 @@ static int attach(llama_context * lctx, const sfi_params * params, std::unique_p
     return SFI_OK;
 }
 
+// A context is missing where llama_init_from_model() failed: for lack of memory, say, or of kernels for this CPU.
+static int no_context(const llama_context * lctx) {
+    if (lctx) {
+        return fail(SFI_ERR_ARGUMENT, "out is NULL.");
+    }
+    const int err = check_cpu();
+    return err ? err : fail(SFI_ERR_ARGUMENT, "lctx is NULL: no context was made, and llama.cpp's log (sfi_log_set()) says why.");
+}
+
 int sfi_attach(struct llama_context * lctx, const struct sfi_params * params, struct sfi ** out) {
     if (!lctx || !out) {
-        return fail(SFI_ERR_ARGUMENT, "%s is NULL.", !lctx ? "lctx" : "out");
+        return no_context(lctx);
     }
     *out = nullptr;
     return no_throw([&] {

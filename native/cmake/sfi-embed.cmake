@@ -104,7 +104,8 @@ add_library(sfi SHARED ${own} ${joined} "$<TARGET_OBJECTS:ggml-base>" ${registry
 add_dependencies(sfi sfi-parts)
 set_source_files_properties(${joined} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
 set_source_files_properties("${SFI_TREE}/ggml/src/ggml-backend-reg.cpp" PROPERTIES COMPILE_DEFINITIONS "GGML_USE_CPU;GGML_BACKEND_DL")
-target_include_directories(sfi PRIVATE "${parts}/generated" "${embed}" "${CMAKE_CURRENT_SOURCE_DIR}/api" "${CMAKE_CURRENT_SOURCE_DIR}/include"
+target_include_directories(sfi PRIVATE "${parts}/generated" "${embed}" "${CMAKE_CURRENT_SOURCE_DIR}/api" "${CMAKE_CURRENT_SOURCE_DIR}/llama"
+    "${CMAKE_CURRENT_SOURCE_DIR}/include"
     "${SFI_TREE}/include" "${SFI_TREE}/ggml/include" "${SFI_TREE}/ggml/src")
 target_compile_features(sfi PRIVATE cxx_std_17)
 find_package(Threads REQUIRED)

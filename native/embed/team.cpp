@@ -9,12 +9,13 @@
 //     barrier   the last one to arrive counts `passed` up; the others spin for a while and then sleep until it changes
 //     start     likewise, of each worker: counted up when there is a region for it
 
-#include "start.h"
 #include "team.h"
+
+#include "blocked-signals.h"
+#include "start.h"
 
 #include <linux/futex.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -138,11 +139,8 @@ static bool grow(team & t) {
     if (!w) {
         return false;
     }
-    sigset_t all, before; // the program's signals are for the program's threads
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const blocked_signals none;
     const int err = pthread_create(&w->thread, nullptr, work, w.get());
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (!err) {
         t.workers.push_back(std::move(w));
     }

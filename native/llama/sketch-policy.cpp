@@ -2,6 +2,8 @@
 
 #include "sketch-policy.h"
 
+#include "blocked-signals.h"
+
 #include "llama-path.h"
 #include "sketch-error.h"
 #include "sketch-fit.h"
@@ -267,9 +269,12 @@ bool llama_sketch::fit(llama_context & lctx, uint32_t s) {
                 return false;
             }
         }
-        for (size_t i = 0; i < n_now; ++i) { // the last one by this thread
-            fits.push_back(std::async(i + 1 < n_now ? std::launch::async : std::launch::deferred,
-                    [&, i] { return fit_layer(todo[begin + i], rows[i]); }));
+        {
+            const blocked_signals none;
+            for (size_t i = 0; i < n_now; ++i) { // the last one by this thread, and those for which there is no other
+                fits.push_back(std::async(i + 1 < n_now ? std::launch::async | std::launch::deferred : std::launch::deferred,
+                        [&, i] { return fit_layer(todo[begin + i], rows[i]); }));
+            }
         }
         fits.back().wait();
         for (size_t i = 0; i < n_now; ++i) {
