@@ -14,7 +14,9 @@ set(GGML_CCACHE            OFF)  # the launcher is set already
 # The names of source files, which assertions print, are those of the source tree: what is given away says nothing of where it was
 # built. (Builds for development share the objects that they had.)
 if ((SKBUILD OR NOT SFI_PYTHON) AND CMAKE_C_COMPILER_ID MATCHES "GNU|Clang" AND NOT MSVC)
-    add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:-fmacro-prefix-map=${SFI_TREE}/=;-fmacro-prefix-map=${SFI_ROOT}/=>")
+    foreach (folder "${SFI_ROOT}" "${CMAKE_BINARY_DIR}" "${SFI_TREE}") # of those that fit the last counts
+        add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:-fmacro-prefix-map=${folder}/=>")
+    endforeach()
 endif()
 
 # A portable build carries one CPU library per feature set and picks one when it starts.

@@ -257,7 +257,7 @@ SFI_API int sfi_exact(struct sfi * sfi, llama_seq_id seq, llama_token token, int
 /* Drop the support of a sequence, if it has one: its next step is slow. */
 SFI_API int sfi_invalidate(struct sfi * sfi, llama_seq_id seq);
 
-/* From any thread: the call that is inside this context ends with SFI_ERR_ABORTED, after the operation that computes now (on a
+/* From any thread or signal handler: the call that is inside this context ends with SFI_ERR_ABORTED, after the operation that computes now (on a
  * GPU, after the batch), and what it began is taken back as for SFI_ERR_ABORTED above. The next call works again. If no call
  * is inside, nothing happens. llama_set_abort_callback() works beside it. */
 SFI_API void sfi_cancel(struct sfi * sfi);

@@ -40,9 +40,11 @@ def other(prefix, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     names = names_of_llama_and_ggml(prefix) | {"GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"}
     assert len(names) > 500 and {"llama_decode", "ggml_graph_compute", "ggml_backend_cpu_reg"} < names
-    lines = [f'void {name}(void) {{ write(2, "{name} of the other\\n", {len(name) + 14}); abort(); }}' for name in sorted(names - {"llama_print_system_info"})]
+    lines = [f'void {name}(void) {{ write(2, "{name} of the other\\n", {len(name) + 14}); abort(); }}'
+             for name in sorted(names - {"llama_print_system_info"})]
     source = folder / "other.c"
-    source.write_text("#include <stdlib.h>\n#include <unistd.h>\n" + "\n".join(lines) + '\nconst char * llama_print_system_info(void) { return "I am the other"; }\n')
+    lines += ['const char * llama_print_system_info(void) { return "I am the other"; }']
+    source.write_text("\n".join(["#include <stdlib.h>", "#include <unistd.h>", *lines, ""]))
     done = run(tool("cc"), "-shared", "-fPIC", "-fno-builtin", "-Wl,-soname,libother.so", source, "-o", folder / "libother.so")
     assert done.returncode == 0, done.stderr
     return folder
