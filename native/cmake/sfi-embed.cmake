@@ -46,15 +46,6 @@ add_custom_command(
 # ---- the parts -----------------------------------------------------------------------------------------------------
 
 set(joined "")
-function(sfi_join out ld_options depends) # further files it depends on, then options of objcopy; OBJECTS is set by the caller
-    add_custom_command(
-        OUTPUT  "${out}"
-        COMMAND "${CMAKE_LINKER}" -r ${ld_options} -o "${out}" ${OBJECTS}
-        COMMAND "${CMAKE_OBJCOPY}" ${ARGN} "${out}"
-        DEPENDS ${OBJECTS} ${depends}
-        COMMENT "Joining ${out}" COMMAND_EXPAND_LISTS VERBATIM)
-endfunction()
-
 set(variants "")
 foreach (target IN LISTS SFI_CPU_TARGETS)
     string(REGEX REPLACE "^ggml-cpu-?" "" name "${target}")
@@ -63,19 +54,26 @@ foreach (target IN LISTS SFI_CPU_TARGETS)
         set(name here)
     endif()
     list(APPEND variants ${name})
-    set(OBJECTS "$<TARGET_OBJECTS:${target}>")
+    set(objects "$<TARGET_OBJECTS:${target}>")
     if (TARGET ${target}-feats)
-        list(APPEND OBJECTS "$<TARGET_OBJECTS:${target}-feats>")
+        list(APPEND objects "$<TARGET_OBJECTS:${target}-feats>")
     endif()
     set(out "${parts}/cpu/${name}.o")
-    sfi_join("${out}" --force-group-allocation "" --weaken  # of unique ones objcopy makes none local, of weak ones it does
-        --redefine-sym "ggml_backend_cpu_reg=sfi_cpu_reg_${name}" --keep-global-symbol "sfi_cpu_reg_${name}"
-        --redefine-sym "ggml_backend_score=sfi_cpu_score_${name}" --keep-global-symbol "sfi_cpu_score_${name}")
+    add_custom_command(
+        OUTPUT  "${out}"
+        COMMAND "${Python_EXECUTABLE}" "${embed}/join.py" "${CMAKE_LINKER}" "${CMAKE_NM}" "${CMAKE_OBJCOPY}" "${out}" ${name} ${objects}
+        DEPENDS "${embed}/join.py" ${objects}
+        COMMENT "Joining the kernels of ${target}" COMMAND_EXPAND_LISTS VERBATIM)
     list(APPEND joined "${out}")
 endforeach()
 
-set(OBJECTS "$<TARGET_OBJECTS:llama>")
-sfi_join("${parts}/llama.o" "" "${parts}/llama.names" "--redefine-syms=${parts}/llama.names")
+set(objects "$<TARGET_OBJECTS:llama>")
+add_custom_command(
+    OUTPUT  "${parts}/llama.o"
+    COMMAND "${CMAKE_LINKER}" -r -o "${parts}/llama.o" ${objects}
+    COMMAND "${CMAKE_OBJCOPY}" "--redefine-syms=${parts}/llama.names" "${parts}/llama.o"
+    DEPENDS ${objects} "${parts}/llama.names"
+    COMMENT "Renaming the functions of llama.h" COMMAND_EXPAND_LISTS VERBATIM)
 list(APPEND joined "${parts}/llama.o")
 
 list(TRANSFORM variants REPLACE "(.+)" "X(\\1)" OUTPUT_VARIABLE x_variants)

@@ -59,6 +59,14 @@ def test_it_needs_the_c_library_alone_and_has_a_version(prefix):
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
 
 
+def test_nothing_is_missing_that_a_linker_does_not_ask_for(prefix):
+    """A weak reference takes nothing out of libgcc or libstdc++, and is 0 then: a call of it is a crash."""
+    lines = run(tool("nm"), "-D", "--undefined-only", prefix / "lib" / "libsfi.so").stdout.splitlines()
+    weak = {name.partition("@")[0] for kind, name in map(str.split, lines) if kind == "w"}
+    assert weak <= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__",  # of every library
+                    "__cxa_finalize", "__cxa_pure_virtual", "__pthread_key_create"}
+
+
 def test_archive_header_and_package_have_one_version(prefix):
     header = (ROOT / "native" / "include" / "sfi.h").read_text(encoding="utf-8")
     version = ".".join(re.findall(r"#define SFI_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", header))
