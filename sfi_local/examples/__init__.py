@@ -1,0 +1,1 @@
+"""Programs to learn from, and to start: python -m sfi_local.examples.ask"""
