@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from support.programs import built
 
 from sfi_local import cgroup, cpus, machine
 
@@ -44,7 +45,11 @@ def groups(mounts: str, own: str, **values) -> dict[str, object]:
 
 
 def chosen(root: str, n: int) -> tuple[int, str]:
+    """What Python chooses; of a build with SFI_TESTS=ON, C programs get the same."""
     choice = cpus.choose(root, range(n))
+    if in_c := built("sfi-test-cores"):
+        done = subprocess.run([in_c, root, *map(str, range(n))], capture_output=True, text=True, check=True)
+        assert int(done.stdout) == choice.n
     return choice.n, choice.why
 
 
@@ -208,3 +213,9 @@ def test_prefill_has_the_threads_of_decoding(tiny):
     given = SlowFastLlama(str(tiny), n_ctx=512, n_threads=1, n_threads_batch=2)
     assert given.n_threads_batch == 2
     given.close()
+
+
+def test_c_programs_get_as_many_on_this_machine():
+    if not (in_c := built("sfi-test-cores")):
+        pytest.skip("sfi-test-cores is not built; configure with -DSFI_TESTS=ON")
+    assert int(subprocess.run([in_c], capture_output=True, text=True, check=True).stdout) == cpus.choose().n

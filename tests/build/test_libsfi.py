@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_three_commands_lead_to_a_running_program(package, smollm2):
     said = run("build/chat", smollm2, "512", cwd=package, input="Name a colour.\nAnd another.\n")
     assert said.returncode == 0 and len(said.stdout) > 10, said.stderr
     assert "512 cells take" in said.stderr and "by fast steps" in said.stderr
+
+
+def test_a_conversation_goes_on_after_ctrl_c(package, smollm2):
+    """What the stopped answer left in the context is taken back or kept, and the next message is read behind it."""
+    tool("make")
+    assert run("make", "-C", "examples", "chat", cwd=package).returncode == 0
+    chat = subprocess.Popen([package / "examples" / "chat", smollm2, "2048"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    chat.stdin.write(b"Write a very long story about a fox.\n")
+    chat.stdin.flush()
+    assert len(chat.stdout.read(20)) == 20
+    chat.send_signal(signal.SIGINT)
+    said, told = chat.communicate(b"Name one colour.\n", timeout=240)
+    assert chat.returncode == 0, told
+    assert len(said.splitlines()) > 1 and b"tokens/s" in told and b"SFI_ERR" not in told
 
 
 def test_make_and_pkg_config_lead_there_too_and_no_example_has_a_warning(package, smollm2):

@@ -12,13 +12,15 @@ LEAST_CASES = {"SPARSE_ATTN": 60, "SUPPORT_EVIDENCE": 20, "SUPPORT_SELECT": 15, 
                "SKETCH_SCAN": 60}
 
 
-def program(name):
-    """A program of the development or test build; skips where the build has none."""
+def built(name):
+    """A program of the development or test build; "" where the build has none."""
     lib = ROOT / "sfi_local" / "lib"
-    for folder in (lib.resolve(), *ROOT.glob("build/*/bin")):
-        if (folder / name).exists():
-            return str(folder / name)
-    pytest.skip(f"{name} is not built; configure with -DSFI_TESTS=ON")
+    return next((str(folder / name) for folder in (lib.resolve(), *ROOT.glob("build/*/bin")) if (folder / name).exists()), "")
+
+
+def program(name):
+    """The same; skips where the build has none."""
+    return built(name) or pytest.skip(f"{name} is not built; configure with -DSFI_TESTS=ON")
 
 
 def run_operations(backend: str, operations: str = OPERATIONS, **env: str) -> list[str]:
