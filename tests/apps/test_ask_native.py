@@ -110,6 +110,7 @@ def test_a_bad_model_is_told_in_the_window(start, tmp_path, text, model, says):
     app.focus()
     assert says in app.wait("failed")["text"]
     app.quit()
+    assert len(app.all("failed")) == 1  # and that there is no model for the text is not said over it
 
 
 def test_a_text_that_is_too_long_is_told_with_both_numbers(start, smollm2, tmp_path, text):

@@ -98,7 +98,7 @@ class App:
 
     def focus(self) -> str:
         """Its window, which takes the keys from now on."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + TIMEOUT
         while not (found := self.display.do("search", "--onlyvisible", "--name", "Ask a document").split()):
             assert time.monotonic() < end and self._process.poll() is None, f"no window: {''.join(self._errors)}"
             time.sleep(0.05)

@@ -88,10 +88,18 @@ void Reader::do_job(const std::function<void()> & job) {
     } catch (const Stopped &) {
         tell({Event::STOPPED});
     } catch (const std::bad_alloc &) {
-        tell({Event::FAILED, "There is not enough memory: close other programs, or open a shorter text."});
+        fail("There is not enough memory: close other programs, or open a shorter text.");
     } catch (const std::exception & error) {
-        tell({Event::FAILED, error.what()});
+        fail(error.what());
     }
+}
+
+void Reader::fail(const std::string & sentence) {
+    {
+        std::lock_guard<std::mutex> guard(lock);
+        jobs.clear(); // they build on what failed
+    }
+    tell({Event::FAILED, sentence});
 }
 
 // ---- the work ----------------------------------------------------------------------------------------------------------

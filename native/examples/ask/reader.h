@@ -52,6 +52,7 @@ private:
     void run();
     void do_job(const std::function<void()> & job);
     void tell(Event event);
+    void fail(const std::string & sentence);
     void do_read();
     Document::Progress progress();
 
