@@ -63,9 +63,19 @@ def build_info() -> ModuleType:
 
 
 def cpu_library() -> str:
-    """The file of the CPU's operations that is loaded, which in a portable build is one of several; "" where the system does not tell."""
-    names = {Path(line.split(maxsplit=5)[-1]).name for line in read("/proc/self/maps").splitlines() if "ggml-cpu" in line}
-    return ", ".join(sorted(name for name in names if ".so" in name))
+    """The file of the CPU's operations, which in a portable build is one of several; "" where the system does not tell.
+
+    Others may be in memory too: all are opened and asked how well they suit the CPU, and not every one can be unloaded again.
+    """
+    by_name = open_library().llama_cpp.llama_cpp._lib.ggml_backend_reg_by_name
+    by_name.restype, by_name.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    registered = by_name(b"CPU")  # struct ggml_backend_reg: int api_version; then pointers to its functions
+    function = ctypes.c_void_p.from_address(registered + 8).value if registered else 0
+    for line in read("/proc/self/maps").splitlines():
+        first, last = (int(n, 16) for n in line.split()[0].split("-"))
+        if first <= (function or 0) < last:
+            return Path(line.split(maxsplit=5)[-1]).name
+    return ""
 
 
 def source_id() -> str:
