@@ -355,6 +355,7 @@ class _Subject:
         self.file, self.path, self.weights, self.n_threads = file, file.path, llama._model, llama.n_threads
         self.gpu_layers = None if layers == ALL_LAYERS else layers
         self.gpus = [] if self.gpu_layers == 0 else [one.description for one in gpu.gpus()]
+        self.kv_gpus = self.gpus if llama.context_params.offload_kqv else []
         self.tokenize = llama._vocabulary.tokenize
 
 

@@ -35,8 +35,8 @@ Progress = Callable[[float, float], None]
 def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = None, n_threads: int | None = None,
          type_k: str | None = None, type_v: str | None = None, params: SfiParams | Mapping[str, Any] | None = None,
          quality: Quality | None = None, gpu_layers: int | None = None, yarn: Yarn | None = None,
-         lora: Lora = (), force: bool = False, cache: bool = True, low_memory: bool = False, verbose: bool = False,
-         progress: Progress | None = None) -> Model:
+         lora: Lora = (), force: bool = False, cache: bool = True, low_memory: bool = False, kv_host: bool = False,
+         verbose: bool = False, progress: Progress | None = None) -> Model:
     """Load a model given by path, catalogue name (fetched on first use) or ``hf:user/repo:quant``.
 
     mode:      ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``, see runtime/modes.py
@@ -54,11 +54,12 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     cache:     keep the K and V of long texts on the disk, and take from there what was read before: docs/cache.md
     low_memory: for 2 to 4 GB: K and V as q8_0, weights that stay in their file, smaller batches, nothing kept in memory; prompts are
                read more slowly: docs/edge.md
+    kv_host:   K and V stay in the host's memory, where the CPU attends to them: for contexts that a GPU does not hold
     progress:  called with (done, total) while the weights are read; what it raises ends the loading
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
-    return load_as(model, Settings(str(mode), n_ctx, n_threads, kv_type_of(type_k, low_memory), kv_type_of(type_v, low_memory), gpu_layers, params,
-                                   quality, yarn, lora, force, cache, low_memory), verbose, progress)
+    return load_as(model, Settings(str(mode), n_ctx, n_threads, kv_type_of(type_k, low_memory), kv_type_of(type_v, low_memory), gpu_layers, kv_host,
+                                   params, quality, yarn, lora, force, cache, low_memory), verbose, progress)
 
 
 def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, progress: Progress | None = None) -> Model:
@@ -68,15 +69,15 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     if asked.yarn is not None:
         file, stretched = stretch.yarn(file, *(asked.yarn if isinstance(asked.yarn, tuple) else (asked.yarn,)))
     gpus, no_gpu = gpu.usable(asked.gpu_layers)
-    layers = layout.layers(file)
-    taken = taken_for(file, asked, any(layer.sparse for layer in layers) and all_native(asked.asked_params, bool(gpus)))
+    layers, kv_on_gpus = layout.layers(file), bool(gpus) and not asked.kv_host
+    taken = taken_for(file, asked, any(layer.sparse for layer in layers) and all_native(asked.asked_params, kv_on_gpus))
     _check_generates(file)
     share = gpu.share_of(len(layers), asked.gpu_layers, gpus)
     n_ubatch = SMALL_BATCH if asked.low_memory else N_BATCH
     cost = cost_of(by_metadata(file, layers, asked.type_k, asked.type_v, n_ubatch), layers, taken.mode, asked.type_k, asked.type_v,
-                   taken.params, taken.portable or taken.params, bool(gpus))
+                   taken.params, taken.portable or taken.params, kv_on_gpus)
     cost = exact_cost(file, replace(cost, n_ubatch=n_ubatch), asked.n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, asked.gpu_layers)
-    room = check_memory(file, cost, asked.n_ctx or MIN_CTX, share, gpus, asked.force)
+    room = check_memory(file, cost, asked.n_ctx or MIN_CTX, share, gpus, asked.force, asked.kv_host)
     native = open_library()
     log.verbose = verbose
     mapped = room.mapped_only or asked.low_memory or (taken.mode != "stock" and not gpus and reads_mapped_weights())
@@ -88,8 +89,8 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
 
     loaded = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
                    n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
-                   fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, portable_params=taken.portable, quality=taken.quality,
-                   adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of, n_ubatch=n_ubatch)
+                   fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, kv_host=asked.kv_host, portable_params=taken.portable,
+                   quality=taken.quality, adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of, n_ubatch=n_ubatch)
     if asked.cache:
         loaded.keep_prefixes(fingerprint_of(file, asked, stretched), told_settings(asked), in_memory=not asked.low_memory)
     for sentence in filter(None, (*taken.notes, no_gpu, *room.notes)):

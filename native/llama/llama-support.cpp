@@ -531,6 +531,20 @@ static void store_queries(const llama_layer_graph & a) {
     ggml_build_forward_expand(a.g.gf, ggml_set_rows(ctx, llama_stream_of(ctx, a.layer.queries, a.in.part.stream), last, a.in.rows));
 }
 
+// The nodes from n_before on, where a cache is in the host's memory (offload_kqv = false) and other layers, or the weights of this one, are
+// not: the scheduler would give them to a GPU that computes them, and copy the cache to it at each step.
+static void stay_with_cache(const llm_graph_context & g, const llama_support_layer & layer, int n_before) {
+    if (ggml_backend_sched_get_n_backends(g.sched) == 1 || ggml_backend_dev_type(llama_path_device(layer.k->buffer)) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return;
+    }
+    for (int i = n_before; i < ggml_graph_n_nodes(g.gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(g.gf, i);
+        if (node->op != GGML_OP_VIEW && node->op != GGML_OP_RESHAPE && node->op != GGML_OP_PERMUTE) { // these follow what they look at
+            ggml_backend_sched_set_tensor_backend(g.sched, node, g.backend_cpu);
+        }
+    }
+}
+
 ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
     const llama_support_input * inp = input_of(g);
@@ -542,6 +556,7 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
     const auto & layer = inp->support->layer(il);
     ggml_context * ctx = g.ctx0;
     ggml_tensor * all = nullptr;
+    const int n_before = ggml_graph_n_nodes(g.gf);
     for (const auto & in : inp->parts) {
         const auto & part = in.part;
         ggml_tensor * mine = part.n_tokens == q->ne[2] ? q
@@ -558,6 +573,8 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
         }
         all = all ? ggml_concat(ctx, all, cur, 1) : cur;
     }
+    ggml_build_forward_expand(g.gf, all);
+    stay_with_cache(g, layer, n_before);
     return all;
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The portable path on Vulkan, in software where there is no GPU: the tests that need no look into the graph, then a decode
-# of smollm2-135m beside dense and stock, by the commands that users type.
+# The portable path on Vulkan, in software where there is no GPU: the tests that need no look into the graph, layers there with K and V in
+# the host's memory, then a decode of smollm2-135m beside dense and stock, by the commands that users type.
 #
 #     native/tests/check-vulkan.sh
 #
@@ -21,7 +21,7 @@ nice cmake --build "$build" --parallel "${JOBS:-2}" >> "$build.log" 2>&1 || { ta
 # a package of its own: the libraries of `make dev` stay as they are
 rm -rf "$package"
 mkdir -p "$package"
-cp -rL sfi_local/*.py sfi_local/{binding,store,runtime,tuning,cli,lab,view} models "$package"
+cp -rL sfi_local/*.py $(find sfi_local -mindepth 1 -maxdepth 1 -type d) models "$package"  # lib is a link
 cp "$build"/package/* "$package"
 ln -s "$build/bin" "$package/lib"
 cp -r tests pyproject.toml "$build/python"
@@ -41,6 +41,10 @@ echo "== tests"
 TESTS
 )"
 
+echo "== K and V in the host's memory"
+"$python" -m pytest -q -rs tests/context/test_kv_host.py | tee "$build/kv-host.log"
+! grep -q skipped "$build/kv-host.log"
+
 echo "== decode"
 sfi pull smollm2-135m > /dev/null
 "$python" -c 'import pydoc_data.topics as t; print(open(t.__file__).read()[4000:16000])' > "$build/text.txt"
@@ -50,4 +54,6 @@ for kv_type in f16 q8_0; do
         --set policy=frozen,n_selected=64,n_recent=32 --kv-type "$kv_type"
 done
 sfi run smollm2-135m -f "$build/text.txt" --max-prompt-tokens 300 -p "What is this text about?" -n 24 --temp 0 --mode sfi \
-    --set n_selected=64,n_recent=32
+    --set n_selected=64,n_recent=32 --no-cache
+sfi run smollm2-135m -f "$build/text.txt" --max-prompt-tokens 300 -p "What is this text about?" -n 24 --temp 0 --mode sfi \
+    --set n_selected=64,n_recent=32 --no-cache --kv-host

@@ -157,12 +157,14 @@ def _set_adapters(llama: Any, context: Any, adapters: Sequence[tuple[Any, float]
 
 
 def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: str, type_v: str,
-                adapters: Sequence[tuple[Any, float]] = (), n_ubatch: int = N_BATCH) -> Context:
+                adapters: Sequence[tuple[Any, float]] = (), n_ubatch: int = N_BATCH, kv_host: bool = False) -> Context:
     """One sequence and n_ctx cells. Raises OutOfMemoryError.
 
     adapters: (of load_adapter(), scale) of each
+    kv_host:  K and V are in the host's memory and attended to there, whoever holds the layers
     """
     params = context_params(llama, n_ctx, n_threads, type_k, type_v, n_ubatch)
+    params.offload_kqv = not kv_host
     try:
         context = Context(weights, params)
     except ValueError:
@@ -174,9 +176,9 @@ def new_context(llama: Any, weights: Any, n_ctx: int, n_threads: int, type_k: st
 
 
 def maker(weights: Any, n_threads: int, type_k: str = "f16", type_v: str = "f16",
-          adapters: Sequence[tuple[Any, float]] = (), n_ubatch: int = N_BATCH) -> Callable[[int], Any]:
+          adapters: Sequence[tuple[Any, float]] = (), n_ubatch: int = N_BATCH, kv_host: bool = False) -> Callable[[int], Any]:
     """new_context() of loaded weights, which it keeps alive, as a function of n_ctx."""
-    return lambda n_ctx: new_context(open_library().llama_cpp, weights, n_ctx, n_threads, type_k, type_v, adapters, n_ubatch)
+    return lambda n_ctx: new_context(open_library().llama_cpp, weights, n_ctx, n_threads, type_k, type_v, adapters, n_ubatch, kv_host)
 
 
 def decode(context: Any, tokens: Sequence[int]) -> int:

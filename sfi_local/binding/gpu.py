@@ -88,5 +88,12 @@ def room_for_context(need: Need, found: list[Gpu], n_layer: int) -> int:
         raise OutOfMemoryError(
             f"{need.what} needs {human_bytes(wanted)} on the GPU (weights {human_bytes(int(need.share * need.weights))}, context "
             f"{human_bytes(int(need.share * need.context))}), {human_bytes(wanted - usable)} more than {names} can give",
-            Remedy("use {}", "type_k", "q8_0"), Remedy("lower {}", "n_ctx"), Remedy("keep layers on the CPU with {}", "gpu_layers", fit))
+            *_smaller_contexts(need), Remedy("keep layers on the CPU with {}", "gpu_layers", fit))
     return int((usable - need.share * need.weights) / need.share)
+
+
+def _smaller_contexts(need: Need) -> list[Remedy]:
+    """What makes a context take less of a GPU; nothing where it is not there."""
+    if not need.context:
+        return []
+    return [Remedy("use {}", "type_k", "q8_0"), Remedy("lower {}", "n_ctx"), Remedy("leave K and V in the host's memory with {}", "kv_host", True)]

@@ -75,6 +75,7 @@ def model_options(command: Callable) -> Callable:
         click.option("--lora", multiple=True, callback=_lora, metavar="FILE[:X]", help="A LoRA adapter, and its strength."),
         click.option("--yarn", callback=_yarn, metavar="TIMES[:N]", help="Stretch the trained context of N tokens by YaRN."),
         gpu_option,
+        click.option("--kv-host", is_flag=True, help="K and V in the host's memory, where the CPU attends: for contexts beyond the GPU's."),
         force_option,
         click.option("--no-cache", is_flag=True, help="Keep nothing that is read, and read all of it."),
         click.option("--verbose", is_flag=True, help="Say more, and show llama.cpp's log on stderr."))(command)
@@ -209,8 +210,9 @@ def take_settings(options: dict[str, Any]) -> Settings:
     low_memory = options.pop("low_memory")
     kind = kv_type_of(options.pop("kv_type"), low_memory)
     return _checked(Settings(mode=options.pop("mode"), n_ctx=options.pop("ctx"), n_threads=options.pop("threads"), type_k=kind,
-                             type_v=kind, gpu_layers=options.pop("gpu_layers"), params=given, quality=_take_quality(options), yarn=options.pop("yarn"),
-                             lora=options.pop("lora"), force=options.pop("force"), cache=not options.pop("no_cache"), low_memory=low_memory))
+                             type_v=kind, gpu_layers=options.pop("gpu_layers"), kv_host=options.pop("kv_host"), params=given,
+                             quality=_take_quality(options), yarn=options.pop("yarn"), lora=options.pop("lora"), force=options.pop("force"),
+                             cache=not options.pop("no_cache"), low_memory=low_memory))
 
 
 def take_params(options: dict[str, Any]) -> Settings:

@@ -45,6 +45,8 @@ def report(model: Any, tally: Any, request: PromptRequest, sampling: Any) -> dic
         "n_ctx": model.session.n_ctx,
         "n_threads": model.n_threads,
         "kv_type": request.settings.type_k,
+        "layers_on": model.gpus or ["CPU"],
+        "kv_on": model.kv_gpus or ["CPU"],
         "temp": sampling.temp,
         "seed": sampling.seed,
         "notes": model.notes,
@@ -107,6 +109,8 @@ def statistics(model: Any, tally: Any) -> str:
     parts.append(f"KV read {100 * kv_read_share(model):.0f} %")
     if kernels(model) not in ("native", "stock"):
         parts.append(f"{kernels(model)} kernels")
+    if model.gpus:
+        parts.append(f"layers on {' and '.join(model.gpus)}, K and V on {' and '.join(model.kv_gpus) or 'the CPU'}")
     parts += taken(model, tally)
     found = decided(model, tally)["why"]
     parts += [found] if found else []

@@ -9,7 +9,7 @@ from sfi_local.params import SfiParams
 from sfi_local.runtime.sampling import Sampling
 
 # parameter of load(), generate() or Sampling: its option
-OPTIONS = {"n_ctx": "--ctx", "n_threads": "--threads", "type_k": "--kv-type", "type_v": "--kv-type", "gpu_layers": "--gpu-layers",
+OPTIONS = {"n_ctx": "--ctx", "n_threads": "--threads", "type_k": "--kv-type", "type_v": "--kv-type", "gpu_layers": "--gpu-layers", "kv_host": "--kv-host",
            "mode": "--mode", "quality": "--quality", "n": "-n", "stop": "--stop", "system": "--system", "temp": "--temp", "seed": "--seed",
            "force": "--force", "fill": "--fill"}
 OTHERS = {"complete()": "--raw", "the head of the text": "the head of the file with --truncate or --max-prompt-tokens N"}

@@ -17,6 +17,7 @@ class Subject(Protocol):
 
     weights: llama_cpp._internals.LlamaModel
     gpus:    descriptions of the GPUs that hold its layers; gpu_layers: how many they hold, None: all
+    kv_gpus: of those that hold K and V of these layers
     """
 
     file: GgufFile
@@ -29,6 +30,9 @@ class Subject(Protocol):
 
     @property
     def gpus(self) -> list[str]: ...
+
+    @property
+    def kv_gpus(self) -> list[str]: ...
 
     def tokenize(self, text: str) -> list[int]: ...
 

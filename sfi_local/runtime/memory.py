@@ -138,18 +138,20 @@ class Room:
     notes: list[str] = field(default_factory=list)
 
 
-def check_memory(file: GgufFile, cost: ContextCost, n_ctx: int, share: float, gpus: list[gpu.Gpu], force: bool = False) -> Room:
+def check_memory(file: GgufFile, cost: ContextCost, n_ctx: int, share: float, gpus: list[gpu.Gpu], force: bool = False,
+                 kv_host: bool = False) -> Room:
     """The room for a context beside the weights. Raises OutOfMemoryError where n_ctx cells do not fit.
 
-    share: of the layers that the GPUs hold; force: go on with a note instead
+    share: of the layers that the GPUs hold; kv_host: the host has K and V of all layers; force: go on with a note instead
     """
     rooms = []
     try:
         if share > 0:
-            need = gpu.Need(str(file.path), file.n_bytes, cost.bytes(n_ctx), share)
-            rooms.append(Room(gpu.room_for_context(need, gpus, len(cost.layers))))
-        if share < 1:
-            rooms.append(_host_room(file, cost, n_ctx, 1 - share))
+            need = gpu.Need(str(file.path), file.n_bytes, 0 if kv_host else cost.bytes(n_ctx), share)
+            on_gpus = gpu.room_for_context(need, gpus, len(cost.layers))
+            rooms.append(Room(None if kv_host else on_gpus))
+        if share < 1 or kv_host:
+            rooms.append(_host_room(file, cost, n_ctx, 1 - share, 1 if kv_host else 1 - share))
     except OutOfMemoryError as error:
         if not force:
             raise
@@ -176,28 +178,28 @@ def _surely_fits(file: GgufFile, size: int, share: float, gpus: list[gpu.Gpu]) -
     return on_gpus and (share == 1 or available is None or (1 - share) * whole <= MEMORY_SHARE * available)
 
 
-def _host_room(file: GgufFile, cost: ContextCost, n_ctx: int, share: float) -> Room:
+def _host_room(file: GgufFile, cost: ContextCost, n_ctx: int, of_weights: float, of_context: float) -> Room:
     """The weights are mapped, so the system can drop parts of them and read them again; a context must fit.
 
-    share: of the layers that the host holds
+    of_weights, of_context: shares of them that the host holds
     """
     available = available_memory()
     if available is None:
         return Room(None)
-    usable, size = int(MEMORY_SHARE * available / share), cost.bytes(n_ctx)
+    usable, size, weights = int(MEMORY_SHARE * available), int(of_context * cost.bytes(n_ctx)), int(of_weights * file.n_bytes)
     if size > usable:
         raise OutOfMemoryError(
-            f"{file.path} needs {human_bytes(share * size)} for a context of {n_ctx} tokens, {human_bytes(share * (size - usable))} more "
-            f"than can be used here", *_what_fits(cost, n_ctx, usable), Remedy("close programs"), ANYWAY)
-    if file.n_bytes > MOST_MAPPED * usable:
+            f"{file.path} needs {human_bytes(size)} for a context of {n_ctx} tokens, {human_bytes(size - usable)} more "
+            f"than can be used here", *_what_fits(cost, n_ctx, int(usable / of_context)), Remedy("close programs"), ANYWAY)
+    if weights > MOST_MAPPED * usable:
         raise OutOfMemoryError(
-            f"{file.path} needs {human_bytes(share * file.n_bytes)} for its weights, {human_bytes(share * (file.n_bytes - usable))} more "
+            f"{file.path} needs {human_bytes(weights)} for its weights, {human_bytes(weights - usable)} more "
             f"than can be used here", Remedy("take a smaller quantisation"), Remedy("take a smaller model"), ANYWAY)
-    room = Room(max(usable - file.n_bytes, usable // 2, size))
-    if file.n_bytes + size <= usable:
+    room = Room(int(max(usable - weights, usable // 2, size) / of_context))
+    if weights + size <= usable:
         return room
     return replace(room, mapped_only=True, notes=[
-        f"The weights ({human_bytes(share * file.n_bytes)}) do not fit beside the context ({human_bytes(share * size)}) into the "
+        f"The weights ({human_bytes(weights)}) do not fit beside the context ({human_bytes(size)}) into the "
         f"{human_bytes(available)} of free memory: what is missing is read from the disk again at each step, which is slow. A smaller "
         f"quantisation of the model is faster here."])
 

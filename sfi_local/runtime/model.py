@@ -74,9 +74,9 @@ class Model:
 
     def __init__(self, file: GgufFile, weights: Any, n_fit: int | None, *, mode: str | Mode, n_ctx: int | None, n_threads: int,
                  type_k: str, type_v: str, params: SfiParams, fit_budget: bool, gpu_layers: int | None = None,
-                 portable_params: SfiParams | None = None, adapters: Sequence[tuple[str, float]] = (),
+                 kv_host: bool = False, portable_params: SfiParams | None = None, adapters: Sequence[tuple[str, float]] = (),
                  quality: str = "", find_auto_depth: FindDepth | None = None, n_ubatch: int = N_BATCH):
-        self.file, self.n_threads, self.gpu_layers = file, n_threads, gpu_layers
+        self.file, self.n_threads, self.gpu_layers, self._kv_host = file, n_threads, gpu_layers, kv_host
         self._mode = mode_of(mode)
         self.quality = quality  # how close to dense it is, in words, or ""
         self.notes: list[str] = []  # what was decided on the caller's behalf, in sentences
@@ -115,6 +115,11 @@ class Model:
     def gpus(self) -> list[str]:
         """Descriptions of the GPUs that hold its layers."""
         return [] if self.gpu_layers == 0 else [g.description for g in gpu.gpus()]
+
+    @property
+    def kv_gpus(self) -> list[str]:
+        """Descriptions of the GPUs that hold K and V of these layers, and attend to them."""
+        return [] if self._kv_host else self.gpus
 
     @property
     def name(self) -> str:
@@ -326,7 +331,7 @@ class Model:
 
     def new_slot(self) -> Slot:
         """A further sequence on these weights, without a context as yet; it is closed with the model, if not before."""
-        return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters, self.n_ubatch), 0, self._mode, self._fit_params,
+        return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters, self.n_ubatch, self._kv_host), 0, self._mode, self._fit_params,
                     portable=self._portable, weights=self._access, keeper=self._keeper)
 
     def _with_room(self, slot: Slot, steps: Iterator[Step], n_prompt: int, n: int | None) -> Iterator[Step]:

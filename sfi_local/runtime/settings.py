@@ -58,6 +58,7 @@ class Settings:
     n_threads:  None: one per physical core
     type_k, type_v: of the KV cache
     gpu_layers: layers that a GPU holds; None: all
+    kv_host:    K and V stay in the host's memory, and the CPU attends to them
     params:     an SfiParams is taken as it is; of a mapping of its fields these are kept, and all others may be adapted; None: {}
     quality:    how close to dense: ``same``, ``close``, ``fast``, ``floor`` or nats; None: close, or whatever the params have
     yarn:       stretch the trained context so many times, or (times, tokens that the model was trained on)
@@ -74,6 +75,7 @@ class Settings:
     type_k: str = "f16"
     type_v: str = "f16"
     gpu_layers: int | None = None
+    kv_host: bool = False
     params: SfiParams | Mapping[str, Any] | None = None
     quality: Quality | None = None
     yarn: Yarn | None = None

@@ -95,7 +95,7 @@ def _measure_and_remember(key: dict[str, Any], model: "Model", params: SfiParams
 
 def _rule(model: "Model", params: SfiParams) -> int:
     """The depth where nothing was measured; of a GPU, on which attention is a small part of a step below some thousand cells, a later one."""
-    return max(depth_by_rule(params), GPU_DEPTH if model.gpus else 0)
+    return max(depth_by_rule(params), GPU_DEPTH if model.kv_gpus else 0)
 
 
 def break_even(timings: list[Timing], params: SfiParams) -> int:
@@ -135,17 +135,18 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
 
 def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[Timing]:
     """Time steps at two depths, in a context that is freed again."""
-    limit = GPU_LIMIT_S if model.gpus else LIMIT_S
+    limit = GPU_LIMIT_S if model.kv_gpus else LIMIT_S
     deadline = time.perf_counter() + limit
     depths = _depths(model, params, type_k, type_v)
     longest = max(params.max_span, ROUND.count("fast")) if params.refreshes else 0
     params = params.replace(auto_depth=MAX_DEPTH, max_span=longest)
-    slot = Slot(maker(model.weights, model.n_threads, type_k, type_v), depths[-1] + len(ROUND) * ROUNDS, "sfi", params)
+    kv_host = bool(model.gpus) and not model.kv_gpus
+    slot = Slot(maker(model.weights, model.n_threads, type_k, type_v, kv_host=kv_host), depths[-1] + len(ROUND) * ROUNDS, "sfi", params)
     try:
         slot.set_auto_depth(params.auto_depth)  # mode sfi leaves it out
         token = (model.tokenize("the") or [0])[-1]
         slot.prefill([token] * PIECE)
-        n_cpus = 0 if model.gpus else min(model.n_threads, len(usable_cpus()))
+        n_cpus = 0 if model.kv_gpus else min(model.n_threads, len(usable_cpus()))
         return [_time_at(slot, depth, token, (deadline, limit), n_cpus) for depth in depths]
     finally:
         slot.close()
@@ -154,7 +155,7 @@ def measure(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list
 def _depths(model: "Model", params: SfiParams, type_k: str, type_v: str) -> list[int]:
     """Where to measure: far apart, but where the deeper one would take long to fill or more memory than there is."""
     unit, layers = max(2 * LEAST_DEPTH, params.budget), layout.layers(model.file)
-    if model.gpus:
+    if model.kv_gpus:
         return _gpu_depths(unit, ContextCost(by_metadata(model.file, layers, type_k, type_v), layers, type_k, type_v, params))
     available = available_memory()
     if available is not None and 2 * layout.kv_bytes(layers, unit, type_k, type_v) > available:
@@ -230,6 +231,7 @@ def _today() -> str:
 
 def _key(model: "Model", params: SfiParams, type_k: str, type_v: str) -> dict[str, Any]:
     """What a measurement depends on."""
-    on_gpu = {"gpu": model.gpus, "gpu_layers": model.gpu_layers, "dense": "stock"} if model.gpus else {}
+    attends = {"dense": "stock"} if model.kv_gpus else {"kv": "host"}
+    on_gpu = {"gpu": model.gpus, "gpu_layers": model.gpu_layers, **attends} if model.gpus else {}
     return {**remembered.model_key(model.path), "cpu": cpu_name(), "threads": model.n_threads, "type_k": type_k,
             "type_v": type_v, "budget": params.budget, "params": {**asdict(params), "auto_depth": 0}, **on_gpu}

@@ -1,6 +1,7 @@
 """What is said where a GPU or the machine has too little memory, or where there is no GPU: without one."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,12 @@ from sfi_local.store.gguf_file import read_gguf
 from sfi_local.store.layout import layers, sfi_bytes
 
 CARD = gpu.Gpu("CUDA0", "a small card", free=8 << 30, total=12 << 30)
+
+
+@pytest.fixture
+def available(monkeypatch):
+    """Set what the system has free, in bytes."""
+    return lambda n_bytes: monkeypatch.setattr(memory, "available_memory", lambda: n_bytes)
 
 
 def need(weights, context, share=1.0):
@@ -65,13 +72,25 @@ def test_a_context_costs_its_sketch_too(tiny):
     assert check_memory(file, sketch, n, 1.0, [card], force=True).n_bytes is None
 
 
+def test_k_and_v_in_the_host_take_nothing_of_the_card(tiny, available):
+    file, n = read_gguf(tiny), 1 << 17
+    sketch = cost(file, SfiParams())
+    card = gpu.Gpu("CUDA0", "a card", free=int(file.n_bytes / gpu.MEMORY_SHARE) + 1024, total=1 << 40)
+    available(1 << 40)
+    with pytest.raises(OutOfMemoryError, match="leave K and V in the host's memory with kv_host"):
+        check_memory(file, sketch, n, 1.0, [card])
+    assert check_memory(file, sketch, n, 1.0, [card], kv_host=True).n_bytes == int(memory.MEMORY_SHARE * (1 << 40))
+    available(sketch.bytes(n))
+    with pytest.raises(OutOfMemoryError, match="more than can be used here"):
+        check_memory(file, sketch, n, 1.0, [card], kv_host=True)
+    tight = replace(card, free=file.n_bytes // 2)
+    with pytest.raises(OutOfMemoryError, match="on the GPU") as refusal:
+        check_memory(file, sketch, 512, 1.0, [tight], kv_host=True)
+    assert "lower" not in str(refusal.value) and "--gpu-layers" in refusal.value.told(spelled)
+    assert check_memory(file, sketch, 512, 0.2, [tight], kv_host=True).n_bytes
+
+
 # ---- the host's memory -----------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def available(monkeypatch):
-    """Set what the system has free, in bytes."""
-    return lambda n_bytes: monkeypatch.setattr(memory, "available_memory", lambda: n_bytes)
-
 
 def test_a_context_that_does_not_fit_is_refused_with_what_would(tiny, available):
     file, n = read_gguf(tiny), 1 << 17
