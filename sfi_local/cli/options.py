@@ -60,8 +60,7 @@ def answer_options(n: int | None, mode: str) -> Callable:
         click.option("--truncate", is_flag=True, help="Cut the file to what the context holds."),
         click.option("--max-prompt-tokens", type=COUNT, metavar="N", help="Cut the file to a prompt of N tokens."),
         click.option("--mode", type=click.Choice(list(MODES)), default=mode, metavar="MODE",
-                     help="auto: slow-fast where that pays; sfi: always; exact: slow-fast, with the text of dense; dense; stock: "
-                          f"llama.cpp's own [default: {mode}]"),
+                     help=f"auto: slow-fast where it pays; sfi: always; exact: text of dense; dense; stock: llama.cpp's [{mode}]"),
         quality_option, set_options(**SET_ONLY), moved_samplers)
 
 
@@ -75,7 +74,7 @@ def model_options(command: Callable) -> Callable:
         click.option("--lora", multiple=True, callback=_lora, metavar="FILE[:X]", help="A LoRA adapter, and its strength."),
         click.option("--yarn", callback=_yarn, metavar="TIMES[:N]", help="Stretch the trained context of N tokens by YaRN."),
         gpu_option,
-        click.option("--kv-host", is_flag=True, help="K and V in the host's memory, where the CPU attends: for contexts beyond the GPU's."),
+        click.option("--kv-host", is_flag=True, help="K and V in the host's memory, not the GPU's."),
         force_option,
         click.option("--no-cache", is_flag=True, help="Keep nothing that is read, and read all of it."),
         click.option("--verbose", is_flag=True, help="Say more, and show llama.cpp's log on stderr."))(command)
