@@ -1,5 +1,5 @@
 """K and V in the host's memory beneath layers on a GPU: our CPU operations attend. Where there is no GPU these tests are skipped; a Vulkan
-driver in software is one (native/tests/check-vulkan.sh)."""
+driver in software is one (native/tests/check-vulkan.sh), and so is a device of ggml's RPC backend."""
 
 import json
 
