@@ -337,8 +337,12 @@ static int step_many(sfi * s, llama_support & support, const sfi_next * next, in
         work.push_back({ (uint32_t) seq, n > 1 && done == LLAMA_SUPPORT_SHORT ? LLAMA_SUPPORT_DENSE : done, 1, d.kind == slowfast::SLOW });
         tokens.add(seq, next_pos(s, seq), token, true);
     }
+    const llama_pos * before = tokens.get().pos;
     const int64_t start = ggml_time_us();
     if (const int err = decode(s, support, tokens, work)) {
+        for (int32_t i = 0; i < n; ++i) { // llama_decode takes back the sequences of the ubatch that failed, and not those of the ones before
+            llama_memory_seq_rm(llama_get_memory(s->lctx), next[i].seq, before[i], -1);
+        }
         return err;
     }
     const int64_t t_us = (ggml_time_us() - start)/n;

@@ -218,8 +218,7 @@ struct sfi_next {
 /* One token each of n sequences in one pass over the weights; no sequence is there twice. Each step is what sfi_step() would do, of the
  * kind that is right for its sequence. The logits after next[i] are then llama_get_logits_ith(lctx, i); info, if it is not NULL, is an array
  * of n, the first with its struct_size set, and t_us of each is its share of the pass. Fastest with sequences of consecutive numbers in
- * rising order. SFI_ERR_BACKEND: a device steps one sequence at a time. After an error no sequence has taken its step; those whose
- * cells were written must be taken back by llama_memory_seq_rm(). */
+ * rising order. SFI_ERR_BACKEND: a device steps one sequence at a time. After an error no sequence has taken its step. */
 SFI_API int sfi_step_many(struct sfi * sfi, const struct sfi_next * next, int32_t n, enum sfi_step_kind kind, struct sfi_step_info * info);
 
 /* The next tokens of a sequence by fast steps in one pass over the weights, each with cells of its own choice: guesses, say, of which the

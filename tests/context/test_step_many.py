@@ -189,6 +189,30 @@ def test_what_cannot_be_a_step_of_all_changes_nothing(opened, prompts):
         context.engine.step_many({0: 1, 1: 1})
 
 
+@pytest.mark.parametrize("params", ["sketch", "frozen"], indirect=True)
+def test_a_step_that_stops_is_taken_by_no_sequence(opened, prompts):
+    """Sequences 2 and 0 are computed one after the other: it may stop when the first has been."""
+    from sfi_local.errors import AbortedError, DecodeError
+
+    context = opened(prompts)
+    llama, ends = context.llama, lambda: [llama.llama_memory_seq_pos_max(context.memory, seq) for seq in range(3)]
+    before, n_stopped = ends(), 0
+    for least in range(0, 400, 7):
+        asked = []
+        stop = llama.ggml_abort_callback(lambda user: asked.append(1) or len(asked) > least)
+        llama.llama_set_abort_callback(context.address, stop, None)
+        try:
+            context.engine.step_many({2: 1, 0: 1})
+        except (AbortedError, DecodeError):  # the latter where it stopped what a slow step makes for fast ones
+            n_stopped += 1
+            assert ends() == before
+        else:
+            break
+    llama.llama_set_abort_callback(context.address, llama.ggml_abort_callback(), None)
+    assert n_stopped > 2 and ends() == [before[0] + 1, before[1], before[2] + 1]
+    assert context.engine.step_many({0: 2, 1: 2, 2: 2})
+
+
 def test_a_sequence_is_not_there_twice(opened, prompts):
     from sfi_local.binding.library import open_library
 
