@@ -114,15 +114,7 @@ class Sampling:
         return (self.repeat_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     def _grammar(self) -> str | None:
-        if self.json_schema is None:
-            return self.grammar
-        from llama_cpp.llama_grammar import json_schema_to_gbnf
-
-        text = self.json_schema if isinstance(self.json_schema, str) else json.dumps(self.json_schema)
-        try:
-            return json_schema_to_gbnf(text)
-        except Exception as error:  # whatever the schema trips over
-            raise ArgumentError(f"The JSON schema cannot be used ({type(error).__name__}: {error}): check it.") from None
+        return self.grammar if self.json_schema is None else grammar_of_schema(self.json_schema)
 
     def _add_history(self, chain: Any, vocabulary: Vocabulary | None) -> None:
         """What looks at the tokens of the prompt too."""
@@ -186,6 +178,17 @@ _RANGES = {
     "mirostat_tau": (0, 100, "a value from 0 to 100"),
     "mirostat_eta": (0, 1, "a value from 0 to 1"),
 }
+
+
+def grammar_of_schema(schema: str | Mapping[str, Any]) -> str:
+    """The GBNF text that texts of a JSON schema obey. Raises ArgumentError."""
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    try:
+        return json_schema_to_gbnf(schema if isinstance(schema, str) else json.dumps(schema))
+    except Exception as error:  # whatever the schema trips over
+        why = str(error) or type(error).__name__
+        raise ArgumentError(f"The JSON schema cannot be used ({why}): check it.") from None
 
 
 def _add_grammar(chain: Any, vocabulary: Vocabulary, grammar: str) -> None:

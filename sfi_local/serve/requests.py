@@ -7,7 +7,7 @@ from typing import Any, Literal, Sequence
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from sfi_local.fields import kinds
-from sfi_local.runtime.sampling import MAX_SEED, Sampling
+from sfi_local.runtime.sampling import MAX_SEED, Sampling, grammar_of_schema
 from sfi_local.runtime.template import Message
 from sfi_local.serve.problems import Problem
 
@@ -277,12 +277,13 @@ def _number(name: str, value: Any) -> Any:
 
 
 def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a schema whose grammar would be endless. Raises Problem."""
+    """Refuse a schema whose grammar would be endless, or that has none. Raises Problem, ArgumentError."""
     import json
 
     if len(json.dumps(schema)) > MAX_SCHEMA:
         raise Problem(f"The JSON schema has more than {MAX_SCHEMA} characters.", param="response_format")
     _check_repeats(schema)
+    grammar_of_schema(schema)
     return schema
 
 

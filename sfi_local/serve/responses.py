@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from sfi_local.serve.asking import Answering, Piece
 from sfi_local.serve.chat import Ended, new_id, ours
 from sfi_local.serve.http import event
-from sfi_local.serve.problems import Problem, as_object, problem_of
+from sfi_local.serve.problems import Problem, problem_of
 from sfi_local.serve.requests import MAX_TOOLS, MAX_TOP, Count, Ours, Part
 
 # field of a request: that of a chat request that means the same
@@ -173,8 +173,8 @@ class ResponseShape:
             final = self._final(answer)
             yield self._event(f"response.{final['status']}", response=final)
         except Exception as error:
-            said = as_object(problem_of(error))["error"]
-            failed = {**self._response("failed"), "error": {"code": said["code"] or said["type"], "message": said["message"]}}
+            problem = problem_of(error)
+            failed = {**self._response("failed"), "error": {"code": _failed_code(problem), "message": str(problem)}}
             yield self._event("response.failed", response=failed)
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -272,3 +272,8 @@ class ResponseShape:
     def _event(self, name: str, **fields: Any) -> bytes:
         self._n_events += 1
         return event({"type": name, "sequence_number": self._n_events - 1, **fields}, name)
+
+
+def _failed_code(problem: Problem) -> str:
+    """Of the codes that OpenAI has for a response which failed."""
+    return "rate_limit_exceeded" if problem.status == 429 else "server_error" if problem.status >= 500 else "invalid_prompt"

@@ -69,10 +69,20 @@ def test_what_cannot_be_had_is_refused(client, fields):
     assert respond(client, 400, **fields).json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_without_a_grammar_is_refused_before_anything_is_read(client, stream):
+    """Found by requests made at random: the stream began, and failed with a code that OpenAI does not have."""
+    form = {"type": "json_schema", "name": "x", "schema": {"no such word": 5}}
+    assert "JSON schema cannot be used" in respond(client, 400, stream=stream, text={"format": form}).json()["error"]["message"]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": stream}
+    refused = client.post("/v1/chat/completions", json={**chat, "response_format": {"type": "json_schema", "json_schema": form}})
+    assert refused.status_code == 400
+
+
 def test_a_stream_that_fails_says_so(client, server, monkeypatch):
     from sfi_local.errors import DecodeError
 
     monkeypatch.setattr(server.worker.model, "generate", lambda *_, **__: (_ for _ in ()).throw(DecodeError("It failed.")))
     last = events(respond(client, stream=True))[-1]
-    assert last["type"] == "response.failed" and last["response"]["error"]["message"] == "It failed."
+    assert last["type"] == "response.failed" and last["response"]["error"] == {"code": "server_error", "message": "It failed."}
     assert client.post("/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "x"}]}).status_code == 500
