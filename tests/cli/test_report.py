@@ -16,7 +16,7 @@ STATS = SimpleNamespace(kv_read_share=0.25)
 def model(mode="auto", depth=1024, found="measured before", why_stock="", quality="close (not calibrated)", given=0):
     engine = None if why_stock or mode == "stock" else SimpleNamespace(params=SfiParams(auto_depth=depth), path="native", stats=lambda: STATS)
     session = SimpleNamespace(engine=engine, why_stock=why_stock, params=SfiParams(auto_depth=given))
-    return SimpleNamespace(mode=mode, session=session, auto_found=found, quality=quality)
+    return SimpleNamespace(mode=mode, session=session, auto_found=found, quality=quality, gpus=[], kv_gpus=[])
 
 
 def tally(**steps):
@@ -68,3 +68,12 @@ def test_before_any_pass_nothing_is_said_of_its_cost():
     one = model("exact")
     one.session.costs = Costs(10.0, 9.0)
     assert drafts(one, spans())["verify_cost"] is None and "verified" not in statistics(one, spans(("ngram", 3, 1)))
+
+
+def test_where_layers_and_the_cache_are_is_said_where_a_gpu_has_some():
+    one = model()
+    assert "layers on" not in statistics(one, tally(fast=3))
+    one.gpus = ["a card"]
+    assert "layers on a card, K and V on the CPU" in statistics(one, tally(fast=3))
+    one.kv_gpus = ["a card"]
+    assert "K and V on a card" in statistics(one, tally(fast=3))
