@@ -1,5 +1,5 @@
 import pytest
-from support.windows import Display, text_of
+from support.desktop import Display, text_of
 
 
 @pytest.fixture(scope="package")

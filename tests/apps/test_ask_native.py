@@ -4,12 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from support.command_line import cli_command, cli_env
-from support.windows import STALL_MS, App, closes
+from support.desktop import STALL_MS, closed_in_a_prefill, starter
 
 SOURCE = Path(__file__).resolve().parents[2] / "native" / "examples" / "ask"
 
@@ -36,15 +35,8 @@ def program(display, tmp_path_factory):
 @pytest.fixture
 def start(program, display):
     """Starts it; it is ended with the test."""
-    apps = []
-
-    def start(*arguments) -> App:
-        apps.append(App(display, [program, "--trace", *map(str, arguments)]))
-        return apps[-1]
-
-    yield start
-    for app in apps:
-        app.__exit__()
+    with starter(display, [program, "--trace"]) as start:
+        yield start
 
 
 def check_stalls(app, phase):
@@ -132,10 +124,5 @@ def test_what_is_no_text_is_told(start, smollm2, tmp_path, content, says):
 
 
 def test_it_closes_in_the_middle_of_a_prefill(start, smollm2, long_text):
-    for seconds in closes():
-        app = start(smollm2, long_text)
-        app.focus()
-        total = app.wait("reading")["total"]
-        time.sleep(seconds)
-        app.quit()
-        assert not app.all("read") and app.all("reading")[-1]["done"] < total
+    for app in closed_in_a_prefill(start, smollm2, long_text):
+        assert not app.all("read")

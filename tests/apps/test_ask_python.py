@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from support.command_line import cli_env
-from support.windows import STALL_MS, App, closes
+from support.desktop import STALL_MS, closed_in_a_prefill, starter
 
 RUNNER = Path(__file__).resolve().parents[1] / "support" / "ask_window.py"
 APP = Path(__file__).resolve().parents[2] / "sfi_local" / "examples" / "ask.py"
@@ -20,15 +19,8 @@ def start(display):
     """Starts it; it is ended with the test."""
     if subprocess.run([sys.executable, "-c", "import tkinter"], capture_output=True).returncode:
         pytest.skip("tkinter is no part of this Python: apt install python3-tk")
-    apps = []
-
-    def start(*arguments) -> App:
-        apps.append(App(display, [sys.executable, str(RUNNER), *map(str, arguments)], **cli_env(SFI_LOCAL_AUTO_DEPTH="0")))
-        return apps[-1]
-
-    yield start
-    for app in apps:
-        app.__exit__()
+    with starter(display, [sys.executable, str(RUNNER)], **cli_env(SFI_LOCAL_AUTO_DEPTH="0")) as start:
+        yield start
 
 
 def test_it_has_less_than_200_lines():
@@ -87,10 +79,5 @@ def test_what_is_wrong_is_told_in_the_window(start, smollm2, tmp_path, text):
 
 
 def test_it_closes_in_the_middle_of_a_prefill(start, smollm2, long_text):
-    for seconds in closes():
-        app = start(smollm2, long_text)
-        app.focus()
-        total = app.wait("reading")["total"]
-        time.sleep(seconds)
-        app.quit()
-        assert not [e for e in app.all("shown") if e["state"] == "ready"] and app.all("reading")[-1]["done"] < total
+    for app in closed_in_a_prefill(start, smollm2, long_text):
+        assert not [e for e in app.all("shown") if e["state"] == "ready"]

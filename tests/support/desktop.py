@@ -9,8 +9,9 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import pytest
 
@@ -61,10 +62,8 @@ class App:
         for reader in self._readers:
             reader.start()
 
-    def __enter__(self) -> "App":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def end(self) -> None:
+        """Where it has not ended by itself."""
         if self._process.poll() is None:
             self._process.kill()
         self._ended(10)
@@ -125,10 +124,31 @@ class App:
         return time.monotonic() - began
 
 
-def closes() -> Iterator[float]:
-    """Seconds after the first report of a prefill at which an app is closed, one after the other: 5 of them, or SFI_TEST_CLOSES."""
+@contextmanager
+def starter(display: Display, command: list[str], **env: str) -> Iterator[Callable[..., App]]:
+    """A function that starts an app with more arguments; those that it started are ended behind it."""
+    apps: list[App] = []
+
+    def start(*arguments: object) -> App:
+        apps.append(App(display, [*command, *map(str, arguments)], **env))
+        return apps[-1]
+
+    yield start
+    for app in apps:
+        app.end()
+
+
+def closed_in_a_prefill(start: Callable[..., App], *arguments: object) -> Iterator[App]:
+    """Apps that were closed at random moments of the second after the first report of a prefill: 5 of them, or SFI_TEST_CLOSES."""
     rng = random.Random(SEED)
-    return (rng.random() for _ in range(int(os.environ.get("SFI_TEST_CLOSES", "5"))))
+    for _ in range(int(os.environ.get("SFI_TEST_CLOSES", "5"))):
+        app = start(*arguments)
+        app.focus()
+        total = app.wait("reading")["total"]
+        time.sleep(rng.random())
+        app.quit()
+        assert app.all("reading")[-1]["done"] < total
+        yield app
 
 
 def text_of(path: Path, n: int) -> Path:
