@@ -17,7 +17,7 @@ from sfi_local.errors import ModelFileError
 from sfi_local.machine import physical_cores, reads_mapped_weights
 from sfi_local.params import SfiParams
 from sfi_local.runtime.memory import MIN_CTX, by_metadata, check_memory, cost_of, exact_cost
-from sfi_local.runtime.settings import Lora, Quality, Settings, Yarn, kv_type_of
+from sfi_local.runtime.settings import Lora, Quality, Settings, Yarn
 from sfi_local.store import layout, stretch
 from sfi_local.store.fingerprint import fingerprint, parts_of
 from sfi_local.store.gguf_file import GgufFile, read_gguf
@@ -58,8 +58,8 @@ def load(model: str | os.PathLike, *, mode: str = "auto", n_ctx: int | None = No
     progress:  called with (done, total) while the weights are read; what it raises ends the loading
     Raises ModelFileError, CatalogueError, PullError, OutOfMemoryError, LibraryError, ArgumentError, InputError.
     """
-    return load_as(model, Settings(str(mode), n_ctx, n_threads, kv_type_of(type_k, low_memory), kv_type_of(type_v, low_memory), gpu_layers, kv_host,
-                                   params, quality, yarn, lora, force, cache, low_memory), verbose, progress)
+    return load_as(model, Settings(str(mode), n_ctx, n_threads, type_k, type_v, gpu_layers, kv_host, params, quality, yarn, lora, force, cache,
+                                   low_memory), verbose, progress)
 
 
 def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, progress: Progress | None = None) -> Model:
@@ -76,7 +76,7 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     n_ubatch = SMALL_BATCH if asked.low_memory else N_BATCH
     cost = cost_of(by_metadata(file, layers, asked.type_k, asked.type_v, n_ubatch), layers, taken.mode, asked.type_k, asked.type_v,
                    taken.params, taken.portable or taken.params, kv_on_gpus)
-    cost = exact_cost(file, replace(cost, n_ubatch=n_ubatch), asked.n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, asked.gpu_layers)
+    cost = exact_cost(file, cost, asked.n_ctx or file.n_ctx_train or MIN_CTX, share, gpus, asked.gpu_layers, n_ubatch)
     room = check_memory(file, cost, asked.n_ctx or MIN_CTX, share, gpus, asked.force, asked.kv_host)
     native = open_library()
     log.verbose = verbose

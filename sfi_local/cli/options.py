@@ -15,7 +15,7 @@ from sfi_local.fields import MAX_INT, kinds, meant, parse
 from sfi_local.params import SfiParams
 from sfi_local.runtime.modes import MODES
 from sfi_local.runtime.sampling import Sampling
-from sfi_local.runtime.settings import MAX_CTX, MAX_LAYERS, MAX_THREADS, Quality, Settings, kv_type_of, parse_quality
+from sfi_local.runtime.settings import KV_TYPE, MAX_CTX, MAX_LAYERS, MAX_THREADS, SMALL_KV_TYPE, Quality, Settings, parse_quality
 from sfi_local.store.layout import KV_TYPES
 
 OWN_OPTIONS = ("temp", "seed")  # fields of Sampling that have an option of their own
@@ -69,7 +69,7 @@ def model_options(command: Callable) -> Callable:
     return _all(
         click.option("--ctx", type=click.IntRange(16, MAX_CTX), metavar="N", help="Cells of the context [default: as needed]"),
         threads_option,
-        click.option("--kv-type", type=click.Choice(list(KV_TYPES)), metavar="TYPE", help=f"{', '.join(KV_TYPES)} [default: {Settings.type_k}]"),
+        click.option("--kv-type", type=click.Choice(list(KV_TYPES)), metavar="TYPE", help=f"{', '.join(KV_TYPES)} [default: {KV_TYPE}]"),
         low_memory_option,
         click.option("--lora", multiple=True, callback=_lora, metavar="FILE[:X]", help="A LoRA adapter, and its strength."),
         click.option("--yarn", callback=_yarn, metavar="TIMES[:N]", help="Stretch the trained context of N tokens by YaRN."),
@@ -124,7 +124,7 @@ def _lora(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -
 
 def low_memory_option(command: Callable) -> Callable:
     """--low-memory."""
-    return click.option("--low-memory", is_flag=True, help=f"For 2 to 4 GB: K, V as {kv_type_of(None, True)}, smaller batches.")(command)
+    return click.option("--low-memory", is_flag=True, help=f"For 2 to 4 GB: K, V as {SMALL_KV_TYPE}, smaller batches.")(command)
 
 
 def force_option(command: Callable) -> Callable:
@@ -206,12 +206,11 @@ def take_settings(options: dict[str, Any]) -> Settings:
     """
     given = options.pop("set_fields")
     options["draft"] = given.pop("draft", None)
-    low_memory = options.pop("low_memory")
-    kind = kv_type_of(options.pop("kv_type"), low_memory)
-    return _checked(Settings(mode=options.pop("mode"), n_ctx=options.pop("ctx"), n_threads=options.pop("threads"), type_k=kind,
-                             type_v=kind, gpu_layers=options.pop("gpu_layers"), kv_host=options.pop("kv_host"), params=given,
+    kv_type = options.pop("kv_type")
+    return _checked(Settings(mode=options.pop("mode"), n_ctx=options.pop("ctx"), n_threads=options.pop("threads"), type_k=kv_type,
+                             type_v=kv_type, gpu_layers=options.pop("gpu_layers"), kv_host=options.pop("kv_host"), params=given,
                              quality=_take_quality(options), yarn=options.pop("yarn"), lora=options.pop("lora"), force=options.pop("force"),
-                             cache=not options.pop("no_cache"), low_memory=low_memory))
+                             cache=not options.pop("no_cache"), low_memory=options.pop("low_memory")))
 
 
 def take_params(options: dict[str, Any]) -> Settings:

@@ -38,7 +38,6 @@ class ContextCost:
     of_llama: llama.cpp's part
     params:   None: nothing is attached (mode stock)
     portable: a device has the support by a compact copy of its cells
-    n_ubatch: tokens of a batch that are computed at once
     """
 
     of_llama: OfLlama
@@ -47,7 +46,6 @@ class ContextCost:
     type_v: str
     params: SfiParams | None
     portable: bool = False
-    n_ubatch: int = N_BATCH
 
     def bytes(self, n_ctx: int) -> int:
         """Of n_ctx cells: the KV cache, the buffers for computing, and what sfi adds."""
@@ -116,11 +114,12 @@ def cost_of(of_llama: OfLlama, layers: list[Layer], mode: str, type_k: str, type
     return ContextCost(of_llama, layers, type_k, type_v, portable_params, portable=True)
 
 
-def exact_cost(file: GgufFile, cost: ContextCost, n_most: int, share: float, gpus: list[gpu.Gpu], gpu_layers: int | None) -> ContextCost:
+def exact_cost(file: GgufFile, cost: ContextCost, n_most: int, share: float, gpus: list[gpu.Gpu], gpu_layers: int | None,
+               n_ubatch: int = N_BATCH) -> ContextCost:
     """The cost as llama.cpp says it, where it may decide what fits: contexts of up to n_most cells are to be judged."""
     if not layout.why_dense(cost.layers) and _surely_fits(file, cost.bytes(n_most), share, gpus):
         return cost
-    of_llama = by_llama(file, cost.type_k, cost.type_v, n_most, gpu_layers, cost.n_ubatch)
+    of_llama = by_llama(file, cost.type_k, cost.type_v, n_most, gpu_layers, n_ubatch)
     return replace(cost, of_llama=of_llama) if of_llama else cost
 
 

@@ -16,17 +16,14 @@ MAX_CTX = 1 << 30
 MAX_THREADS = 512    # of ggml
 MAX_LAYERS = 9999    # more than any model has: all of them
 
+KV_TYPE, SMALL_KV_TYPE = "f16", "q8_0"  # where none is asked for; where memory is short
+
 SAME, CLOSE, FAST = QUALITIES = ("same", "close", "fast")
 FLOOR = "floor"      # close, and nothing else: as near as two dense implementations are to each other
 
 Lora = str | os.PathLike | Sequence[tuple[str | os.PathLike, float]]
 Yarn = float | tuple[float, int]
 Quality = str | float  # one of QUALITIES, FLOOR, or nats from dense
-
-
-def kv_type_of(asked: str | None, low_memory: bool) -> str:
-    """The type of K or V that was asked for, or what is taken where none was."""
-    return asked or ("q8_0" if low_memory else Settings.type_k)
 
 
 def parse_quality(text: str) -> Quality:
@@ -56,7 +53,7 @@ class Settings:
     mode:       ``auto``, ``sfi``, ``dense``, ``exact`` or ``stock``
     n_ctx:      cells of the context; None: grows as needed
     n_threads:  None: one per physical core
-    type_k, type_v: of the KV cache
+    type_k, type_v: of the KV cache; None: KV_TYPE, with low_memory SMALL_KV_TYPE, which they are from then on
     gpu_layers: layers that a GPU holds; None: all
     kv_host:    K and V stay in the host's memory, and the CPU attends to them
     params:     an SfiParams is taken as it is; of a mapping of its fields these are kept, and all others may be adapted; None: {}
@@ -65,15 +62,14 @@ class Settings:
     lora:       a LoRA adapter, or several with their scales
     force:      go on where the memory is too small
     cache:      keep what is read in the prefix store, and take from it what was read before
-    low_memory: weights stay in their file, prompts are computed by fewer tokens at once, texts to turn back to lie on the disk alone;
-                who fills this in asks kv_type_of() too
+    low_memory: weights stay in their file, prompts are computed by fewer tokens at once, texts to turn back to lie on the disk alone
     """
 
     mode: str = "auto"
     n_ctx: int | None = None
     n_threads: int | None = None
-    type_k: str = "f16"
-    type_v: str = "f16"
+    type_k: str = None
+    type_v: str = None
     gpu_layers: int | None = None
     kv_host: bool = False
     params: SfiParams | Mapping[str, Any] | None = None
@@ -83,6 +79,11 @@ class Settings:
     force: bool = False
     cache: bool = True
     low_memory: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("type_k", "type_v"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, SMALL_KV_TYPE if self.low_memory else KV_TYPE)
 
     @property
     def given(self) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ from sfi_local.lab.other_work import OtherWork
 from sfi_local.lab.tables import FORMATS, check_plot
 from sfi_local.loading import load
 from sfi_local.params import SfiParams
-from sfi_local.runtime.settings import Settings, kv_type_of
+from sfi_local.runtime.settings import KV_TYPE, Settings
 from sfi_local.store.layout import KV_TYPES
 from sfi_local.tuning.auto_depth import auto_depth_of
 
@@ -48,7 +48,7 @@ MODES = ("stock", "dense", "frozen", "sfi", "exact", "auto")  # in the order in 
 @click.option("--modes", default="stock,dense,sfi", show_default=True, callback=name_list(MODES, "mode"), metavar="A,B",
               help=f"Of {', '.join(MODES)}.")
 @click.option("--kv-type", "kv_types", callback=name_list(tuple(KV_TYPES), "KV type"),
-              metavar="A,B", help=f"Types of K and V, of {', '.join(KV_TYPES)}.  [default: {Settings.type_k}]")
+              metavar="A,B", help=f"Types of K and V, of {', '.join(KV_TYPES)}.  [default: {KV_TYPE}]")
 @low_memory_option
 @click.option("-n", "--n", "n", type=COUNT, default=128, show_default=True, metavar="N",
               help="Steps per repetition.")
@@ -92,7 +92,7 @@ def command(**options: Any) -> None:
     """
     asked = take_params(options)
     output, plot = options.pop("output"), options.pop("plot")
-    options["kv_types"] = options["kv_types"] or (kv_type_of(None, options["low_memory"]),)
+    options["kv_types"] = options["kv_types"] or (Settings(low_memory=options["low_memory"]).type_k,)
     request = BenchPlan(**options, params=asked.asked_params, asked=asked)
     if request.wait and (request.random_tokens or request.fill == "state"):
         raise UsageError("--wait asks about a text: leave out --random and --fill state.")
