@@ -10,6 +10,7 @@ import json
 import math
 import random
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Callable, Mapping, Sequence
 
 from sfi_local.binding.context import logits
@@ -182,13 +183,18 @@ _RANGES = {
 
 def grammar_of_schema(schema: str | Mapping[str, Any]) -> str:
     """The GBNF text that texts of a JSON schema obey. Raises ArgumentError."""
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
-
     try:
-        return json_schema_to_gbnf(schema if isinstance(schema, str) else json.dumps(schema))
+        return _gbnf(schema if isinstance(schema, str) else json.dumps(schema))
     except Exception as error:  # whatever the schema trips over
         why = str(error) or type(error).__name__
         raise ArgumentError(f"The JSON schema cannot be used ({why}): check it.") from None
+
+
+@lru_cache(maxsize=16)  # a server asks for it when it checks a request, and again for each answer
+def _gbnf(schema: str) -> str:
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    return json_schema_to_gbnf(schema)
 
 
 def _add_grammar(chain: Any, vocabulary: Vocabulary, grammar: str) -> None:

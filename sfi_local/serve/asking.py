@@ -15,7 +15,7 @@ from sfi_local.runtime.template import ChatTemplate, Message
 from sfi_local.runtime.thoughts import THOUGHT, TokenThoughts
 from sfi_local.serve.problems import ContextTooSmall, Problem
 from sfi_local.serve.relay import Relay
-from sfi_local.serve.requests import ChatRequest, CompletionRequest, Request, check_schema, messages_of
+from sfi_local.serve.requests import ChatRequest, CompletionRequest, Request, messages_of
 from sfi_local.serve.tools import MARKS, Call, Calls, NoCalls, schema_of_call, told
 from sfi_local.serve.worker import Job, Usage, Worker
 
@@ -72,7 +72,7 @@ def asked_of_chat(model: Any, request: ChatRequest, answers: "Answers") -> list[
     elif tools:
         template = model.template_with(tools, request.chat_template_kwargs, request.think)
     tokens = template.tokens(answers.with_tokens(messages))
-    schema = check_schema(schema_of_call(tools, name)) if bound else None
+    schema = schema_of_call(tools, name) if bound else None
     names = [tool["function"]["name"] for tool in tools]
     return [_asked(model, request, tokens, request.sampling(i, schema), request.n_top, template=template, names=names, bound=bound)
             for i in range(request.n or 1)]
