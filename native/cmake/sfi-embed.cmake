@@ -166,7 +166,7 @@ add_dependencies(sfi-embed-tree sfi-source-id sfi)
 
 # ---- install -------------------------------------------------------------------------------------------------------
 
-if (SFI_PYTHON) # a wheel has no links: sfi_local/embedding.py makes lib/libsfi.so
+if (SFI_PYTHON) # a wheel has no links: sfi_local/binding/embedding.py makes lib/libsfi.so
     set(SFI_EMBED_PREFIX sfi_local/embed)
     install(PROGRAMS "$<TARGET_FILE:sfi>" DESTINATION ${SFI_EMBED_PREFIX}/lib RENAME "libsfi.so.${SFI_SOVERSION}")
 else()

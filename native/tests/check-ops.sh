@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Run the operations' tests where the usual build does not: under sanitizers. On arm64: check-arm64.sh short
+# Run the operations' tests where the usual build does not: on NEON under qemu-user, or under sanitizers.
 #
+#     native/tests/check-ops.sh neon     needs aarch64-linux-gnu-g++ and qemu-aarch64; check-arm64.sh tries the rest of an arm64 build
 #     native/tests/check-ops.sh asan     AddressSanitizer and UBSan, every SIMD path of this CPU
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-what=${1:?asan}
+what=${1:?neon or asan}
 tree=$PWD/build/ops/llama.cpp
 build=$PWD/build/ops/$what
 ops='SPARSE_ATTN,SUPPORT_.*,SKETCH_.*,BLOCK_.*,FEW_.*'
@@ -25,6 +26,10 @@ passed() {
 }
 
 case $what in
+    neon)
+        configure -DCMAKE_TOOLCHAIN_FILE="$PWD/native/cross/arm64.cmake" -DGGML_NATIVE=OFF -DCMAKE_BUILD_TYPE=Release
+        qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/test-backend-ops" test -b CPU -o "$ops" | passed
+        ;;
     asan)
         flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
         configure -DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags"
