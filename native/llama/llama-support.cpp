@@ -296,7 +296,7 @@ llama_support_facts llama_support::facts(uint32_t s) const {
 int llama_support::run(llama_context & lctx, const std::vector<llama_support_work> & todo, const std::function<int()> & decode) {
     for (const auto & w : todo) {
         if (w.kind == LLAMA_SUPPORT_FAST && !prepare(lctx, w.stream, w.n_tokens)) {
-            return LLAMA_SUPPORT_FAILED;
+            return failed();
         }
     }
     int ret;
@@ -314,10 +314,14 @@ int llama_support::run(llama_context & lctx, const std::vector<llama_support_wor
     }
     for (const auto & w : todo) {
         if (ret == 0 && w.refresh && !refresh(lctx, w)) {
-            return LLAMA_SUPPORT_FAILED;
+            return failed();
         }
     }
     return ret;
+}
+
+int llama_support::failed() const {
+    return core.side.was_stopped() ? LLAMA_SUPPORT_STOPPED : LLAMA_SUPPORT_FAILED;
 }
 
 // What a fast step needs that is not there; where that fails there is no support any more.

@@ -41,7 +41,8 @@ struct llama_support_work {
 };
 
 // What run() returns if llama_decode() did well and something of ours failed afterwards, or before.
-constexpr int LLAMA_SUPPORT_FAILED = INT32_MIN;
+constexpr int LLAMA_SUPPORT_FAILED  = INT32_MIN;
+constexpr int LLAMA_SUPPORT_STOPPED = 2; // ... by the abort callback: as llama_decode() says it
 
 class llama_support {
 public:
@@ -134,6 +135,7 @@ private:
     bool    prepare(llama_context & lctx, uint32_t stream, int32_t n);
     bool    refresh(llama_context & lctx, const llama_support_work & work);
     void    finish(bool ok);
+    int     failed() const;
     bool    cut(llama_sequence & st, int32_t left) const;
     bool    keeps_state() const;
     size_t  state_size_of(int32_t n_coded);

@@ -14,6 +14,7 @@ static ggml_backend_sched_t new_sched(ggml_backend_sched_t model, size_t n_tenso
 }
 
 bool llama_side_graph::compute(ggml_backend_sched_t model, size_t n_tensors, const build_fn & build, const std::function<void()> & set_inputs) {
+    status = GGML_STATUS_ALLOC_FAILED;
     if (n_tensors > room) {
         sched.reset(new_sched(model, n_tensors));
         room = n_tensors;
@@ -29,7 +30,8 @@ bool llama_side_graph::compute(ggml_backend_sched_t model, size_t n_tensors, con
         return false;
     }
     set_inputs();
-    return ggml_backend_sched_graph_compute(sched.get(), graph) == GGML_STATUS_SUCCESS;
+    status = ggml_backend_sched_graph_compute(sched.get(), graph);
+    return status == GGML_STATUS_SUCCESS;
 }
 
 size_t llama_side_graph::memory() const {

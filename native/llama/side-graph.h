@@ -17,10 +17,12 @@ public:
     // inputs, computes it and waits. Its tensors live until the next call. False: there is no memory, or computing failed.
     bool compute(ggml_backend_sched_t model, size_t n_tensors, const build_fn & build, const std::function<void()> & set_inputs);
 
+    bool   was_stopped() const { return status == GGML_STATUS_ABORTED; } // the last one, by the abort callback
     size_t memory() const; // bytes on all devices
 
 private:
     ggml_backend_sched_ptr sched;
     size_t                 room = 0; // tensors that it can hold
     ggml_context_ptr       ctx;
+    ggml_status            status = GGML_STATUS_SUCCESS;
 };

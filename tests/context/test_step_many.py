@@ -192,7 +192,7 @@ def test_what_cannot_be_a_step_of_all_changes_nothing(opened, prompts):
 @pytest.mark.parametrize("params", ["sketch", "frozen"], indirect=True)
 def test_a_step_that_stops_is_taken_by_no_sequence(opened, prompts):
     """Sequences 2 and 0 are computed one after the other: it may stop when the first has been."""
-    from sfi_local.errors import AbortedError, DecodeError
+    from sfi_local.errors import AbortedError
 
     context = opened(prompts)
     llama, ends = context.llama, lambda: [llama.llama_memory_seq_pos_max(context.memory, seq) for seq in range(3)]
@@ -203,7 +203,7 @@ def test_a_step_that_stops_is_taken_by_no_sequence(opened, prompts):
         llama.llama_set_abort_callback(context.address, stop, None)
         try:
             context.engine.step_many({2: 1, 0: 1})
-        except (AbortedError, DecodeError):  # the latter where it stopped what a slow step makes for fast ones
+        except AbortedError:  # also where it stopped what a slow step makes for fast ones
             n_stopped += 1
             assert ends() == before
         else:
