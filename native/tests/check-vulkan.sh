@@ -13,6 +13,7 @@ python=${PYTHON:-python3}
 build=$PWD/build/vulkan
 package=$build/python/sfi_local
 
+mkdir -p build
 cmake -S native -B "$build" -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
     -DGGML_VULKAN=ON ${VULKAN_INCLUDE:+-DVulkan_INCLUDE_DIR="$VULKAN_INCLUDE"} > "$build.log" 2>&1 ||
     { tail -n 20 "$build.log"; exit 1; }
