@@ -12,9 +12,34 @@
 
 #include <algorithm>
 #include <new>
+#include <set>
 
 static constexpr int32_t min_block = 8; // tokens from which packing K and V once for all of them pays
 static constexpr int64_t min_unpack = 32; // tokens from which unpacking weights once for all of them pays
+
+// The inputs that a ubatch's parts have; each graph over a cache with a support has one of these, and if the ubatch is not ours it is empty.
+struct llama_support_input : public llm_graph_input_i {
+    llama_support_input(const std::shared_ptr<llama_support> & support, const llm_graph_context & g) :
+            owner(support), support(support.get()), key(support->graph_key()), ubatch(g.ubatch), graph(g.gf) {
+        support->built = this;
+    }
+    ~llama_support_input() override;
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
+    void turn_to(const llama_support_key & next);
+
+    std::weak_ptr<llama_support>  owner;   // a graph lives longer than it is used, and must not keep the memory of a support
+    llama_support               * support; // while the owner lives
+    llama_support_key             key;
+    std::vector<llama_part_input> parts;
+
+private:
+    const llama_ubatch ubatch; // for which it was built; shares what it points to with those that upstream compares
+    ggml_cgraph      * graph;
+    std::vector<ggml_tensor *> views; // in the graph, of one stream
+    void find_views();
+};
 
 // ---- layers and their memory -------------------------------------------------------------------------------------------
 
@@ -234,10 +259,18 @@ void llama_support_edited(llama_support * support, int64_t stream) {
     }
 }
 
-void llama_support_placed(llama_support * support, const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo) {
+// Masks that nobody looks at are as long as the cache: then a graph does not depend on how many cells are in use.
+uint32_t llama_support_placed(llama_support * support, const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo, uint32_t n_kv) {
     if (support) {
         support->on_ubatch(ubatch, sinfo);
     }
+    return support && !support->needs_mask() ? support->get_kv().get_size() : n_kv;
+}
+
+bool llama_support::needs_mask() const {
+    const auto ils = core.kv.get_layer_ids();
+    return current.empty() || std::any_of(current.begin(), current.end(), [](const auto & part) { return part.kind != LLAMA_SUPPORT_FAST; })
+        || std::any_of(ils.begin(), ils.end(), [&](const auto il) { return !is_sparse(il); });
 }
 
 // A ubatch has equally many tokens of each of its streams, one stream after the other.
@@ -258,6 +291,9 @@ void llama_support::on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache:
         w.n_left -= n;
         place(core.streams[s], ubatch, (int32_t) i*n, n, sinfo.idxs[i]);
         add_parts(w, i*n, n);
+    }
+    if (built) {
+        built->turn_to(current);
     }
 }
 
@@ -409,19 +445,11 @@ llama_support_part llama_support::part_of(const announced & w, int64_t first, in
     return part;
 }
 
-// The inputs that a ubatch's parts have; each graph over a cache with a support has one of these, and if the ubatch is not ours it is empty.
-struct llama_support_input : public llm_graph_input_i {
-    explicit llama_support_input(const std::shared_ptr<llama_support> & support) :
-            owner(support), support(support.get()), built(support->graph_key()) {}
-
-    void set_input(const llama_ubatch * ubatch) override;
-    bool can_reuse(const llm_graph_params & params) override;
-
-    std::weak_ptr<llama_support>  owner;   // a graph lives longer than it is used, and must not keep the memory of a support
-    llama_support               * support; // while the owner lives
-    const llama_support_key       built;
-    std::vector<llama_part_input> parts;
-};
+llama_support_input::~llama_support_input() {
+    if (const auto alive = owner.lock(); alive && alive->built == this) {
+        alive->built = nullptr;
+    }
+}
 
 // The support of the cache that a graph is built for, null if it has none.
 static std::shared_ptr<llama_support> support_of(const llama_memory_context_i * mctx) {
@@ -432,7 +460,67 @@ static std::shared_ptr<llama_support> support_of(const llama_memory_context_i * 
 
 bool llama_support_input::can_reuse(const llm_graph_params & next) {
     const auto mine = owner.lock();
-    return mine && support_of(next.mctx) == mine && built == mine->graph_key();
+    return mine && support_of(next.mctx) == mine && key == mine->graph_key();
+}
+
+// Tensors that hold something of each stream, one stream after the other.
+std::set<const ggml_tensor *> llama_support::of_all_streams() const {
+    std::set<const ggml_tensor *> all;
+    for (const llama_kv_cache * cache : { (const llama_kv_cache *) &core.kv, kv_swa }) {
+        for (const uint32_t il : cache ? cache->get_layer_ids() : std::vector<uint32_t>()) {
+            all.insert({ cache->get_k_storage(il), llama_support_v_storage(*cache, il) });
+        }
+    }
+    for (const auto & [ctx, _] : buffers) {
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+            all.insert(t);
+        }
+    }
+    return all;
+}
+
+void llama_support_input::find_views() {
+    const auto roots = support->of_all_streams();
+    const size_t n_stream = support->get_kv().get_n_stream();
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        ggml_tensor * t = ggml_graph_node(graph, i);
+        if (t->view_src && roots.count(t->view_src) && ggml_nbytes(t) <= ggml_nbytes(t->view_src)/n_stream) {
+            views.push_back(t);
+        }
+    }
+}
+
+// Steps of one sequence and then of another differ in the streams that their graphs look at, and in nothing else where they are
+// equally long. So the graph is made to look at the other's, and upstream, which does not share graphs between sequences, finds it to be
+// of that one.
+void llama_support_input::turn_to(const llama_support_key & next) {
+    if (key.empty() || next.empty() || next[0].stream == key[0].stream) {
+        return;
+    }
+    const int64_t from = key[0].stream, to = next[0].stream;
+    auto turned = key;
+    for (auto & part : turned) {
+        if (part.stream != from) {
+            return;
+        }
+        part.stream = to;
+    }
+    if (turned != next) {
+        return;
+    }
+    if (views.empty()) {
+        find_views();
+    }
+    for (ggml_tensor * t : views) {
+        t->view_offs += (to - from)*(int64_t) (ggml_nbytes(t->view_src)/support->get_kv().get_n_stream());
+        t->buffer = nullptr;
+        ggml_backend_view_init(t);
+    }
+    for (auto & in : parts) {
+        in.part.stream = to;
+    }
+    key = std::move(turned);
+    ubatch.seq_id_unq[0] = to; // a sequence has the number of its stream
 }
 
 template <class T>
@@ -518,8 +606,8 @@ static const llama_support_input * input_of(const llm_graph_context & g) {
     if (!support) {
         return nullptr;
     }
-    auto inp = std::make_unique<llama_support_input>(support);
-    for (const auto & part : inp->built) {
+    auto inp = std::make_unique<llama_support_input>(support, g);
+    for (const auto & part : inp->key) {
         inp->parts.push_back(new_part(g, *support, part));
     }
     return (llama_support_input *) g.res->add_input(std::move(inp));

@@ -17,11 +17,13 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
 struct llama_context;
 struct llama_model;
+struct llama_support_input;
 
 // What is known of a sequence before a step.
 struct llama_support_facts {
@@ -59,6 +61,7 @@ public:
 
     // a ubatch has got its cells and is about to be computed
     void on_ubatch(const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo);
+    bool needs_mask() const; // upstream's own path is a part of it
 
     // ---- steps, called by sfi.cpp ------------------------------------------------------------------------------
 
@@ -124,10 +127,14 @@ private:
     std::vector<announced> work;        // what run() was told
     llama_support_key      current;     // the ubatch of it that is being computed
 
+    friend struct llama_support_input;
+    llama_support_input  * built = nullptr; // of the graph that was built last, as long as there is that graph
+
     void    choose_paths();
     void    make_policies();
     void    allocate();
     void    allocate_on(ggml_backend_buffer_type_t device, llama_policy & policy, const std::vector<int32_t> & ils);
+    std::set<const ggml_tensor *> of_all_streams() const;
     void    use_huge_pages(uint32_t stream);
     void    place(llama_sequence & st, const llama_ubatch & ubatch, int32_t first, int32_t n, const std::vector<uint32_t> & idxs);
     void    add_parts(const announced & work, int64_t first, int64_t n);
@@ -148,8 +155,9 @@ ggml_tensor * llama_support_v_storage(const llama_kv_cache & kv, int32_t il);
 // The cells of a stream were edited; -1: of all streams. Called by the KV cache where their number tells nothing.
 void llama_support_edited(llama_support * support, int64_t stream);
 
-// A ubatch has got its cells and is about to be computed. Called by the KV cache.
-void llama_support_placed(llama_support * support, const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo);
+// A ubatch has got its cells and is about to be computed. Called by the KV cache; of how many cells its masks are, which is n_kv where
+// they may be looked at.
+uint32_t llama_support_placed(llama_support * support, const llama_ubatch & ubatch, const llama_kv_cache::slot_info & sinfo, uint32_t n_kv);
 
 // Attention of one layer. Null: the layer or the ubatch takes upstream's own path.
 //   q [n_embd_head_k, n_head, n_tokens], k and v as llama_kv_cache::get_k() and get_v() return them
@@ -159,9 +167,6 @@ ggml_tensor * llama_support_build_attn(const llm_graph_context & g,
 // Nodes that a graph must have room for beside upstream's: of each layer those of every further token that steps with the first, of
 // n_seq sequences or of one. Called when a context is made.
 uint32_t llama_support_max_nodes(uint32_t n_layer, uint32_t n_seq);
-
-// Tokens of one sequence that a fast step can take at once.
-constexpr int32_t llama_support_max_tokens = 16;
 
 // A product of weights w with activations x: ggml_mul_mat(), or in prefill on a CPU ours.
 ggml_tensor * llama_support_build_mul_mat(const llm_graph_context & g, ggml_tensor * w, ggml_tensor * x);

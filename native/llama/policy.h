@@ -26,6 +26,9 @@
 #include <utility>
 #include <vector>
 
+// Tokens of one sequence that a fast step can take at once.
+constexpr int32_t llama_support_max_tokens = 16;
+
 // What the next ubatch does with its attention.
 enum llama_support_kind {
     LLAMA_SUPPORT_NONE,    // upstream's own path

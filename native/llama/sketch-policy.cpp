@@ -47,7 +47,7 @@ void llama_sketch::allocate_codes(ggml_context * ctx, int32_t il) {
 
 // What every fast step says of itself lies together, so that a device is asked once for all of its layers.
 void llama_sketch::allocate_results(ggml_context * ctx, const std::vector<int32_t> & ils) {
-    const int64_t n_stream = core.streams.size(), n_top = core.params.n_selected, n_rows = n_stream + core.params.n_grow; // a step has at most so many tokens
+    const int64_t n_stream = core.streams.size(), n_top = core.params.n_selected, n_rows = n_stream*llama_support_max_tokens;
     int64_t n_heads = 0, n_heads_kv = 0;
     for (const int32_t il : ils) {
         n_heads    += core.layers[il].n_head;
@@ -320,11 +320,16 @@ ggml_tensor * llama_sketch::encode_layer(ggml_context * ctx, uint32_t s, int32_t
 
 // ---- the graph of a layer ------------------------------------------------------------------------------------------------
 
+// Room for the cells of the longest sequence, so that all can use one graph.
 void llama_sketch::key(llama_support_part & part) const {
     if (part.kind == LLAMA_SUPPORT_FAST && scanned(part.stream)) {
-        const auto & mirror = core.streams[part.stream].mirror;
-        part.n_skip = GGML_PAD(core.always_size() + (int64_t) mirror.holes().size(), skip_pad);
-        part.n_scan = std::min<int64_t>(GGML_PAD((int64_t) mirror.n_used(), scan_pad), GGML_PAD(core.kv.get_size(), 16));
+        int64_t n_used = 0, n_holes = 0;
+        for (const auto & st : core.streams) {
+            n_used  = std::max<int64_t>(n_used,  st.mirror.known() ? st.mirror.n_used() : 0);
+            n_holes = std::max<int64_t>(n_holes, st.mirror.known() ? st.mirror.holes().size() : 0);
+        }
+        part.n_skip = GGML_PAD(core.always_size() + n_holes, skip_pad);
+        part.n_scan = std::min<int64_t>(GGML_PAD(n_used, scan_pad), GGML_PAD(core.kv.get_size(), 16));
     }
 }
 
@@ -474,7 +479,7 @@ bool llama_sketch::tail(uint32_t s, int32_t il, int32_t head, std::array<float, 
         return false;
     }
     const auto & layer = core.layers[il];
-    out = { step_results(s).of<float>(tensors[il].mass)[2*head + 1], tensors[il].logit_error[s*layer.n_head_kv + head/(layer.n_head/layer.n_head_kv)] };
+    out = { step_results(row_of(s, 0)).of<float>(tensors[il].mass)[2*head + 1], tensors[il].logit_error[s*layer.n_head_kv + head/(layer.n_head/layer.n_head_kv)] };
     return true;
 }
 

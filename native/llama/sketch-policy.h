@@ -48,8 +48,8 @@ private:
 
     void allocate_codes(ggml_context * ctx, int32_t il);
     void allocate_results(ggml_context * ctx, const std::vector<int32_t> & ils);
-    // Of mass and counts: one for the first token of a step of each stream, and those of the other tokens, if a step has several.
-    uint32_t row_of(uint32_t stream, int64_t i) const { return (uint32_t) (i == 0 ? stream : core.streams.size() + i - 1); }
+    // Of mass and counts: those of the tokens of a stream's step, one after the other.
+    static uint32_t row_of(uint32_t stream, int64_t i) { return (uint32_t) (stream*llama_support_max_tokens + i); }
     bool scanned(uint32_t stream) const { return core.streams[stream].j1 > core.streams[stream].j0; }
     ggml_tensor * scan(const llama_layer_graph & a) const;
 
