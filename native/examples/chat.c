@@ -1,10 +1,11 @@
 /*
  * A conversation in plain C.
  *
- *     chat MODEL.gguf [CELLS]
+ *     chat MODEL.gguf [CELLS [FILE]]
  *
  * Every line of the input is a message; an empty one is left out. Ctrl-C stops an answer (or the reading of a long message), the end of
- * the input (Ctrl-D) ends the conversation. What was read stays in the context: of a new message only what is new is read.
+ * the input (Ctrl-D) ends the conversation. What was read stays in the context: of a new message only what is new is read. With a FILE the
+ * conversation is kept in it when it ends, and goes on from there when there is one, without reading anything again.
  */
 #include "sfi.h"
 
@@ -24,6 +25,7 @@ struct chat {
     size_t                    n_messages;
     llama_token *             held; /* the tokens in the context */
     int32_t                   n_held, n_cells;
+    const char *              path; /* of the model */
 };
 
 /* ---- Ctrl-C ------------------------------------------------------------------------------------------------------------ */
@@ -192,6 +194,155 @@ static int turn(struct chat * chat) {
     return err == SFI_ERR_ABORTED ? SFI_OK : complain(err); /* the next turn goes on from what was read */
 }
 
+/* ---- a conversation that outlives the program ------------------------------------------------------------------------------ */
+
+enum { ROWS_AT_ONCE = 256, LONGEST_MESSAGE = 1 << 24 };
+
+struct kept { /* the beginning of the file; then messages, tokens, rows, state and the checksum of all that */
+    char     source[64]; /* rows and state are of one build of the library */
+    uint64_t model;      /* and of one model: the checksum of its file */
+    int32_t  n_messages, n_held;
+    int64_t  n_state;
+};
+
+struct file {
+    FILE *   stream;
+    bool     writes, ok;
+    uint64_t sum;
+};
+
+/* n bytes into the file or out of it, so that what is written and what is read cannot differ in order. */
+static void pass(struct file * file, void * bytes, size_t n) {
+    if (file->ok && n > 0) {
+        file->ok = bytes && (file->writes ? fwrite(bytes, 1, n, file->stream) : fread(bytes, 1, n, file->stream)) == n;
+    }
+    if (file->ok) {
+        file->sum = sfi_checksum(file->sum, bytes, n);
+    }
+}
+
+static uint64_t checksum_of(const char * path) {
+    static char bytes[1 << 20];
+    uint64_t sum = 0;
+    FILE * stream = fopen(path, "rb");
+    for (size_t n; stream && (n = fread(bytes, 1, sizeof(bytes), stream)) > 0; ) {
+        sum = sfi_checksum(sum, bytes, n);
+    }
+    if (stream) {
+        fclose(stream);
+    }
+    return sum;
+}
+
+static void pass_messages(struct chat * chat, struct file * file, int32_t n) {
+    for (int32_t i = 0; i < n && file->ok; ++i) {
+        int32_t answers = file->writes && strcmp(chat->messages[i].role, "assistant") == 0;
+        int32_t length  = file->writes ? (int32_t) strlen(chat->messages[i].content) : 0;
+        pass(file, &answers, sizeof(answers));
+        pass(file, &length, sizeof(length));
+        file->ok = file->ok && length >= 0 && length < LONGEST_MESSAGE;
+        char * text = file->writes ? (char *) chat->messages[i].content : file->ok ? calloc((size_t) length + 1, 1) : NULL;
+        pass(file, text, (size_t) length);
+        if (!file->writes) {
+            file->ok = file->ok && say(chat, answers ? "assistant" : "user", text);
+            free(text);
+        }
+    }
+}
+
+static void pass_rows(struct chat * chat, struct file * file, int32_t n_held) {
+    const int64_t most = sfi_rows_size(chat->lctx, ROWS_AT_ONCE);
+    void * rows = most > 0 ? malloc((size_t) most) : NULL;
+    file->ok = file->ok && rows;
+    for (int32_t i = 0; i < n_held && file->ok; i += ROWS_AT_ONCE) {
+        const int32_t n    = n_held - i < ROWS_AT_ONCE ? n_held - i : ROWS_AT_ONCE;
+        const size_t  size = (size_t) sfi_rows_size(chat->lctx, n);
+        file->ok = !file->writes || sfi_get_rows(chat->lctx, 0, i, n, rows, size) == SFI_OK;
+        pass(file, rows, size);
+        file->ok = file->ok && (file->writes || sfi_add_rows(chat->lctx, 0, chat->held + i, n, rows, n, size) == SFI_OK);
+    }
+    free(rows);
+}
+
+static void pass_state(struct chat * chat, struct file * file, int64_t n) {
+    void * state = n > 0 && n < INT32_MAX ? malloc((size_t) n) : NULL;
+    file->ok = file->ok && n >= 0 && (state || n == 0);
+    if (file->ok && n > 0) {
+        file->ok = !file->writes || sfi_get_state(chat->sfi, 0, state, (size_t) n) == SFI_OK;
+        pass(file, state, (size_t) n);
+        if (file->ok && !file->writes) {
+            sfi_set_state(chat->sfi, 0, state, (size_t) n); /* where it does not serve, the next step is slow */
+        }
+    }
+    free(state);
+}
+
+static bool pass_chat(struct chat * chat, struct file * file) {
+    struct kept ours, kept;
+    memset(&ours, 0, sizeof(ours));
+    strncpy(ours.source, sfi_source_id(), sizeof(ours.source) - 1);
+    ours.model      = checksum_of(chat->path);
+    ours.n_messages = (int32_t) chat->n_messages;
+    ours.n_held     = chat->n_held;
+    ours.n_state    = sfi_state_size(chat->sfi, 0);
+    kept = ours;
+    pass(file, &kept, sizeof(kept));
+    file->ok = file->ok && memcmp(kept.source, ours.source, sizeof(kept.source)) == 0 && kept.model == ours.model
+            && kept.n_held >= 0 && kept.n_held < chat->n_cells;
+    pass_messages(chat, file, kept.n_messages);
+    pass(file, chat->held, file->ok ? (size_t) kept.n_held*sizeof(llama_token) : 0);
+    pass_rows(chat, file, kept.n_held);
+    pass_state(chat, file, kept.n_state);
+    const uint64_t sum = file->sum;
+    uint64_t told = sum;
+    pass(file, &told, sizeof(told));
+    file->ok = file->ok && told == sum;
+    chat->n_held = file->ok ? kept.n_held : chat->n_held;
+    return file->ok;
+}
+
+static void forget(struct chat * chat) {
+    while (chat->n_messages > 0) {
+        free((void *) chat->messages[--chat->n_messages].content);
+    }
+    chat->n_held = 0;
+}
+
+/* Where there is a file of another model, another build, more tokens than cells, or a broken one: a new conversation. */
+static void take_up(struct chat * chat, const char * path) {
+    struct file file = { fopen(path, "rb"), false, true, 0 };
+    if (!file.stream) {
+        return;
+    }
+    if (pass_chat(chat, &file)) {
+        fprintf(stderr, "%d tokens of %d messages are there again\n", chat->n_held, (int) chat->n_messages);
+    } else {
+        fprintf(stderr, "%s is not a conversation with this model that this context and library can go on with: a new one begins\n", path);
+        llama_memory_clear(llama_get_memory(chat->lctx), true);
+        forget(chat);
+    }
+    fclose(file.stream);
+}
+
+/* The old file stays as it is until the new one is whole. */
+static int keep(struct chat * chat, const char * path) {
+    char * fresh = malloc(strlen(path) + 5);
+    if (!fresh) {
+        return SFI_ERR_MEMORY;
+    }
+    strcat(strcpy(fresh, path), ".new");
+    struct file file = { fopen(fresh, "wb"), true, true, 0 };
+    file.ok = file.stream && pass_chat(chat, &file);
+    file.ok = file.stream && fclose(file.stream) == 0 && file.ok;
+    if (!file.ok || rename(fresh, path)) {
+        fprintf(stderr, "%s could not be written: is there room, and may you write there? The conversation is not kept\n", path);
+        remove(fresh);
+        file.ok = false;
+    }
+    free(fresh);
+    return file.ok ? SFI_OK : SFI_ERR_ARGUMENT;
+}
+
 /* ---- the whole ------------------------------------------------------------------------------------------------------------ */
 
 /* One line of any length without its end, or NULL. */
@@ -245,17 +396,17 @@ static void close_chat(struct chat * chat) {
     sfi_free(chat->sfi);
     llama_free(chat->lctx);
     llama_model_free(chat->model);
-    for (size_t i = 0; i < chat->n_messages; ++i) {
-        free((void *) chat->messages[i].content);
-    }
+    forget(chat);
     free(chat->held);
 }
 
 int main(int argc, char ** argv) {
     static struct chat chat; /* all zeros */
+    const char * file = argc > 3 ? argv[3] : NULL;
     chat.n_cells = argc > 2 ? atoi(argv[2]) : 8192;
+    chat.path    = argv[1];
     if (argc < 2 || chat.n_cells < 1) {
-        fprintf(stderr, "usage: %s MODEL.gguf [CELLS]\n", argv[0]);
+        fprintf(stderr, "usage: %s MODEL.gguf [CELLS [FILE]]\n", argv[0]);
         return 2;
     }
     sfi_log_set(only_errors, NULL);
@@ -268,6 +419,9 @@ int main(int argc, char ** argv) {
     clear_line();
     int err = chat.model ? open_chat(&chat) : SFI_ERR_MODEL;
     signal(SIGINT, on_interrupt);
+    if (!err && file) {
+        take_up(&chat, file);
+    }
 
     char * line;
     while (!err && (fputs("> ", stderr), (line = read_line(stdin)))) {
@@ -278,6 +432,9 @@ int main(int argc, char ** argv) {
     }
     if (chat.sfi) {
         show_stats(chat.sfi);
+    }
+    if (!err && file && chat.n_held > 0) {
+        err = keep(&chat, file);
     }
     close_chat(&chat);
     return err ? 1 : 0;

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.embedding import STRICT, run, tool, tree, unpacked
+from support.embedding import STRICT, compiled, run, tool, tree, unpacked
 
 from sfi_local.binding import embedding
 
@@ -100,6 +100,26 @@ def test_a_conversation_goes_on_after_ctrl_c(package, smollm2):
     said, told = chat.communicate(b"Name one colour.\n", timeout=240)
     assert chat.returncode == 0, told
     assert len(said.splitlines()) > 1 and b"tokens/s" in told and b"SFI_ERR" not in told
+
+
+def test_a_conversation_goes_on_from_its_file_without_reading_again(prefix, smollm2, tmp_path):
+    """The second program reads the new message alone; a file that is broken or needs more cells is a sentence and a new conversation."""
+    program = compiled(prefix, ROOT / "native" / "examples" / "chat.c", out=tmp_path / "chat")
+    file = tmp_path / "kept"
+
+    def chat(message: str, cells: int = 1024) -> tuple[int, str]:
+        done = run(program, smollm2, cells, file, input=message + "\n")
+        assert done.returncode == 0 and done.stdout, done.stderr
+        return int(re.search(r"(\d+) tokens read", done.stderr)[1]), done.stderr
+
+    first, _ = chat("Say yes, and nothing else, whatever this list is: " + "apple, pear, plum, " * 40)
+    kept = file.read_bytes()
+    again, told = chat("Why?")
+    assert first > 200 and again < 40 and re.search(r"\d{3} tokens of 2 messages are there again", told)
+    assert len(file.read_bytes()) > len(kept) and not file.with_name("kept.new").exists()
+    for broken, cells in ((kept[:-3000] + bytes([kept[-3000] ^ 1]) + kept[-2999:], 1024), (kept, 256)):
+        file.write_bytes(broken)
+        assert "a new one begins" in chat("Say yes.", cells)[1]
 
 
 def test_make_and_pkg_config_lead_there_too_and_no_example_has_a_warning(package, smollm2):

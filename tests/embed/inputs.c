@@ -263,6 +263,53 @@ static void cancel(int32_t n, double after) {
     end(&t);
 }
 
+static int rising(const void * a, const void * b) {
+    const double x = *(const double *) a, y = *(const double *) b;
+    return (x > y) - (x < y);
+}
+
+enum { N_STOPS = 8, N_TRIES = 48 };
+
+/* From another thread at a moment of each step: how long the call goes on, beside how long a step takes. A step that was stopped is taken
+ * again, slow then, and what is told is what steps of these kinds tell undisturbed. */
+static void cancel_steps(int32_t n_prompt) {
+    struct talk t[2];
+    struct sfi_step_info info;
+    double step[N_TRIES], stopped[N_STOPS], fastest = 0.004;
+    int n_stopped = 0, n = 0;
+    for (int i = 0; i < 2; ++i) {
+        begin(&t[i], (uint32_t) n_prompt + 64);
+        need(prefill(&t[i], n_prompt, NULL, NULL) == SFI_OK, "prefill");
+    }
+    info.struct_size = sizeof(info);
+    for (; n < N_TRIES && n_stopped < N_STOPS; ++n) {
+        struct stopper s = { &t[0], fastest*(1 + n%6)/10, 0 }; /* one that comes too late does nothing */
+        pthread_t thread;
+        const llama_token token = likeliest(t[0].lctx);
+        need(likeliest(t[1].lctx) == token, "after stops something else is told");
+        need(pthread_create(&thread, NULL, stop, &s) == 0, "thread");
+        int err = sfi_step(t[0].sfi, 0, token, SFI_STEP_AUTO, &info);
+        const double end = now();
+        pthread_join(thread, NULL);
+        if (err == SFI_ERR_ABORTED) {
+            stopped[n_stopped++] = end - s.at;
+            err = sfi_step(t[0].sfi, 0, token, SFI_STEP_AUTO, &info);
+        }
+        need(err == SFI_OK, "a step that was stopped, again");
+        need(info.kind == SFI_STEP_FAST || sfi_invalidate(t[1].sfi, 0) == SFI_OK, "invalidate");
+        need(sfi_step(t[1].sfi, 0, token, info.kind, &info) == SFI_OK, "step");
+        step[n] = 1e-6*(double) info.t_us;
+        fastest = n == 0 || step[n] < fastest ? step[n] : fastest;
+    }
+    need(n_stopped == N_STOPS, "too few steps were stopped");
+    qsort(stopped, (size_t) n_stopped, sizeof(double), rising);
+    qsort(step, (size_t) n, sizeof(double), rising);
+    printf("%d of %d steps stopped, %.1f ms after the cancel in the median, %.1f at most; a step takes %.1f\n", n_stopped, n,
+           1e3*stopped[n_stopped/2], 1e3*stopped[n_stopped - 1], 1e3*step[n/2]);
+    end(&t[0]);
+    end(&t[1]);
+}
+
 static void version(void) {
     struct sfi_init_params p = { sizeof(p), SFI_VERSION + 1, 0, 0 };
     need(sfi_init(&p) == SFI_ERR_VERSION, "a newer header is accepted");
@@ -308,7 +355,13 @@ int main(int argc, char ** argv) {
             return 0;
         }
     }
-    cancel(atoi(argc > 3 ? argv[3] : "1000"), argc > 4 ? atof(argv[4]) : 0.05);
+    const int32_t n = atoi(argc > 3 ? argv[3] : "1000");
+    if (strcmp(argv[1], "cancel-steps") == 0) {
+        cancel_steps(n);
+        llama_model_free(model);
+        return 0;
+    }
+    cancel(n, argc > 4 ? atof(argv[4]) : 0.05);
     llama_model_free(model);
     return 0;
 }

@@ -50,6 +50,14 @@ def test_a_cancel_from_another_thread_ends_a_prefill_at_once(program, smollm2):
     assert int(re.search(r"within (\d+) ms", done.stdout)[1]) < 2000  # 20 on a machine that has nothing else to do
 
 
+def test_a_cancel_from_another_thread_ends_a_step_before_it_is_done(program, smollm2):
+    """And the same step is then taken as if nothing had been. Medians: a busy machine may stop either thread for a while."""
+    done = run(program, "cancel-steps", smollm2, "1000")
+    assert done.returncode == 0, done.stdout
+    stopped, step = re.search(r"([\d.]+) ms after the cancel in the median.*a step takes ([\d.]+)", done.stdout).groups()
+    assert float(stopped) < float(step), done.stdout
+
+
 def test_no_home_no_environment_and_nothing_to_write_to(program, smollm2, tokens):
     done = run(tool("env"), "-i", program, "plainly", smollm2, cwd=Path("/proc"))
     assert done.returncode == 0 and done.stdout == tokens
