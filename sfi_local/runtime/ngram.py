@@ -23,6 +23,7 @@ PATIENCE = 32     # tokens after which that is given up
 TRUST = 4.0       # how many tokens what is thought before any was seen weighs
 UNLIKELY = 0.1    # probability that all drafts up to one are right below which no more are given
 FORGET = 0.96     # weight of what was seen, at each new token of its kind
+LEARN = 512       # tokens at the end of a prompt from which trust is learnt; of those before it would be forgotten
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ class Ngrams:
         self._before = array("q")           # [place - 1]: the place before it after the same pair, -1 for none
         self._lost: tuple[int, int] | None = None  # place at which a long run went on wrong, and the number of tokens then
         self._seen: dict[tuple[bool, int], tuple[float, float]] = {}  # kind of match -> how often right and wrong
-        for token in tokens:
-            self._append(token)
+        self._note(tokens)
         self._look()
 
     def follow(self, tokens: Sequence[int], token: int) -> None:
         """These are the tokens in the cache, all of them sure, and the one that comes next. Only more of them since the last call."""
-        for one in tokens[len(self.tokens):]:
+        more = tokens[len(self.tokens):]
+        if len(more) > LEARN:
+            self._note(more[:-LEARN])
+            more, self.match, self._lost = more[-LEARN:], None, None
+        for one in more:
             self.push(one)
         self.push(token)
 
@@ -66,7 +70,7 @@ class Ngrams:
             self._learn(match, right)
             if not right and match.length >= LONG:
                 self._lost = match.at, len(self.tokens)
-        self._append(token)
+        self._note((token,))
         self.match = match.on() if match and right else None
         if not self.match or self.match.length < LONG:
             self._look()
@@ -89,11 +93,16 @@ class Ngrams:
             match = match.on()
         return odds
 
-    def _append(self, token: int) -> None:
-        self.tokens.append(token)
-        pair = self.tokens[-2] << 32 | token if len(self.tokens) > 1 else -1
-        self._before.append(self._latest.get(pair, -1))
-        self._latest[pair] = len(self.tokens)
+    def _note(self, tokens: Iterable[int]) -> None:
+        """Take tokens in, without a look at what they match: a long prompt is waited for."""
+        latest, before = self._latest, self._before
+        last, place = self.tokens[-1] if self.tokens else -1, len(self.tokens)
+        for token in tokens:
+            pair, place = last << 32 | token, place + 1
+            before.append(latest.get(pair, -1))
+            latest[pair] = place
+            last = token
+            self.tokens.append(token)
 
     def _look(self) -> None:
         """Take the place with the longest match: near the end of a lost run, then that of now, then the latest."""

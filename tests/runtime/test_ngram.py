@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sfi_local.runtime.ngram import CANDIDATES, LONG, LONGEST, NEAR, PATIENCE, Match, Ngrams
+from sfi_local.runtime.ngram import CANDIDATES, LEARN, LONG, LONGEST, NEAR, PATIENCE, Match, Ngrams
 
 
 def naive(tokens):
@@ -27,6 +27,28 @@ def test_the_longest_match_drafts_what_followed_it():
 
 def test_of_equally_long_ones_the_latest():
     assert Ngrams([1, 2, 3, 9, 1, 2, 4, 8, 1, 2]).draft(2) == [4, 8]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prompt_that_is_taken_at_once_is_matched_as_one_that_came_token_by_token(seed):
+    rng = random.Random(seed)
+    prompt = [rng.randrange(30) for _ in range(700)]
+    prompt += [7] + prompt[100:100 + seed]
+    at_once, one_by_one = Ngrams(), Ngrams()
+    at_once.follow(prompt, 3)
+    for token in [*prompt, 3]:
+        one_by_one.push(token)
+    assert at_once.tokens == one_by_one.tokens and at_once.match == one_by_one.match
+    assert at_once.draft(8) == one_by_one.draft(8)
+    assert any(right + wrong > 1 for right, wrong in at_once._seen.values())  # from the end of the prompt
+
+
+def test_of_a_long_prompt_only_the_end_is_looked_at(monkeypatch):
+    """Else the second token of an answer waits for it: 70 ms at 8k."""
+    looks = []
+    monkeypatch.setattr(Ngrams, "_look", lambda self: looks.append(len(self.tokens)))
+    Ngrams().follow([i % 97 for i in range(8000)], 3)
+    assert len(looks) <= LEARN + 2
 
 
 @pytest.mark.parametrize("period", [1, 2, 5])

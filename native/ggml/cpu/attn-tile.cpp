@@ -23,17 +23,19 @@ static inline void dot_4(const float * q, int n_embd, const char * const * k_row
         }
     }
     for (int d = 0; d < n_embd; d += S::W) {
-        typename S::V k[4];
-        SFI_UNROLL
-        for (int c = 0; c < 4; ++c) {
-            k[c] = row<S, T>::load(k_rows[c] + offset, d);
-        }
+        typename S::V x[N];
         SFI_UNROLL
         for (int g = 0; g < N; ++g) {
-            const typename S::V x = S::load(q + g*n_embd + d);
+            x[g] = S::load(q + g*n_embd + d);
+            SFI_PIN(x[g]);
+        }
+        SFI_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            typename S::V k = row<S, T>::load(k_rows[c] + offset, d);
+            SFI_PIN(k);
             SFI_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                acc[g][c] = S::fma(x, k[c], acc[g][c]);
+            for (int g = 0; g < N; ++g) {
+                acc[g][c] = S::fma(x[g], k, acc[g][c]);
             }
         }
     }
@@ -103,17 +105,19 @@ static inline void mad_block(const float * p, int ld, int d, const row_set & row
         if (first) {
             prefetch_next(rows, c);
         }
-        typename S::V v[M];
-        SFI_UNROLL
-        for (int m = 0; m < M; ++m) {
-            v[m] = row<S, T>::load(v_row, d + m*S::W);
-        }
+        typename S::V w[N];
         SFI_UNROLL
         for (int g = 0; g < N; ++g) {
-            const typename S::V w = S::set1(p[g*ld + c]);
+            w[g] = S::set1(p[g*ld + c]);
+            SFI_PIN(w[g]);
+        }
+        SFI_UNROLL
+        for (int m = 0; m < M; ++m) {
+            typename S::V v = row<S, T>::load(v_row, d + m*S::W);
+            SFI_PIN(v);
             SFI_UNROLL
-            for (int m = 0; m < M; ++m) {
-                acc[g][m] = S::fma(w, v[m], acc[g][m]);
+            for (int g = 0; g < N; ++g) {
+                acc[g][m] = S::fma(w[g], v, acc[g][m]);
             }
         }
     }

@@ -146,7 +146,7 @@ struct scalar {
 struct avx2 {
     using V = __m256;
     static constexpr int W  = 8;
-    static constexpr int NG = 2;
+    static constexpr int NG = 3; // times 4 cells are 12 of 16 registers
 
     static V    zero()                  { return _mm256_setzero_ps(); }
     static V    set1(float x)           { return _mm256_set1_ps(x); }
