@@ -13,6 +13,8 @@ from sfi_local.binding.library import open_library
 from sfi_local.errors import NoSupportError
 from sfi_local.machine import new_memory
 
+COPIED = 256  # tokens that are copied at a time: of most models some megabytes, which stay in the cache
+
 
 def rows_size(context: Any, n: int) -> int:
     """Bytes of the rows of n tokens. Raises ModelError or ContextError where a sequence cannot be kept as rows."""
@@ -39,6 +41,32 @@ def add_rows(context: Any, tokens: Sequence[int], rows: Any, n_rows: int, seq: i
     with native.ffi.from_buffer("char[]", rows) as data:
         ids = native.ffi.new("llama_token[]", list(tokens))
         _check(native.lib.sfi_add_rows(_context(context), seq, ids, len(tokens), data, n_rows, len(data)))
+
+
+def copy_rows(source: Any, target: Any, tokens: Sequence[int]) -> None:
+    """Append all tokens of a context's first sequence to that of another; a thread reads what is written next.
+
+    Raises ModelError, ContextError or ContextFullError; the other sequence then has a part of them.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    size, places = rows_size(source, 1), range(0, len(tokens), COPIED)
+    buffers = [new_memory(size * min(COPIED, len(tokens))) for _ in range(2)]
+
+    def read(i: int) -> memoryview:
+        n = min(COPIED, len(tokens) - places[i])
+        rows = memoryview(buffers[i % 2])[:n * size]
+        get_rows(source, places[i], n, rows)
+        return rows
+
+    with ThreadPoolExecutor(1, "sfi-copy") as reader:
+        coming = reader.submit(read, 0)
+        for i, first in enumerate(places):
+            rows = coming.result()
+            if i + 1 < len(places):
+                coming = reader.submit(read, i + 1)
+            part = tokens[first:first + COPIED]
+            add_rows(target, part, rows, len(part))
 
 
 def get_state(engine: Engine, seq: int = 0) -> bytearray:

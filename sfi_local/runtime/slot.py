@@ -6,7 +6,7 @@ The context can be replaced by a larger one: the cells move, nothing is computed
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 from sfi_local.binding import context as native
@@ -31,14 +31,6 @@ from sfi_local.store.prefixes import common, is_off
 Schedule = Callable[[int, int, str, str], str]
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A sequence between two contexts: its rows, and the state of fast steps; see binding.state."""
-
-    rows: Any
-    state: Any
 
 
 class Slot:
@@ -448,40 +440,52 @@ class Slot:
             self._blocks, self._n_kept = (names[:self._n_kept // BLOCK], self._n_kept) if names is not None else ([], 0)
 
     def _grow(self, n_ctx: int) -> None:
-        tokens, state, old = self.tokens, self._take(n_ctx), self.n_ctx
-        self._drop_context()
+        self._drop_drafts_if_any()
+        tokens, old = self.tokens, self.n_ctx
+        if not tokens or not self._fits_beside(n_ctx):
+            self._drop_context()
+        context, attached = self._context, self._attached
+        self._context, self._attached = None, replace(attached, engine=None)
         try:
             self._open(n_ctx)
         except SfiError:
-            if old:
+            if context is None and old:
                 self._open(old)
+                self._forget()
+            elif context is not None:
+                self._context, self._attached, self.n_ctx = context, attached, old
+                self._watch()
             raise
+        if context is None:
+            self._forget()
+        else:
+            self._move(tokens, context, attached.engine)
+
+    def _fits_beside(self, n_ctx: int) -> bool:
+        """Whether there is memory for a context of n_ctx cells while that of now is there."""
+        free, size = available_memory(), native.sequence_size(self._context)
+        return free is None or size * n_ctx // len(self.tokens) <= free
+
+    def _move(self, tokens: list[int], context: Any, engine: Engine | None) -> None:
+        """Take over the cells of another context and what its fast steps need, and free it."""
+        self.tokens = []
+        try:
+            try:
+                kept.copy_rows(context, self._context, tokens)
+                if engine and self.engine and (state := kept.get_state(engine)):
+                    kept.set_state(self.engine, state)
+                self.tokens = tokens
+                self._reconcile()
+            except (ModelError, ContextError):
+                self._put(tokens, native.sequence_state(context))
         finally:
-            self.tokens = []
-            if state is not None and self._context is not None:
-                self._put(tokens, state)
+            if engine:
+                engine.close()
+            context.close()
             self._trim()
 
-    def _take(self, n_ctx: int) -> Any:
-        """The cells of the tokens, to be put into a context of n_ctx cells; None if there are none, or no memory to hold them beside it."""
-        self._drop_drafts_if_any()
-        if not self.tokens:
-            return None
-        free, size = available_memory(), native.sequence_size(self._context)
-        grown = size * (n_ctx - self.n_ctx) // len(self.tokens)  # by which the new context is larger
-        if free is not None and size + grown > free:
-            return None
-        try:
-            return Moved(kept.all_rows(self._context, len(self.tokens)), kept.get_state(self.engine) if self.engine else b"")
-        except (ModelError, ContextError):
-            return native.sequence_state(self._context)
-
     def _put(self, tokens: Sequence[int], state: Any) -> bool:
-        if isinstance(state, Moved):
-            kept.add_rows(self._context, tokens, state.rows, len(tokens))
-            if self.engine and state.state:
-                kept.set_state(self.engine, state.state)
-        elif not native.set_sequence_state(self._context, state):
+        if not native.set_sequence_state(self._context, state):
             self._llama.llama_memory_clear(self._memory, True)
             self._forget()
             return False
@@ -496,14 +500,17 @@ class Slot:
     def _open(self, n_ctx: int) -> None:
         claim_process()
         self._context, self._n_threads = self._make(n_ctx), None
-        self._memory = self._llama.llama_get_memory(self._context.ctx)
-        self.access.flag.watch(self._context)
+        self._watch()
         try:
             self._attach(n_ctx)
         except SfiError:
             self._drop_context()
             raise
         self.n_ctx = n_ctx
+
+    def _watch(self) -> None:
+        self._memory = self._llama.llama_get_memory(self._context.ctx)
+        self.access.flag.watch(self._context)
 
     def _attach(self, n_ctx: int = 0) -> None:
         if self.engine:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,6 +120,15 @@ def resident():
     """Bytes of this process in memory, without what the allocator keeps for later."""
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_cells_take_memory_as_they_are_used(open_context, tiny_weights, prompts):
+    from sfi_local.binding.state import rows_size
+
+    before, context = resident(), open_context(tiny_weights, None, n_ctx=1 << 18)
+    context.decode(prompts[0])
+    assert resident() - before < rows_size(SimpleNamespace(ctx=context.address), 1 << 18) // 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

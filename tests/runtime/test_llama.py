@@ -115,6 +115,19 @@ def test_a_saved_state_goes_on_with_a_fast_step(llama, params):
     assert logits(llm._ctx, -1).tolist() == logits(other._ctx, -1).tolist()
 
 
+def test_a_cache_of_llama_cpp_python_goes_on_with_a_fast_step(llama):
+    from llama_cpp import LlamaRAMCache
+
+    llm = llama(sfi_params=SMALL)
+    llm.set_cache(LlamaRAMCache())
+    first, other = [[start + i * i % 97 for i in range(200)] for start in (10, 120)]
+    for prompt in (first, other):
+        llm.create_completion(prompt, max_tokens=5, temperature=0)
+    llm.reset_steps()
+    llm.create_completion(first, max_tokens=5, temperature=0)
+    assert llm.steps.n_prefill == 1 and llm.steps.n_slow == 0 and llm.steps.n_fast > 0  # the last token, for its logits
+
+
 def test_a_state_of_llama_cpp_python_decodes_on(llama):
     llm = llama()
     complete(llm, n=5)
