@@ -82,6 +82,7 @@ without_langchain = pytest.mark.skipif(Langchain is object, reason="langchain's 
 # of a model that has learned what words mean; SmolLM2 is asked those that it is able to do
 SENSE = {"test_tool_calling", "test_tool_calling_async", "test_bind_runnables_as_tools", "test_unicode_tool_call_integration"}
 MORE_SENSE = {"test_json_mode", "test_agent_loop"}
+LARGER = os.environ.get("SFI_LOCAL_LARGER_MODEL", "")  # the path of a model that is, such as Qwen2.5-Coder 1.5B
 
 for function in vars(Langchain).values():
     if inspect.iscoroutinefunction(function):
@@ -143,3 +144,21 @@ class TestLangchainWithARealModel(Asked):
     @pytest.fixture(autouse=True)
     def address(self, served_smollm2):
         self.url = served_smollm2.url
+
+
+@only(lambda name: name in SENSE | MORE_SENSE)
+@pytest.mark.skipif(not LARGER, reason="SFI_LOCAL_LARGER_MODEL names no model")
+class TestLangchainWithALargerModel(Asked):
+    name, more = "larger", {"max_tokens": 200}
+
+    @pytest.fixture(scope="class")
+    def served_larger(self, tmp_path_factory):
+        one = Served(tmp_path_factory.mktemp("larger"), LARGER, "--ctx", 4096, "--name", self.name, "--quiet")
+        one.until_ready()
+        yield one
+        one.process.terminate()
+        one.process.communicate(timeout=60)
+
+    @pytest.fixture(autouse=True)
+    def address(self, served_larger):
+        self.url = served_larger.url
