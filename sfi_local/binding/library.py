@@ -50,6 +50,9 @@ def open_library() -> Any:
         with _environment({"LLAMA_CPP_LIB_PATH": str(LIB_DIR)}):
             llama_cpp = _import_llama_cpp()
         log.install(llama_cpp)
+        if info.portable:  # now that the log is ours: each that is opened says so
+            with _environment(_spin_settings()):
+                sfi.lib.ggml_backend_load_all_from_path(str(LIB_DIR).encode())
         return SimpleNamespace(ffi=sfi.ffi, lib=sfi.lib, llama_cpp=llama_cpp, info=info)
 
 
@@ -169,8 +172,6 @@ def _import_sfi(info: ModuleType) -> ModuleType:
     if loaded != info.source_id:
         raise LibraryError(f"The library that was loaded was built from {loaded}, this package from {info.source_id}: "
                            f"{REBUILD}, and keep other copies out of LD_LIBRARY_PATH.")
-    if info.portable:
-        _sfi.lib.ggml_backend_load_all_from_path(str(LIB_DIR).encode())
     return _sfi
 
 
