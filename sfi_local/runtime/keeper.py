@@ -7,6 +7,7 @@ import threading
 from queue import Full, Queue
 from typing import Any, Callable, Iterator, Sequence
 
+from sfi_local.machine import step_back
 from sfi_local.runtime.recent import Recent
 from sfi_local.store.prefixes import AddRows, Found, Prefixes, is_off
 
@@ -131,6 +132,7 @@ class Saving:
         return False
 
     def _write(self, store: Prefixes, tokens: list[int], blocks: Sequence[str], state: bytes | bytearray, told: tuple[str, str, int, str]) -> None:
+        step_back()
         try:
             self._names = store.save(tokens, blocks, iter(self._queue.get, None), state, *told)
         except StopIteration:  # what takes the rows was stopped

@@ -179,7 +179,7 @@ class Model:
             return self.tokenize(prompt, self.vocabulary.add_bos, True) if prompt else []
         prompt = list(prompt)
         if not prompt or isinstance(prompt[0], Integral):
-            return [int(token) for token in prompt]
+            return list(map(int, prompt))
         messages = [m if isinstance(m, Message) else Message(m["role"], [m["content"]]) for m in prompt]
         return self.template_with(tools).tokens(messages)
 
@@ -385,10 +385,10 @@ class Model:
         """The tokens of a prompt, if they can be one."""
         if not tokens:
             raise InputError("The prompt is empty: give some text.")
-        wrong = next((t for t in tokens if not 0 <= t < self.vocabulary.n_vocab), None)
+        last = self.vocabulary.n_vocab - 1
+        wrong = next((t for t in (min(tokens), max(tokens)) if not 0 <= t <= last), None)
         if wrong is not None:
-            raise InputError(f"The prompt has the token {wrong}, and this model 0 to {self.vocabulary.n_vocab - 1}: tokenize it for this "
-                             f"model.")
+            raise InputError(f"The prompt has the token {wrong}, and this model 0 to {last}: tokenize it for this model.")
         if len(tokens) > self.n_ctx_limit:
             raise too_long(len(tokens), self.n_ctx_limit)
         return tokens

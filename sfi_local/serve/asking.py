@@ -93,7 +93,7 @@ def _asked(model: Any, request: Request, tokens: list[int], sampling: Sampling, 
     n_vocab, n_ctx = model.vocabulary.n_vocab, model.n_ctx_limit
     if not tokens:
         raise Problem("The prompt is empty.", param="prompt")
-    if any(not 0 <= token < n_vocab for token in tokens):
+    if not 0 <= min(tokens) <= max(tokens) < n_vocab:
         raise Problem(f"The prompt has a token that is none of this model's, 0 to {n_vocab - 1}.", param="prompt")
     if len(tokens) >= n_ctx:
         raise ContextTooSmall(len(tokens), n_ctx)
