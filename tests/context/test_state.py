@@ -1,6 +1,5 @@
 """A sequence kept outside of its context: put into another one, it goes on bit for bit as if it had never left."""
 
-import os
 import random
 from types import SimpleNamespace
 
@@ -170,7 +169,7 @@ def test_a_state_that_was_changed_is_refused_or_harmless(open_context, tiny_weig
     rows, kept = keep(first, N)
     draw = random.Random(SEED)
     state.add_rows(SimpleNamespace(ctx=other.address), text[:N], rows, N)
-    for i in range(int(os.environ.get("SFI_FUZZ_CHANGES", 300))):  # more of them: native/tests/check-state.sh
+    for i in range(300):
         changed = bytearray(kept)
         where = draw.randrange(120) if i % 2 else draw.randrange(len(changed))
         changed[where:where + 4] = draw.randbytes(4)
