@@ -7,7 +7,8 @@ import pytest
 from support.ggml_ops import Graph, encode
 from support.tiny_model import SEED
 
-N_CELLS = 700
+N_CELLS = 2400
+MANY = 2300  # from some blocks of a list on tokens go together
 
 
 @dataclass
@@ -57,29 +58,34 @@ def check(batch):
 
 
 @pytest.mark.parametrize("n_tokens, n_list", [(1, 300), (2, 64), (2, 65), (7, 63), (7, 256), (7, 257), (17, 513), (33, 600),
-                                              (64, 700)])
+                                              (64, 700), (1, MANY), (3, 2111), (7, MANY + 5), (33, 2049)])
 def test_a_batch_equals_its_tokens_one_by_one(n_tokens, n_list):
     check(make(n_tokens, n_list))
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("n_head, n_head_kv", [(4, 4), (6, 3), (9, 3), (8, 1), (5, 1)])
-def test_of_every_kind_and_group(kind, n_head, n_head_kv):
-    check(make(5, 330, n_head, n_head_kv, kind=kind))
+@pytest.mark.parametrize("n_list", [330, MANY])
+def test_of_every_kind_and_group(kind, n_head, n_head_kv, n_list):
+    check(make(5, n_list, n_head, n_head_kv, kind=kind))
 
 
 @pytest.mark.parametrize("options", [{"pads": True}, {"n_stream": 2}, {"tail": True}, {"sinks": True},
                                      {"logit_softcap": 20.0}, {"pads": True, "tail": True, "sinks": True, "n_embd": 128}])
-def test_with_everything_that_may_come_along(options):
-    check(make(6, 290, **options))
+@pytest.mark.parametrize("n_list", [290, MANY])
+def test_with_everything_that_may_come_along(options, n_list):
+    check(make(6, n_list, **options))
 
 
-def test_any_lengths_in_any_order_and_none_at_all():
-    check(make(6, 300, visible=[300, 0, 128, 1, 5000, 64], tail=True))
+@pytest.mark.parametrize("n_list", [300, MANY])
+def test_any_lengths_in_any_order_and_none_at_all(n_list):
+    check(make(6, n_list, visible=[n_list, 0, 128, 1, 5000, 64], tail=True))
+    check(make(5, n_list, visible=[0, 0, n_list - 7, n_list, n_list], pads=True))
 
 
-def test_a_token_sees_nothing_beyond():
-    batch = make(4, 300)
+@pytest.mark.parametrize("n_list", [300, MANY])
+def test_a_token_sees_nothing_beyond(n_list):
+    batch = make(4, n_list)
     last = batch.always[0, 0, 0, -1]
     before = batch.run()
     batch.v[:, :, last] = encode(np.full((1, 2, 32), 1e3, np.float32), batch.kind)
@@ -87,15 +93,17 @@ def test_a_token_sees_nothing_beyond():
     assert np.array_equal(before[:, :3], after[:, :3]) and not np.array_equal(before[:, 3], after[:, 3])
 
 
-def test_the_number_of_threads_changes_nothing():
-    batch = make(9, 650)
+@pytest.mark.parametrize("n_list", [650, MANY])
+def test_the_number_of_threads_changes_nothing(n_list):
+    batch = make(9, n_list)
     assert all(np.array_equal(batch.run(n_threads=n), batch.run(n_threads=1)) for n in (2, 3, 5))
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_pads_beyond_what_a_token_sees_are_as_good_as_a_cut(kind):
+@pytest.mark.parametrize("n_list", [700, MANY])
+def test_pads_beyond_what_a_token_sees_are_as_good_as_a_cut(kind, n_list):
     """So much every backend promises: GPUs split a list by its length."""
-    batch = make(6, 700, n_embd=64, kind=kind, pads=True, tail=True)
+    batch = make(6, n_list, n_embd=64, kind=kind, pads=True, tail=True)
     together = batch.run()
     for t, n in enumerate(batch.visible[0]):
         whole = batch.always.copy()

@@ -7,8 +7,8 @@
 // sum; the partials are merged in block order, so the result does not depend on the number of threads or on which
 // thread took which block.
 //
-// Tokens that see different lengths of one list (`visible`) take turns at a block, whose rows then are in the cache. What
-// is computed for each is the same, in the same order, as for it alone.
+// Tokens that see different lengths of one list (`visible`) share a block: each row of K is read once for all of them, and V
+// while it is in the nearest cache. What is computed for each is the same, in the same order, as for it alone.
 //
 //   pass 1  gather the rows of a tile of cells
 //   pass 2  logits of the whole GQA group, each K row read once
@@ -31,6 +31,7 @@ namespace {
 constexpr int tile_cells  = 64;             // logits of a group and the rows' addresses stay in L1
 constexpr int block_cells = 4*tile_cells;   // the unit of work that a thread takes
 constexpr int line_floats = 16;             // of a cache line
+constexpr int enough_blocks = 8;            // from which on threads have enough to share although tokens go together
 constexpr size_t max_evidence = 512 << 20;  // bytes; a longer list is better served by SUPPORT_EVIDENCE, head by head
 constexpr int chunk_bytes = 32 << 10;       // rows of `always` that all heads visit before anyone goes on: a part of L1
 
@@ -45,6 +46,7 @@ struct layout {
     int64_t n_embd_k, n_embd_v;
     int64_t n_always, n_selected;
     int64_t always_blocks, selected_blocks; // per token; per token and KV head
+    int64_t item_tokens;                    // that are attended for together
     int64_t partial;                        // floats of one partial
     int64_t per_head;                       // partials of one query head
 
@@ -64,12 +66,15 @@ struct layout {
         selected_blocks = n_blocks(n_selected);
         partial  = GGML_PAD(n_embd_v + 2, line_floats);
         per_head = always_blocks + selected_blocks;
+        item_tokens = has_visible(dst) && !n_selected && always_blocks >= enough_blocks ? n_tokens : 1;
     }
 
+    static bool has_visible(const ggml_tensor * dst) { return dst->src[7] && dst->src[7]->type == GGML_TYPE_I32; }
+
     int64_t n_partials() const { return n_stream*n_tokens*n_head*per_head; }
-    int64_t n_items()    const { return n_stream*n_tokens*(always_blocks + n_head_kv*selected_blocks); }
-    // a thread's logits of one tile and its scaled queries, for all heads
-    int64_t scratch()    const { return GGML_PAD(n_head*(tile_cells + n_embd_k), line_floats) + line_floats; }
+    int64_t n_items()    const { return n_stream*(n_tokens/item_tokens)*(always_blocks + n_head_kv*selected_blocks); }
+    // a thread's logits of one tile and its scaled queries, for all heads and the tokens that go together
+    int64_t scratch()    const { return GGML_PAD(item_tokens*n_head*(tile_cells + n_embd_k), line_floats) + line_floats; }
 };
 
 // Evidence on the way, ggml_sparse_attn_evidence(): the weights of each tile are kept, with the maximum they were taken against, and
@@ -155,7 +160,7 @@ struct task {
     explicit task(const ggml_compute_params * params, ggml_tensor * dst) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), always(dst->src[3]), selected(dst->src[4]),
         tail(dst->src[5]), sinks(dst->src[6]),
-        visible(dst->src[7] && dst->src[7]->type == GGML_TYPE_I32 ? dst->src[7] : nullptr),
+        visible(layout::has_visible(dst) ? dst->src[7] : nullptr),
         mass   (dst->src[7] && dst->src[7]->type == GGML_TYPE_F32 ? dst->src[7] : nullptr), l(dst),
         ops(sfi::tile_ops_for(k->type, v->type, params->use_ref)),
         scale(sfi::params_of<sfi_attn_params>(dst).scale), softcap(sfi::params_of<sfi_attn_params>(dst).softcap),
@@ -192,6 +197,7 @@ void load_queries(const task & a, int64_t s, int64_t t, int64_t h0, int64_t h1, 
 struct tile {
     const char * k[tile_cells];
     const char * v[tile_cells];
+    int          place[tile_cells]; // in the list, from the first of the tile
     int          n = 0;
 
     // pass 1: drop the pads
@@ -203,10 +209,13 @@ struct tile {
             if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) { // negative cells are huge
                 k[n] = k0 + list[i]*a.k->nb[1];
                 v[n] = v0 + list[i]*a.v->nb[1];
-                ++n;
+                place[n++] = (int) i;
             }
         }
     }
+
+    // of the first n_list entries
+    int n_of(int64_t n_list) const { return (int) (std::lower_bound(place, place + n, n_list) - place); }
 };
 
 // pass 3: logits x of one head become weights of its partial o
@@ -231,37 +240,42 @@ void softmax(const task & a, float * x, int n, float * o) {
     sum += max == -INFINITY ? 0.0f : a.ops.exp(x, n_pad, max);
 }
 
-// A block of a list and the KV heads [h0, h1) that share it.
+// A block of a list, and the tokens [t0, t1) and KV heads [h0, h1) that share it.
 struct block {
-    int64_t s, t, h0, h1;
+    int64_t s, t0, t1, h0, h1;
     int64_t slot;         // of the partials
     int64_t number;       // of its first tile in the list
     const int32_t * list;
     int64_t n;            // cells; 0: there is no such block
 
-    int64_t n_heads() const { return h1 - h0; }
+    int64_t n_heads()  const { return h1 - h0; }
+    int64_t n_tokens() const { return t1 - t0; }
 };
 
-// Block i of the operation: of each token first those of `always`, then those of each KV head's `selected`.
+// Block i of the operation: of the tokens that go together first those of `always`, then those of each KV head's `selected`.
 block block_of(const task & a, int64_t i) {
     const layout & l = a.l;
     if (i >= l.n_items()) {
         return {};
     }
-    const int64_t per_token = l.always_blocks + l.n_head_kv*l.selected_blocks;
-    const int64_t s = i/(per_token*l.n_tokens), of_stream = i % (per_token*l.n_tokens);
-    const int64_t t = a.visible ? of_stream % l.n_tokens : of_stream/per_token;
-    const int64_t b = a.visible ? of_stream/l.n_tokens   : of_stream % per_token;
+    const int64_t per_item = l.always_blocks + l.n_head_kv*l.selected_blocks, n_turns = l.n_tokens/l.item_tokens;
+    const int64_t s = i/(per_item*n_turns), of_stream = i % (per_item*n_turns);
+    const int64_t t = (a.visible ? of_stream % n_turns : of_stream/per_item)*l.item_tokens;
+    const int64_t b = a.visible ? of_stream/n_turns    : of_stream % per_item;
     const auto part = [&](int64_t h0, int64_t h1, int64_t slot, const int32_t * list, int64_t n_list, int64_t number) {
-        const int64_t begin = number*block_cells;
-        if (begin >= n_list) { // this token sees nothing of it
+        const int64_t begin = number*block_cells, t1 = t + l.item_tokens;
+        if (begin >= n_list) { // these tokens see nothing of it
             static const int32_t pad = -1;
-            return block { s, t, h0, h1, slot, begin/tile_cells, &pad, 1 };
+            return block { s, t, t1, h0, h1, slot, begin/tile_cells, &pad, 1 };
         }
-        return block { s, t, h0, h1, slot, begin/tile_cells, list + begin, std::min<int64_t>(block_cells, n_list - begin) };
+        return block { s, t, t1, h0, h1, slot, begin/tile_cells, list + begin, std::min<int64_t>(block_cells, n_list - begin) };
     };
     if (b < l.always_blocks) {
-        return part(0, l.n_head_kv, b, list_of(a.always, t, 0, s), a.seen(s, t, l.n_always), b);
+        int64_t most = 0;
+        for (int64_t i_t = t; i_t < t + l.item_tokens; ++i_t) {
+            most = std::max(most, a.seen(s, i_t, l.n_always));
+        }
+        return part(0, l.n_head_kv, b, list_of(a.always, t, 0, s), most, b);
     }
     // heads in turn: they often choose neighbours, whose rows share lines that the hardware has fetched already
     const int64_t h = (b - l.always_blocks) % l.n_head_kv, number = (b - l.always_blocks)/l.n_head_kv;
@@ -278,13 +292,19 @@ int chunk_of(const task & a, const block & b) {
 }
 
 // Passes 2 to 4 for a tile of a block. What follows is `next`, a tile of the block `after`; n = 0: nothing.
+// Queries and logits lie by KV head, then token, then head of the group.
 void attend(const task & a, const block & b, const tile & t, const block & after, const tile & next, const float * q, float * logits) {
     const int group = (int) a.l.group, d_k = (int) a.l.n_embd_k, d_v = (int) a.l.n_embd_v, chunk = chunk_of(a, b);
-    const int64_t stride = a.l.partial;
-    float * o = a.partial(b.s, b.t, b.h0*a.l.group, b.slot);
+    const int64_t stride = a.l.partial, n_tokens = b.n_tokens();
     // heads of `after` in the place of ours
     const int64_t ahead = after.h0 - b.h0;
     const int     n_next = after.n_heads() == b.n_heads() ? std::min(chunk, next.n) : 0;
+    const auto row_of = [&](int64_t h, int64_t i) { return ((h - b.h0)*n_tokens + i)*group; };
+    // rows of the chunk from c on that token i sees
+    const auto seen = [&](int64_t i, int c, int n) {
+        const int of_tile = n_tokens == 1 ? t.n : t.n_of(a.seen(b.s, b.t0 + i, a.l.n_always) - b.number*tile_cells);
+        return std::clamp(of_tile - c, 0, n);
+    };
 
     if (a.evidence) {
         logits = a.evidence->weights_of(b.number); // which keeps them
@@ -294,19 +314,36 @@ void attend(const task & a, const block & b, const tile & t, const block & after
     for (int c = 0; c < t.n; c += chunk) {
         const int  n    = std::min(chunk, t.n - c), more = std::min(chunk, t.n - c - n);
         const bool last = more == 0;
+        int64_t n_whole = n_tokens; // the last of the tokens, which see all of the chunk
+        while (n_whole > 0 && seen(n_tokens - n_whole, c, n) < n) {
+            --n_whole;
+        }
         for (int64_t h = b.h0; h < b.h1; ++h) {
-            const sfi::row_set rows = last
+            sfi::row_set rows = last
                 ? sfi::row_set { t.k + c, h*a.k->nb[2], n, t.v,         h*a.v->nb[2], a.v_row_size, std::min(chunk, t.n) }
                 : sfi::row_set { t.k + c, h*a.k->nb[2], n, t.k + c + n, h*a.k->nb[2], a.k_row_size, more };
-            a.ops.dot(q + (h - b.h0)*group*d_k, group, d_k, rows, logits + (h - b.h0)*group*tile_cells + c, tile_cells);
+            for (int64_t i = 0; i < n_tokens; ) {
+                const bool whole = i >= n_tokens - n_whole;
+                const int64_t together = whole ? n_whole : 1;
+                rows.n = whole ? n : seen(i, c, n);
+                a.ops.dot(q + row_of(h, i)*d_k, (int) together*group, d_k, rows, logits + row_of(h, i)*tile_cells + c, tile_cells);
+                rows.n_next = 0;
+                i += together;
+            }
         }
     }
-    for (int64_t g = 0; g < b.n_heads()*group; ++g) {
-        if (t.n > 0) {
-            softmax(a, logits + g*tile_cells, t.n, o + g*stride);
-        }
-        if (a.evidence) {
-            a.evidence->keep_max(b.number, g, t.n > 0 ? o[g*stride + d_v] : -INFINITY);
+    for (int64_t h = b.h0; h < b.h1; ++h) {
+        for (int64_t i = 0; i < n_tokens; ++i) {
+            const int n = seen(i, 0, t.n);
+            for (int g = 0; g < group; ++g) {
+                float * o = a.partial(b.s, b.t0 + i, h*group + g, b.slot);
+                if (n > 0) {
+                    softmax(a, logits + (row_of(h, i) + g)*tile_cells, n, o);
+                }
+                if (a.evidence) {
+                    a.evidence->keep_max(b.number, h*group + g, n > 0 ? o[d_v] : -INFINITY);
+                }
+            }
         }
     }
     // pass 4
@@ -314,10 +351,15 @@ void attend(const task & a, const block & b, const tile & t, const block & after
         const int  n    = std::min(chunk, t.n - c), more = std::min(chunk, t.n - c - n);
         const bool last = more == 0;
         for (int64_t h = b.h0; h < b.h1; ++h) {
-            const sfi::row_set rows = last
+            sfi::row_set rows = last
                 ? sfi::row_set { t.v + c, h*a.v->nb[2], n, next.k,      (h + ahead)*a.k->nb[2], a.k_row_size, n_next }
                 : sfi::row_set { t.v + c, h*a.v->nb[2], n, t.v + c + n, h*a.v->nb[2],           a.v_row_size, more };
-            a.ops.mad(logits + (h - b.h0)*group*tile_cells + c, tile_cells, group, d_v, rows, o + (h - b.h0)*group*stride, stride);
+            for (int64_t i = 0; i < n_tokens; ++i) {
+                rows.n = seen(i, c, n);
+                a.ops.mad(logits + row_of(h, i)*tile_cells + c, tile_cells, group, d_v, rows,
+                        a.partial(b.s, b.t0 + i, h*group, b.slot), stride);
+                rows.n_next = 0;
+            }
         }
     }
 }
@@ -329,17 +371,22 @@ void clear(const task & a, float * partial) {
 }
 
 void begin_block(const task & a, const block & b, float * q) {
-    for (int64_t h = b.h0*a.l.group; h < b.h1*a.l.group; ++h) {
-        clear(a, a.partial(b.s, b.t, h, b.slot));
+    for (int64_t h = b.h0; h < b.h1; ++h) {
+        for (int64_t t = b.t0; t < b.t1; ++t) {
+            for (int64_t g = 0; g < a.l.group; ++g) {
+                clear(a, a.partial(b.s, t, h*a.l.group + g, b.slot));
+            }
+            load_queries(a, b.s, t, h, h + 1, q);
+            q += a.l.group*a.l.n_embd_k;
+        }
     }
-    load_queries(a, b.s, b.t, b.h0, b.h1, q);
 }
 
 // Passes 1 to 4 for the blocks that this thread gets: the first is its own number, the others come from take_next().
 template <class F>
 void attend_blocks(const task & a, int64_t first, F take_next, float * scratch) {
     float * logits = scratch;
-    float * q      = scratch + a.l.n_head*tile_cells;
+    float * q      = scratch + a.l.item_tokens*a.l.n_head*tile_cells;
     tile tiles[2];     // the one at work, and what follows it
     int  at = 0;
 
