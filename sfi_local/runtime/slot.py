@@ -448,13 +448,14 @@ class Slot:
         self._context, self._attached = None, replace(attached, engine=None)
         try:
             self._open(n_ctx)
-        except SfiError:
-            if context is None and old:
-                self._open(old)
-                self._forget()
-            elif context is not None:
+        except BaseException as error:
+            if context is not None:
                 self._context, self._attached, self.n_ctx = context, attached, old
                 self._watch()
+            else:
+                self._forget()
+                if old and isinstance(error, SfiError):
+                    self._open(old)
             raise
         if context is None:
             self._forget()
