@@ -12,8 +12,10 @@ if (NOT (UNIX AND NOT APPLE) OR CMAKE_CXX_COMPILER_ID MATCHES "MSVC" OR NOT CMAK
     message(STATUS "libsfi is not built: it is made of ELF objects with ld and objcopy.")
     return()
 endif()
-if (SFI_BACKEND_TARGETS)
-    message(STATUS "libsfi is not built: so far it is of the CPU alone, without ${SFI_BACKEND_TARGETS}.")
+set(others ${SFI_BACKEND_TARGETS})
+list(REMOVE_ITEM others ggml-rpc) # which it does without
+if (others)
+    message(STATUS "libsfi is not built: so far it is of the CPU alone, without ${others}.")
     return()
 endif()
 set(SFI_EMBED ON)
@@ -93,15 +95,13 @@ set(own "${embed}/backend.cpp")
 if (CMAKE_C_COMPILER_ID STREQUAL "GNU")
     list(APPEND own "${embed}/team.cpp")
 endif()
-set(registry "$<TARGET_OBJECTS:ggml>")
-if (SFI_PORTABLE) # where ggml looks for files with backends, and finds none here
-    set(registry "$<FILTER:${registry},EXCLUDE,/ggml-backend-reg[.]>")
-    list(APPEND own "${SFI_TREE}/ggml/src/ggml-backend-reg.cpp")
-endif()
+# the backends that the other libraries have, or look for in files, are not in this one
+set(registry "$<FILTER:$<TARGET_OBJECTS:ggml>,EXCLUDE,/ggml-backend-reg[.]>")
+list(APPEND own "${SFI_TREE}/ggml/src/ggml-backend-reg.cpp")
 add_library(sfi SHARED ${own} ${joined} "$<TARGET_OBJECTS:ggml-base>" ${registry})
 add_dependencies(sfi sfi-parts)
 set_source_files_properties(${joined} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
-set_source_files_properties("${SFI_TREE}/ggml/src/ggml-backend-reg.cpp" PROPERTIES COMPILE_DEFINITIONS "GGML_USE_CPU;GGML_BACKEND_DL")
+set_source_files_properties("${SFI_TREE}/ggml/src/ggml-backend-reg.cpp" PROPERTIES COMPILE_DEFINITIONS "GGML_USE_CPU")
 target_include_directories(sfi PRIVATE "${parts}/generated" "${embed}" "${CMAKE_CURRENT_SOURCE_DIR}/api" "${CMAKE_CURRENT_SOURCE_DIR}/llama"
     "${CMAKE_CURRENT_SOURCE_DIR}/include"
     "${SFI_TREE}/include" "${SFI_TREE}/ggml/include" "${SFI_TREE}/ggml/src")

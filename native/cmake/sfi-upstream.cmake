@@ -10,6 +10,8 @@ set(LLAMA_BUILD_SERVER     OFF)
 set(LLAMA_BUILD_APP        OFF)
 set(LLAMA_OPENSSL          OFF)
 set(GGML_CCACHE            OFF)  # the launcher is set already
+set(GGML_RPC    ${SFI_PYTHON})    # `sfi-local serve --rpc`
+set(GGML_RPC_RDMA          OFF)  # a library that happens to be on the machine of the build would be needed on all
 
 # The names of source files, which assertions print, are those of the source tree: what is given away says nothing of where it was
 # built. (Builds for development share the objects that they had.)

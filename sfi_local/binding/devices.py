@@ -11,7 +11,7 @@ from sfi_local.binding.engine import device_operations, device_path
 from sfi_local.binding.library import open_library
 from sfi_local.params import POLICIES, SfiParams
 
-_CPU = 0  # enum ggml_backend_dev_type
+CPU = 0  # enum ggml_backend_dev_type
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def devices() -> list[Device]:
 def all_native(params: SfiParams, on_gpus: bool) -> bool:
     """Whether every device that may hold layers computes the operations of a policy itself. on_gpus: not CPUs alone"""
     ggml = Ggml()
-    used = (i for i in range(ggml.backend_dev_count()) if on_gpus or ggml.backend_dev_type(ggml.backend_dev_get(i)) == _CPU)
+    used = (i for i in range(ggml.backend_dev_count()) if on_gpus or ggml.backend_dev_type(ggml.backend_dev_get(i)) == CPU)
     return all(device_path(i, params)[0] == "native" for i in used)
 
 
@@ -73,6 +73,10 @@ _SIGNATURES: dict[str, tuple[Any, list]] = {
     "backend_dev_name": (c_char_p, [_P]),
     "backend_dev_description": (c_char_p, [_P]),
     "backend_dev_type": (c_int, [_P]),
+    "backend_reg_by_name": (_P, [c_char_p]),
+    "backend_reg_get_proc_address": (_P, [_P, c_char_p]),
+    "backend_register": (None, [_P]),
+    "set_abort_callback": (_P, [_P]),
     "backend_dev_memory": (None, [_P, POINTER(c_size_t), POINTER(c_size_t)]),
 }
 

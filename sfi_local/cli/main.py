@@ -17,6 +17,7 @@ from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
 COMMANDS = {
     "run": ("cli.run", "command", "Answer a prompt, about a file if one is given; chat on a terminal."),
     "serve": ("serve.command", "command", "Serve the OpenAI API and a page for chats."),
+    "rpc-server": ("serve.rpc_server", "command", "Lend this machine to another one's `serve --rpc`."),
     "view": ("view.command", "command", "Show where each generated token looked, as an HTML page."),
     "models": ("cli.models", "models_command", "List the known models, where they are and what fits."),
     "pull": ("cli.models", "pull_command", "Fetch a model into the cache."),

@@ -17,7 +17,8 @@ from typing import Any, Iterator
 import click
 import uvicorn
 
-from sfi_local.cli.options import BriefCommand, model_options, quality_option, set_options, take_settings
+from sfi_local.binding.rpc import attach, parse
+from sfi_local.cli.options import BriefCommand, model_options, quality_option, set_options, take_settings, usage
 from sfi_local.cli.progress import Progress
 from sfi_local.cli.terminal import resolve_noted, say
 from sfi_local.errors import SfiError, UsageError
@@ -49,7 +50,7 @@ MAX_CONNECTIONS = 512
 @set_options()
 @model_options
 @click.option("--quiet", is_flag=True, help="No access log.")
-@click.option("--rpc", hidden=True)
+@click.option("--rpc", metavar="HOST:PORT,...", help="Layers on other machines, which run `sfi-local rpc-server`; K and V stay here.")
 def command(**options: Any) -> None:
     """Serve MODEL over HTTP: a name from `sfi-local models`, hf:USER/REPO:QUANT, or a path.
 
@@ -61,14 +62,16 @@ def command(**options: Any) -> None:
     A page for chats is at the URL that is printed, the OpenAI API below it at /v1, and /health, /metrics, /slots. What is asked is never
     logged. Ctrl-C lets answers end.
     """
-    if options.pop("rpc") is not None:
-        raise UsageError("Layers are not spread over machines (--rpc): ggml's RPC backend cannot tell whether the other side has the operations "
-                         "of fast steps. Run a server on each machine, see docs/serve.md.")
+    rpc = options.pop("rpc")
+    with usage():
+        machines = () if rpc is None else parse(rpc)
+    options["kv_host"] |= bool(machines)  # what the other side attends with is not known, nor whether it has our operations
     key = options.pop("api_key") or os.environ.get("SFI_LOCAL_API_KEY") or None
     check_exposed(options["host"], key)
     settings = take_settings(options)
     address = listen(options["host"], options["port"])
     with address:
+        attach(machines)
         serve(options, settings, key, address)
 
 
@@ -100,6 +103,8 @@ def serve(options: dict[str, Any], settings: ModelSettings, key: str | None, add
         model = load_as(path, settings, options["verbose"])
         model.share_memory(options["parallel"])
         model.tune_auto(model.n_ctx_limit)
+        if settings.kv_host and model.gpus:
+            say(f"The model has its layers on {' and '.join(model.gpus)}; K, V and attention are here.")
 
         def tell() -> None:
             for note in model.unread_notes():

@@ -14,6 +14,9 @@ MISTRAL = "[TOOL_CALLS]"
 MOST_HELD = 16384  # characters of an object at the beginning that may still be a call
 MARKS = (OPEN, CLOSE, MISTRAL)  # the names of tokens without text that are part of an answer with calls
 
+FENCE = "```json"
+
+_FENCE = re.compile(r"```(?:json)?\s*")
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _TOLD = """You can call functions. Each is described by a line of JSON:
 {tools}
@@ -111,25 +114,39 @@ class Calls:
                 yield Call(self._n - 1, "", held)
         elif self._state == "call":
             yield from self._whole(held)
-        elif held.strip() or held and not self._n:
+        elif (held.strip() or held and not self._n) and self._state != "fenced":
             yield Text(held)
 
     # ---- states: each takes what it is sure of from the held text ----
 
     def _start(self) -> Iterator[Text | Call]:
-        """Nothing but blanks so far; an object here may be a call without marks."""
+        """Nothing but blanks and calls so far; an object here may be a call without marks, or in a fence, as small models like to write it."""
         text = self._held.lstrip()
-        if not text:
+        if FENCE.startswith(text):
             return
-        if text[0] == "{" and not self._array:
+        fence = _FENCE.match(text)
+        text = text[fence.end():] if fence else text
+        if text.startswith("{") and not self._array:
             end = _Scanner().end(text)
             if end is None and len(text) < MOST_HELD:
                 return
             found = list(self._calls_in(text[:end]))
             if found:
-                self._held = text[end:]  # found: so it ended
+                self._held, self._state = text[end:], "fenced" if fence else "start"  # found: so it ended
                 yield from found
-        self._state = "text"
+                return
+        if text:
+            self._state = "text"
+
+    def _fenced(self) -> Iterator[Text | Call]:
+        """The end of a fence around a call."""
+        text = self._held.lstrip()
+        if text.startswith("```"):
+            text = text[3:]
+        elif "```".startswith(text):
+            return
+        self._held, self._state = text, "start"
+        yield from ()
 
     def _text(self) -> Iterator[Text | Call]:
         mark = self._array or OPEN

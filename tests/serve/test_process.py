@@ -13,7 +13,7 @@ from support.command_line import sentence
 from support.serving import Served, client_of, make_server
 
 from sfi_local.serve import http
-from sfi_local.store import prefix_files
+from sfi_local.store import prefix_files, prefixes
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -40,10 +40,6 @@ def test_a_port_in_use_is_a_sentence(tiny, cli):
 
 def test_another_address_needs_a_key(tiny, cli):
     assert "--api-key" in sentence(cli("serve", tiny, "--host", "0.0.0.0", "--port", 0), code=2)
-
-
-def test_layers_on_another_machine_are_refused_with_the_reason(tiny, cli):
-    assert "RPC backend" in sentence(cli("serve", tiny, "--rpc", "127.0.0.1:50052"), code=2)
 
 
 def test_a_model_that_cannot_be_loaded_is_a_sentence(tmp_path, cli):
@@ -135,6 +131,10 @@ def test_two_servers_share_a_store_and_one_takes_over_when_the_other_is_drained(
         one.until_ready()
     prompt = [65 + (i * i) % 50 for i in range(1500)]
     assert first.post("/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 2})["sfi"]["cached_from"] is None
+    until = time.monotonic() + 30
+    while not prefixes._entry_files(tmp_path / "cache" / "prefixes"):  # the thread that writes steps back behind who computes
+        assert time.monotonic() < until
+        time.sleep(0.02)
     running, read = first.stream(500)
     first.process.send_signal(signal.SIGTERM)
     with pytest.raises(OSError):  # urllib's errors are some

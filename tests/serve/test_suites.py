@@ -108,6 +108,15 @@ def served_smollm2(smollm2, tmp_path_factory):
     one.process.communicate(timeout=60)
 
 
+@pytest.fixture(scope="module")
+def served_larger(tmp_path_factory):
+    one = Served(tmp_path_factory.mktemp("larger"), LARGER, "--ctx", 4096, "--name", "larger", "--quiet")
+    one.until_ready()
+    yield one
+    one.process.terminate()
+    one.process.communicate(timeout=60)
+
+
 class Asked(Langchain):
     name, url, more = "tiny", "", {}
 
@@ -150,14 +159,6 @@ class TestLangchainWithARealModel(Asked):
 @pytest.mark.skipif(not LARGER, reason="SFI_LOCAL_LARGER_MODEL names no model")
 class TestLangchainWithALargerModel(Asked):
     name, more = "larger", {"max_tokens": 200}
-
-    @pytest.fixture(scope="class")
-    def served_larger(self, tmp_path_factory):
-        one = Served(tmp_path_factory.mktemp("larger"), LARGER, "--ctx", 4096, "--name", self.name, "--quiet")
-        one.until_ready()
-        yield one
-        one.process.terminate()
-        one.process.communicate(timeout=60)
 
     @pytest.fixture(autouse=True)
     def address(self, served_larger):

@@ -51,6 +51,15 @@ def cuts(seed):
     ('[TOOL_CALLS][{"name": "add", "arguments": {"a": 2}}, {"name": "look_up", "arguments": {}}]', "",
      [("add", '{"a": 2}'), ("look_up", "{}")], "[TOOL_CALLS]"),
     ('<tool_call>{"name": "add", "arguments": {"a": 1', "", [("add", '{"a": 1')], "<tool_call>"),
+    ('```json\n{\n  "name": "add",\n  "arguments": {"a": 1}\n}\n```', "", [("add", '{"a": 1}')], "<tool_call>"),
+    ('```\n{"name": "add", "arguments": {"a": 1}}\n```\n```json\n{"name": "look_up", "arguments": {}}', "",
+     [("add", '{"a": 1}'), ("look_up", "{}")], "<tool_call>"),
+    ('```json\n{"name": "add", "arguments": {}}``', "", [("add", "{}")], ""),
+    ('```json\n{"name": "add", "arguments": {}}\n```\nThat is it.', "\nThat is it.", [("add", "{}")], ""),
+    ('```json\n{"name": "other", "arguments": {}}\n```', '```json\n{"name": "other", "arguments": {}}\n```', [], ""),
+    ('```json\n{"a": 1', '```json\n{"a": 1', [], ""),
+    ("```python\n{}\n```", "```python\n{}\n```", [], "<tool_call>"),
+    ("```", "```", [], "<tool_call>"),
     ("<tool_call>no JSON", "<tool_call>no JSON", [], "<tool_call>")])
 def test_calls_are_told_from_the_answer(text, answer, calls, source, seed):
     assert found(text, cuts(seed), source) == (answer, calls)
