@@ -1,6 +1,7 @@
 #include "sketch-error.h"
 
 #include "sketch.h"
+#include "wide-loops.h"
 
 #include <algorithm>
 #include <cmath>
@@ -29,10 +30,13 @@ std::vector<float> centred(const llama_sketch_rows & rows, int64_t n_embd, const
 }
 
 std::vector<float> transposed(const std::vector<float> & x, int64_t n, int64_t n_columns) {
+    constexpr int64_t some = 16; // rows, whose part of the result is written together
     std::vector<float> t(x.size());
-    for (int64_t r = 0; r < n; ++r) {
+    for (int64_t r0 = 0; r0 < n; r0 += some) {
         for (int64_t i = 0; i < n_columns; ++i) {
-            t[i*n + r] = x[r*n_columns + i];
+            for (int64_t r = r0; r < std::min(r0 + some, n); ++r) {
+                t[i*n + r] = x[r*n_columns + i];
+            }
         }
     }
     return t;
@@ -41,18 +45,20 @@ std::vector<float> transposed(const std::vector<float> & x, int64_t n, int64_t n
 // sum_i weight_i x_i of the rows of x [n_rows, n], four at a time; an inner loop over columns need not reorder sums
 void combine(const float * weight, const float * x, int64_t n_rows, int64_t n, float * out) {
     std::fill(out, out + n, 0.0f);
-    int64_t i = 0;
-    for (; i + 4 <= n_rows; i += 4) {
-        const float * x0 = x + i*n, * x1 = x0 + n, * x2 = x1 + n, * x3 = x2 + n;
-        for (int64_t c = 0; c < n; ++c) {
-            out[c] += (weight[i]*x0[c] + weight[i + 1]*x1[c]) + (weight[i + 2]*x2[c] + weight[i + 3]*x3[c]);
+    llama_loop_widely([&]() LLAMA_WIDE_LOOP {
+        int64_t i = 0;
+        for (; i + 4 <= n_rows; i += 4) {
+            const float * x0 = x + i*n, * x1 = x0 + n, * x2 = x1 + n, * x3 = x2 + n;
+            for (int64_t c = 0; c < n; ++c) {
+                out[c] += (weight[i]*x0[c] + weight[i + 1]*x1[c]) + (weight[i + 2]*x2[c] + weight[i + 3]*x3[c]);
+            }
         }
-    }
-    for (; i < n_rows; ++i) {
-        for (int64_t c = 0; c < n; ++c) {
-            out[c] += weight[i]*x[i*n + c];
+        for (; i < n_rows; ++i) {
+            for (int64_t c = 0; c < n; ++c) {
+                out[c] += weight[i]*x[i*n + c];
+            }
         }
-    }
+    });
 }
 
 // codes less their centres, [n_components, n], of the columns of x [n_embd, n]
@@ -62,9 +68,11 @@ std::vector<float> codes_of(const std::vector<float> & x, int64_t n_embd, int64_
         float * code = &codes[j*n];
         combine(enc + j*n_embd, x.data(), n_embd, n, code);
         const float centre = 0.5f*(float) ((1 << sketch_bits(j, n4, n2)) - 1);
-        for (int64_t r = 0; r < n; ++r) {
-            code[r] = std::clamp(std::nearbyint(code[r] + centre), 0.0f, 2.0f*centre) - centre;
-        }
+        llama_loop_widely([&]() LLAMA_WIDE_LOOP {
+            for (int64_t r = 0; r < n; ++r) {
+                code[r] = std::min(std::max(std::nearbyint(code[r] + centre), 0.0f), 2.0f*centre) - centre;
+            }
+        });
     }
     return codes;
 }

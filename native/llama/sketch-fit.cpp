@@ -1,6 +1,7 @@
 #include "sketch-fit.h"
 
 #include "sketch.h"
+#include "wide-loops.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +15,7 @@ namespace {
 
 using matrix = std::vector<double>;
 
-double dot(const double * a, const double * b, int64_t n) {
+LLAMA_WIDE_LOOP inline double dot(const double * a, const double * b, int64_t n) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i) {
         sum += a[i]*b[i];
@@ -23,7 +24,7 @@ double dot(const double * a, const double * b, int64_t n) {
 }
 
 // a -> tridiagonal with diagonal d and off-diagonal e (e[i] between i and i + 1); rows of w: the new base
-void tridiagonalise(matrix & a, int64_t n, matrix & w, std::vector<double> & d, std::vector<double> & e) {
+LLAMA_WIDE_LOOP inline void tridiagonalise(matrix & a, int64_t n, matrix & w, std::vector<double> & d, std::vector<double> & e) {
     w.assign(n*n, 0.0);
     for (int64_t i = 0; i < n; ++i) {
         w[i*n + i] = 1.0;
@@ -77,7 +78,7 @@ void tridiagonalise(matrix & a, int64_t n, matrix & w, std::vector<double> & d, 
 }
 
 // diagonalises the tridiagonal matrix (d, e); rows of w become its eigenvectors
-void diagonalise(int64_t n, std::vector<double> & d, std::vector<double> & e, matrix & w) {
+LLAMA_WIDE_LOOP inline void diagonalise(int64_t n, std::vector<double> & d, std::vector<double> & e, matrix & w) {
     for (int64_t l = 0; l < n; ++l) {
         for (int round = 0; round < 60; ++round) {
             int64_t m = l;
@@ -132,8 +133,10 @@ void diagonalise(int64_t n, std::vector<double> & d, std::vector<double> & e, ma
 void llama_symmetric_eigen(std::vector<double> & a, int64_t n, std::vector<double> & vectors, std::vector<double> & values) {
     matrix w;
     std::vector<double> d, e;
-    tridiagonalise(a, n, w, d, e);
-    diagonalise(n, d, e, w);
+    llama_loop_widely([&]() LLAMA_WIDE_LOOP {
+        tridiagonalise(a, n, w, d, e);
+        diagonalise(n, d, e, w);
+    });
 
     std::vector<int64_t> order(n);
     std::iota(order.begin(), order.end(), 0);
@@ -163,25 +166,43 @@ std::vector<double> mean_of(const llama_sketch_rows & rows, int64_t n_embd) {
     return mean;
 }
 
+// part += the lower triangle of x x^T for each of n_rows rows of x, in their order
+LLAMA_WIDE_LOOP inline void add_products(const float * __restrict x, int64_t n_rows, int64_t n, float * __restrict part) {
+    int64_t r = 0;
+    for (; r + 4 <= n_rows; r += 4) {
+        const float * x0 = x + r*n, * x1 = x0 + n, * x2 = x1 + n, * x3 = x2 + n;
+        for (int64_t i = 0; i < n; ++i) {
+            float * to = part + i*n;
+            for (int64_t j = 0; j <= i; ++j) {
+                to[j] = (((to[j] + x0[i]*x0[j]) + x1[i]*x1[j]) + x2[i]*x2[j]) + x3[i]*x3[j];
+            }
+        }
+    }
+    for (; r < n_rows; ++r) {
+        for (int64_t i = 0; i < n; ++i) {
+            for (int64_t j = 0; j <= i; ++j) {
+                part[i*n + j] += x[r*n + i]*x[r*n + j];
+            }
+        }
+    }
+}
+
 // mean of (x - center)(x - center)^T
 matrix moment_of(const llama_sketch_rows & rows, int64_t n_embd, const std::vector<double> & center) {
     constexpr int64_t run = 64; // rows summed in F32 before they go to F64
     matrix sum(n_embd*n_embd, 0.0);
-    std::vector<float> part(n_embd*n_embd), x(n_embd);
+    std::vector<float> part(n_embd*n_embd), x(run*n_embd), middle(center.begin(), center.end());
     for (int64_t r0 = 0; r0 < rows.n; r0 += run) {
+        const int64_t n = std::min(run, rows.n - r0);
         std::fill(part.begin(), part.end(), 0.0f);
-        for (int64_t r = r0; r < std::min(r0 + run, rows.n); ++r) {
-            for (int64_t i = 0; i < n_embd; ++i) {
-                x[i] = rows.data[r*n_embd + i] - (float) center[i];
-            }
-            for (int64_t i = 0; i < n_embd; ++i) {
-                const float xi = x[i];
-                float * to = &part[i*n_embd];
-                for (int64_t j = 0; j <= i; ++j) {
-                    to[j] += xi*x[j];
+        llama_loop_widely([&]() LLAMA_WIDE_LOOP {
+            for (int64_t r = 0; r < n; ++r) {
+                for (int64_t i = 0; i < n_embd; ++i) {
+                    x[r*n_embd + i] = rows.data[(r0 + r)*n_embd + i] - middle[i];
                 }
             }
-        }
+            add_products(x.data(), n, n_embd, part.data());
+        });
         for (size_t i = 0; i < sum.size(); ++i) {
             sum[i] += part[i];
         }
@@ -278,20 +299,22 @@ float llama_sketch_fit(const llama_sketch_rows & k, const llama_sketch_rows & v,
     const auto   mean_k = mean_of(k, n);
     const matrix c_k    = moment_of(k, n, mean_k);
     matrix cl(n*n, 0.0), c(n*n, 0.0);
-    for (int64_t i = 0; i < n; ++i) {
+    llama_loop_widely([&]() LLAMA_WIDE_LOOP {
+        for (int64_t i = 0; i < n; ++i) {
+            for (int64_t m = 0; m < n; ++m) {
+                for (int64_t j = 0; j <= m; ++j) {
+                    cl[i*n + j] += c_k[i*n + m]*l[m*n + j];
+                }
+            }
+        }
         for (int64_t m = 0; m < n; ++m) {
-            for (int64_t j = 0; j <= m; ++j) {
-                cl[i*n + j] += c_k[i*n + m]*l[m*n + j];
+            for (int64_t i = 0; i <= m; ++i) {
+                for (int64_t j = 0; j < n; ++j) {
+                    c[i*n + j] += l[m*n + i]*cl[m*n + j];
+                }
             }
         }
-    }
-    for (int64_t m = 0; m < n; ++m) {
-        for (int64_t i = 0; i <= m; ++i) {
-            for (int64_t j = 0; j < n; ++j) {
-                c[i*n + j] += l[m*n + i]*cl[m*n + j];
-            }
-        }
-    }
+    });
     matrix u;
     std::vector<double> values;
     llama_symmetric_eigen(c, n, u, values);

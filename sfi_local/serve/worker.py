@@ -26,7 +26,7 @@ from sfi_local.runtime.step import Step
 
 LONGEST_PAUSE = 0.2     # seconds that a stream waits for the others at most
 AIM = 0.6               # of that time, what a round is made to take: the next piece may be slower than the last
-LEAST_PIECE = 16        # tokens; what a piece costs whatever its length is as much as that or more
+LEAST_PIECE = 6         # tokens; what a piece costs whatever its length is as much as that
 LAST_PIECE = 8          # tokens that are left for the end of a prompt, of which the schedule remembers so many
 MOST_WAITING = 1024     # answers in the queue
 
@@ -89,7 +89,7 @@ class Job:
         self.slot: Slot | None = None
         self.steps: Iterator[Step] | None = None
         self.n_read = 0                       # tokens of the prompt that the slot holds
-        self.rate = 0.001                     # seconds per token of the last piece
+        self.rate: float | None = None        # seconds per token of the last piece
         self.last_turn = self.added           # when its last turn ended
 
     @property
@@ -300,10 +300,11 @@ class Worker:
 
     def _piece(self, job: Job) -> int:
         """Tokens that may be read before the streams go on; a whole batch where there are none."""
-        if not any(other.streams for other in self._active):
+        streams = [other for other in self._active if other.streams]
+        if not streams:
             return N_BATCH
-        room = AIM * LONGEST_PAUSE - (time.monotonic() - self._round_began)
-        return max(LEAST_PIECE, min(N_BATCH, int(room / job.rate)))
+        room = AIM * LONGEST_PAUSE - (time.monotonic() - min(other.last_turn for other in streams))
+        return LEAST_PIECE if job.rate is None else max(LEAST_PIECE, min(N_BATCH, int(room / job.rate)))
 
     def between(self, job: Job) -> None:
         """Called while a prompt of a job is read or what its fast steps need is made: the streams of others go on in time."""
