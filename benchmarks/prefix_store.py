@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6500), parser.add_argument("-n", type=int, default=100)
     parser.add_argument("--mode", default="auto"), parser.add_argument("-t", type=int, default=2)
     parser.add_argument("--stock", action="store_true", help="also the first question by llama.cpp's own path")
-    parser.add_argument("--deepest", type=int, default=16384, help="cells of the largest context that grows")
+    parser.add_argument("--deepest", type=int, default=16384, help="tokens of the longest text that gets more room")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(SFI_LOCAL_CACHE=folder, SFI_LOCAL_PREFIX_BUDGET="100e9", SFI_LOCAL_AUTO_DEPTH="0")  # nothing else is measured
@@ -106,27 +106,30 @@ def parts(args: argparse.Namespace) -> dict:
 
 
 def growth(args: argparse.Namespace) -> list[dict]:
-    """Seconds until a context with as many tokens has twice the room, and the tokens that were computed for it; 3 times each. The cells are
-    repeated ones, so that none has to be computed for this."""
+    """Seconds that a text takes to get room behind as many tokens, as run, chat and serve give it: 3 times each, in a new context. The cells
+    are repeated ones, so that none has to be computed for this. moved: they went to a larger context, which is so where cells take memory
+    before they are used (all systems but Linux), and behind 32k tokens."""
     import sfi_local
     from sfi_local.binding import state_fill
 
     rows = []
-    with sfi_local.load(args.model, mode="dense", n_threads=args.t, n_ctx=2 * args.deepest, cache=False) as model:
-        for depth in (n for n in (4096, 8192, 16384, 32768) if n <= args.deepest):
+    with sfi_local.load(args.model, mode="dense", n_threads=args.t, cache=False) as model:
+        for depth in (n for n in (4096, 8192, 16384, 32768) if n <= args.deepest and n + 512 <= model.n_ctx_limit):
             times = []
             for _ in range(3):
                 slot = model.new_slot()
-                slot.grow(depth)
+                model.make_room(slot, depth - 128, 128)
                 slot.prefill([100] * 16)
                 state_fill.fill(slot.context.ctx, depth)
                 slot.tokens[:] = [100] * depth
-                start = time.perf_counter()
-                slot.grow(2 * depth)
+                context, start, n_prefilled = slot.context, time.perf_counter(), slot.n_prefilled
+                model.make_room(slot, depth + 128, 128)
+                slot.step(100)
                 times.append(round(time.perf_counter() - start, 3))
-                assert len(slot.tokens) == depth and slot.engine.stats().n_prefill == 0
+                assert len(slot.tokens) == depth + 1 and slot.n_prefilled == n_prefilled
+                moved = slot.context is not context
                 slot.close()
-            rows.append({"n_tokens": depth, "s": sorted(times), "n_computed": 0})
+            rows.append({"n_tokens": depth, "room_and_step_s": sorted(times), "moved": moved, "n_computed": 0})
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -90,7 +91,8 @@ def load_as(model: str | os.PathLike, asked: Settings, verbose: bool = False, pr
     loaded = Model(file, weights, room.n_bytes and cost.cells(room.n_bytes), mode=taken.mode, n_ctx=asked.n_ctx,
                    n_threads=asked.n_threads or physical_cores(), type_k=asked.type_k, type_v=asked.type_v, params=taken.params,
                    fit_budget=taken.fits_budget, gpu_layers=asked.gpu_layers, kv_host=asked.kv_host, portable_params=taken.portable,
-                   quality=taken.quality, adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of, n_ubatch=n_ubatch)
+                   quality=taken.quality, adapters=_adapters(asked.lora), find_auto_depth=auto_depth_of, n_ubatch=n_ubatch,
+                   roomy=sys.platform == "linux" and not kv_on_gpus and not asked.low_memory)
     if asked.cache:
         loaded.keep_prefixes(fingerprint_of(file, asked, stretched), told_settings(asked), in_memory=not asked.low_memory)
     for sentence in filter(None, (*taken.notes, no_gpu, *room.notes)):

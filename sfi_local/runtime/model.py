@@ -33,6 +33,7 @@ from sfi_local.runtime.vocabulary import Vocabulary
 from sfi_local.store.gguf_file import GgufFile
 
 FIRST_CTX = 4096     # a context starts at this size and grows with the conversation
+ROOMY_CTX = 32768    # where cells take memory when they are used, it starts with so many, which nearly all texts fit into
 MAX_LOGPROBS = 1000
 
 
@@ -69,13 +70,14 @@ class Model:
     All methods may be called from any thread. close() ends what is running and waits for it; afterwards they raise DetachedError.
     n_fit: cells of the largest context that the memory holds; None: not known
     adapters: LoRA files and their scales
+    roomy: cells take memory when they are used, not before: contexts may have more than are needed
     find_auto_depth: how the depth from which ``auto`` is slow-fast is found, see auto_depth.auto_depth_of
     """
 
     def __init__(self, file: GgufFile, weights: Any, n_fit: int | None, *, mode: str | Mode, n_ctx: int | None, n_threads: int,
                  type_k: str, type_v: str, params: SfiParams, fit_budget: bool, gpu_layers: int | None = None,
                  kv_host: bool = False, portable_params: SfiParams | None = None, adapters: Sequence[tuple[str, float]] = (),
-                 quality: str = "", find_auto_depth: FindDepth | None = None, n_ubatch: int = N_BATCH):
+                 quality: str = "", find_auto_depth: FindDepth | None = None, n_ubatch: int = N_BATCH, roomy: bool = False):
         self.file, self.n_threads, self.gpu_layers, self._kv_host = file, n_threads, gpu_layers, kv_host
         self._mode = mode_of(mode)
         self.quality = quality  # how close to dense it is, in words, or ""
@@ -84,6 +86,7 @@ class Model:
         self.weights, self._n_fit, self._n_ctx = weights, n_fit, n_ctx
         self._types, self._params, self._fit_budget, self._portable = (type_k, type_v), params, fit_budget, portable_params
         self.n_ubatch = n_ubatch
+        self._roomy = roomy
         self._find_auto_depth = find_auto_depth
         self._access = Access("model", weights.close)
         self.vocabulary = Vocabulary(weights, self._access)
@@ -275,7 +278,7 @@ class Model:
         need = min(self.n_ctx_limit, n_prompt + (n or MIN_CTX))
         slot.n_limit = self.n_ctx_limit
         if slot.n_ctx < need:
-            slot.grow(self._n_ctx or min(self.n_ctx_limit, max(2 * slot.n_ctx, FIRST_CTX, _round_up(need))))
+            self._grow(slot, need)
             self._note_slot(slot)
         self.tune_auto(n_prompt + (n or self.n_ctx_limit))
 
@@ -333,6 +336,17 @@ class Model:
         """A further sequence on these weights, without a context as yet; it is closed with the model, if not before."""
         return Slot(maker(self.weights, self.n_threads, *self._types, self._adapters, self.n_ubatch, self._kv_host), 0, self._mode, self._fit_params,
                     portable=self._portable, weights=self._access, keeper=self._keeper)
+
+    def _grow(self, slot: Slot, need: int) -> None:
+        """To need cells at least, and as many more as spare it to grow soon again."""
+        least = self._n_ctx or min(self.n_ctx_limit, max(2 * slot.n_ctx, FIRST_CTX, _round_up(need)))
+        roomy = min(self.n_ctx_limit, ROOMY_CTX)
+        if self._roomy and not self._n_ctx and least < roomy:
+            try:
+                return slot.grow(roomy)
+            except OutOfMemoryError:
+                pass  # a system that promises no more memory than it has
+        slot.grow(least)
 
     def _with_room(self, slot: Slot, steps: Iterator[Step], n_prompt: int, n: int | None) -> Iterator[Step]:
         """The steps, once the context has room for them."""

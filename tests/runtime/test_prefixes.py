@@ -123,7 +123,7 @@ def test_memory_keeps_to_its_budget_and_the_oldest_goes_first(monkeypatch):
 def test_a_context_that_grows_reads_nothing_again(tiny):
     from sfi_local.runtime import model as runtime_model
 
-    with patch.object(runtime_model, "FIRST_CTX", 1024), sfi_local.load(tiny, mode="sfi", n_threads=1, cache=False) as model:
+    with patch.multiple(runtime_model, FIRST_CTX=1024, ROOMY_CTX=1024), sfi_local.load(tiny, mode="sfi", n_threads=1, cache=False) as model:
         answered(model, TEXT, n=8)
         before = model.slot.n_ctx
         _, _, n_read, kinds = answered(model, TEXT + TEXT[:700], n=8)

@@ -72,6 +72,7 @@ def test_a_conversation_that_outgrows_its_context_is_not_read_again(tiny, monkey
     from sfi_local.runtime import model as module
 
     monkeypatch.setattr(module, "FIRST_CTX", 512)
+    monkeypatch.setattr(module, "ROOMY_CTX", 512)
     monkeypatch.setattr(module, "_round_up", lambda n: -(-n // 256) * 256)
     with load(tiny, mode="dense", n_threads=1) as model:
         tokens = TEXT + [step.token for step in model.generate(TEXT, n=10, sampling=GREEDY)]
@@ -271,3 +272,33 @@ def test_a_mode_has_the_kinds_of_steps_that_it_says(slot, name):
     one.prefill(TEXT)
     kinds = {one.step(65 + i % 9).kind for i in range(30)}
     assert kinds <= set(MODES[name].kinds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there do cells take memory when they are used")
+def test_a_first_context_has_room_for_what_may_come(tmp_path, monkeypatch):
+    """So that nothing moves, and no more memory is taken than by a small one; where there is no such memory, it begins small."""
+    from sfi_local.runtime import model as module
+    from support.tiny_model import write_tiny
+
+    path = write_tiny(tmp_path / "long.gguf", n_ctx=40960)
+    with load(path, mode="sfi", n_threads=1, cache=False) as model:
+        list(model.generate(TEXT, n=4, sampling=GREEDY))
+        assert model.slot.n_ctx == module.ROOMY_CTX
+        context = model.slot.context
+        model.slot.n_limit, model.slot.keeper = 40960, None
+        list(model.generate(TEXT * (5000 // len(TEXT)), n=4, sampling=GREEDY))
+        assert model.slot.context is context
+    with load(path, mode="sfi", n_threads=1, cache=False, low_memory=True) as model:
+        list(model.generate(TEXT, n=4, sampling=GREEDY))
+        assert model.slot.n_ctx == module.FIRST_CTX
+    real = Slot.grow
+
+    def grow(self, n_ctx):
+        if n_ctx > module.FIRST_CTX:
+            raise OutOfMemoryError("no")
+        real(self, n_ctx)
+
+    monkeypatch.setattr(Slot, "grow", grow)
+    with load(path, mode="sfi", n_threads=1, cache=False) as model:
+        list(model.generate(TEXT, n=4, sampling=GREEDY))
+        assert model.slot.n_ctx == module.FIRST_CTX
