@@ -63,8 +63,9 @@ enum class simd { scalar, avx2, avx512, neon };
 simd simd_for(bool reference);
 
 // A function that only prefetches has no effect that GCC knows of, and calls of it are removed; unless they are
-// inlined before anybody asks.
-#if defined(__GNUC__)
+// inlined before anybody asks. A build that wants its functions small (sanitizers: check-ops.sh) says SFI_INLINE=inline.
+#if defined(SFI_INLINE)
+#elif defined(__GNUC__)
 #    define SFI_INLINE inline __attribute__((always_inline))
 #else
 #    define SFI_INLINE inline
