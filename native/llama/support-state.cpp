@@ -36,6 +36,14 @@ struct state_head {
 
 constexpr uint32_t state_magic = 0x53666953, state_version = 1;
 
+// Whether these can be numbers of a sequence: steps count on from them.
+bool is_sound(const state_head & head) {
+    const auto within = [](int64_t x, int64_t least, int64_t most) { return least <= x && x <= most; };
+    return within(head.n, 0, 1 << 28) && within(head.j0, 0, head.j1) && within(head.j1, 0, head.n) && within(head.span, 0, head.n)
+        && within(head.n_fit, 0, 2*head.n) // a basis may be of twice as many as are left
+        && within(head.n_fit_queries, 0, head.n_queries) && within(head.n_refresh, 1, INT64_MAX/2);
+}
+
 } // namespace
 
 // Passes over the layers.
@@ -108,8 +116,7 @@ std::string llama_support::set_state(uint32_t s, const char * bytes, size_t size
             || (params.policy == LLAMA_SUPPORT_FROZEN && head.n_selected != params.n_selected)) {
         return "it was made with other parameters";
     }
-    if (head.n < n || head.j0 < 0 || head.j0 > head.j1 || head.j1 > head.n || head.span < 0 || head.n_fit < 0 || head.n_fit_queries < 0
-            || head.n_refresh < 1 || size != state_size_of(head.j1)) {
+    if (head.n < n || !is_sound(head) || size != state_size_of(head.j1)) {
         return "its lengths do not fit";
     }
     if (!llama_cells_at(bytes + sizeof(head), params.n_queries, head.n)) {
