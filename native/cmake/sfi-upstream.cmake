@@ -21,6 +21,10 @@ if ((SKBUILD OR NOT SFI_PYTHON) AND CMAKE_C_COMPILER_ID MATCHES "GNU|Clang" AND 
     endforeach()
 endif()
 
+if (SFI_SANITIZE)
+    add_link_options(-fsanitize=${SFI_SANITIZE})
+endif()
+
 # A portable build carries one CPU library per feature set and picks one when it starts.
 if (SFI_PORTABLE)
     set(GGML_NATIVE           OFF)
@@ -131,6 +135,12 @@ target_include_directories(llama
     PRIVATE "${native}/api" "${native}/llama" "${native}/ggml" "${SFI_GENERATED}")
 target_compile_definitions(llama PRIVATE SFI_BUILD)
 target_compile_features(llama PRIVATE cxx_std_17)
+
+# Each function by itself: inlined into one another, a kernel with its checks takes the compiler minutes.
+if (SFI_SANITIZE)
+    set_property(SOURCE ${SFI_GGML_SOURCES} ${SFI_CPU_SOURCES} ${SFI_LLAMA_SOURCES} TARGET_DIRECTORY ggml-base ${SFI_CPU_TARGETS} llama
+        APPEND PROPERTY COMPILE_OPTIONS -fsanitize=${SFI_SANITIZE} -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1 -DSFI_INLINE=inline)
+endif()
 
 # ---- names: neither shadow another llama.cpp nor be shadowed by one -----------------------------------------------
 

@@ -8,10 +8,10 @@
 # with what sfi-local depends on. VULKAN_INCLUDE: newer Vulkan headers (1.3.272 or later) than the system's. PYTHON, JOBS.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. native/tests/own-package.sh
 
 python=${PYTHON:-python3}
 build=$PWD/build/vulkan
-package=$build/python/sfi_local
 
 mkdir -p build
 cmake -S native -B "$build" -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
@@ -19,13 +19,7 @@ cmake -S native -B "$build" -DPython_EXECUTABLE="$("$python" -c 'import sys; pri
     { tail -n 20 "$build.log"; exit 1; }
 nice cmake --build "$build" --parallel "${JOBS:-2}" >> "$build.log" 2>&1 || { tail -n 20 "$build.log"; exit 1; }
 
-# a package of its own: the libraries of `make dev` stay as they are
-rm -rf "$package"
-mkdir -p "$package"
-cp -rL sfi_local/*.py $(find sfi_local -mindepth 1 -maxdepth 1 -type d) models "$package"  # lib is a link
-cp "$build"/package/* "$package"
-ln -s "$build/bin" "$package/lib"
-cp -r tests pyproject.toml "$build/python"
+own_package "$build"
 cd "$build/python"
 
 export GGML_VK_VISIBLE_DEVICES=${GGML_VK_VISIBLE_DEVICES:-0}  # ggml passes over a driver in software unless it is named
