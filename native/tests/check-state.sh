@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What takes bytes from outside into a context (rows, states, files of the prefix store), under AddressSanitizer and UBSan.
 #
-#     native/tests/check-state.sh [CHANGES]     of each policy's state, 50000 unless given
+#     native/tests/check-state.sh [CHANGES]     of each policy's state, 10000 unless given
 #
 # Our own sources are built with the sanitizers (SFI_SANITIZE), upstream's without. Needs GCC, and a Python with what the tests need. PYTHON, JOBS.
 set -euo pipefail
@@ -18,7 +18,7 @@ cmake --build "$build" --parallel "${JOBS:-2}" >> "$build.log" 2>&1 || { tail -n
 own_package "$build"
 cd "$build/python"
 
-changes=${1:-50000}
+changes=${1:-10000}
 sanitized() {
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
         PYTHONMALLOC=malloc SFI_FUZZ_CHANGES=$changes "$python" "$@"
