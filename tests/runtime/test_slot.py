@@ -277,8 +277,9 @@ def test_a_mode_has_the_kinds_of_steps_that_it_says(slot, name):
 @pytest.mark.skipif(sys.platform != "linux", reason="only there do cells take memory when they are used")
 def test_a_first_context_has_room_for_what_may_come(tmp_path, monkeypatch):
     """So that nothing moves, and no more memory is taken than by a small one; where there is no such memory, it begins small."""
-    from sfi_local.runtime import model as module
     from support.tiny_model import write_tiny
+
+    from sfi_local.runtime import model as module
 
     path = write_tiny(tmp_path / "long.gguf", n_ctx=40960)
     with load(path, mode="sfi", n_threads=1, cache=False) as model:
