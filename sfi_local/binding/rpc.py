@@ -9,10 +9,9 @@ import ctypes
 import os
 import socket
 import struct
-import sys
 from ctypes import POINTER, c_char_p, c_size_t, c_void_p
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from sfi_local.binding.devices import CPU, Ggml
 from sfi_local.errors import ArgumentError, LibraryError, SfiError
@@ -50,14 +49,17 @@ def parse(text: str) -> tuple[Address, ...]:
     return tuple(found)
 
 
-def attach(machines: Sequence[Address]) -> None:
-    """Add what the machines lend to the devices of this process, for good. Raises SfiError, LibraryError."""
+def attach(machines: Sequence[Address], on_lost: Callable[[str], None]) -> None:
+    """Add what the machines lend to the devices of this process, for good. Raises SfiError, LibraryError.
+
+    on_lost: called with ggml's message when a machine is lost later; the process ends with exit code 1 behind it
+    """
     if not machines:
         return
     ggml = Ggml()
     for machine in machines:
         _ask(machine)
-    _tell_the_end()
+    _tell_the_end(on_lost)
     add = _function(ggml, "ggml_backend_rpc_add_server", c_void_p, [c_char_p])
     for machine in machines:
         lent = add(str(machine).encode())
@@ -89,36 +91,40 @@ def _ask(machine: Address) -> None:
     try:
         with socket.create_connection((machine.host, machine.port), timeout=_SECONDS) as one:
             one.settimeout(_SECONDS)
-            one.sendall(struct.pack("<BQ", _HELLO, len(_CAPS)) + _CAPS)
-            answer = _read(one, 8 + 4 + len(_CAPS))
+            answer = _hello(one)
     except TimeoutError:
-        raise SfiError(f"{machine} of --rpc does not answer: is it in use? It lends itself to one machine at a time.") from None
+        raise SfiError(f"{machine} does not answer: is it in use? It lends itself to one machine at a time.") from None
     except OSError as error:
-        raise SfiError(f"{machine} of --rpc cannot be reached ({error.strerror or error}): start `sfi-local rpc-server` there, or see to the "
+        raise SfiError(f"{machine} cannot be reached ({error.strerror or error}): start `sfi-local rpc-server` there, or see to the "
                        f"address.") from None
     n, major = struct.unpack("<QB", answer[:9]) if len(answer) >= 9 else (0, 0)
     if n != 4 + len(_CAPS) or len(answer) < 8 + n:
-        raise SfiError(f"{machine} of --rpc speaks something else than ggml's RPC: give the port of `sfi-local rpc-server`.")
+        raise SfiError(f"{machine} speaks something else than ggml's RPC: give the port of `sfi-local rpc-server`.")
     if major != PROTOCOL:
-        raise SfiError(f"{machine} of --rpc speaks version {major} of ggml's RPC, and this build {PROTOCOL}: run the same version of sfi-local on both.")
+        raise SfiError(f"{machine} speaks version {major} of ggml's RPC, and this build {PROTOCOL}: run the same version of sfi-local on both.")
 
 
-def _read(one: socket.socket, n: int) -> bytes:
-    read = b""
-    while len(read) < n and (more := one.recv(n - len(read))):
-        read += more
+def _hello(one: socket.socket) -> bytes:
+    """What it answers, as much as comes of it: who does not understand may hang up."""
+    n, read = 8 + 4 + len(_CAPS), b""
+    try:
+        one.sendall(struct.pack("<BQ", _HELLO, len(_CAPS)) + _CAPS)
+        while len(read) < n and (more := one.recv(n - len(read))):
+            read += more
+    except ConnectionError:
+        pass
     return read
 
 
-def _tell_the_end() -> None:
+def _tell_the_end(on_lost: Callable[[str], None]) -> None:
     """What ggml says when a machine is lost is a stack of addresses: a sentence in its place."""
     global _abort
 
     def ended(message: bytes) -> None:
-        text = message.decode(errors="replace").strip()
-        sys.stderr.write(f"\nError: a machine of --rpc was lost, and the layers on it ({text}). Start again when it is there.\n")
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            on_lost(message.decode(errors="replace").strip())
+        finally:
+            os._exit(1)
 
     _abort = ctypes.CFUNCTYPE(None, c_char_p)(ended)
     Ggml().set_abort_callback(_abort)

@@ -71,7 +71,7 @@ def command(**options: Any) -> None:
     settings = take_settings(options)
     address = listen(options["host"], options["port"])
     with address:
-        attach(machines)
+        attach(machines, lambda why: say(f"A machine of --rpc was lost, and the layers on it ({why}): start again when it is there."))
         serve(options, settings, key, address)
 
 

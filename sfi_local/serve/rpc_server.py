@@ -6,6 +6,7 @@ import signal
 
 import click
 
+from sfi_local.binding import rpc
 from sfi_local.cli.options import BriefCommand, threads_option
 from sfi_local.cli.terminal import say
 from sfi_local.machine import physical_cores
@@ -23,8 +24,6 @@ def command(host: str, port: int, threads: int | None) -> None:
     On this machine's GPUs, or where there are none on its CPU. ggml's RPC has neither a key nor encryption: who reaches the port can do
     with this process what they like. So it is for a cable or a network of one's own.
     """
-    from sfi_local.binding import rpc
-
     listen(host, port).close()  # ggml's own sentence would not say why
     if host not in LOOPBACK:
         say(f"Whoever reaches {host} port {port} may use this machine, and could take it over: ggml's RPC asks for no key.")

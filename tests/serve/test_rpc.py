@@ -81,7 +81,7 @@ def test_a_machine_that_is_lost_ends_the_server_with_a_sentence(tiny, tmp_path, 
         while True:
             one.post("/v1/completions", {**ASKED, "max_tokens": 200, "cache_prompt": False})
     _, err = one.process.communicate(timeout=30)
-    assert one.process.returncode == 1 and b"a machine of --rpc was lost" in err and b"ggml_abort" not in err
+    assert one.process.returncode == 1 and b"A machine of --rpc was lost" in err and b"ggml_abort" not in err
 
 
 def test_one_that_is_in_use_is_told(tiny, cli, lender):
