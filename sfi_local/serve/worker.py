@@ -26,7 +26,7 @@ from sfi_local.runtime.step import Step
 
 LONGEST_PAUSE = 0.2     # seconds that a stream waits for the others at most
 AIM = 0.6               # of that time, what a round is made to take: the next piece may be slower than the last
-LEAST_PIECE = 6         # tokens; what a piece costs whatever its length is as much as that
+LEAST_PIECE = 4         # tokens; what a piece costs whatever its length is as much as that
 LAST_PIECE = 8          # tokens that are left for the end of a prompt, of which the schedule remembers so many
 MOST_WAITING = 1024     # answers in the queue
 
