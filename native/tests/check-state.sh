@@ -11,11 +11,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 build=$PWD/build/state
 
-mkdir -p build
-cmake -S native -B "$build" -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" -DSFI_SANITIZE=address,undefined \
-    > "$build.log" 2>&1 || { tail -n 20 "$build.log"; exit 1; }
-cmake --build "$build" --parallel "${JOBS:-2}" >> "$build.log" 2>&1 || { tail -n 20 "$build.log"; exit 1; }
-own_package "$build"
+own_package "$build" -DSFI_SANITIZE=address,undefined
 cd "$build/python"
 
 changes=${1:-10000}

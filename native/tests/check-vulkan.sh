@@ -13,13 +13,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 build=$PWD/build/vulkan
 
-mkdir -p build
-cmake -S native -B "$build" -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-    -DGGML_VULKAN=ON ${VULKAN_INCLUDE:+-DVulkan_INCLUDE_DIR="$VULKAN_INCLUDE"} > "$build.log" 2>&1 ||
-    { tail -n 20 "$build.log"; exit 1; }
-nice cmake --build "$build" --parallel "${JOBS:-2}" >> "$build.log" 2>&1 || { tail -n 20 "$build.log"; exit 1; }
-
-own_package "$build"
+own_package "$build" -DGGML_VULKAN=ON ${VULKAN_INCLUDE:+-DVulkan_INCLUDE_DIR="$VULKAN_INCLUDE"}
 cd "$build/python"
 
 export GGML_VK_VISIBLE_DEVICES=${GGML_VK_VISIBLE_DEVICES:-0}  # ggml passes over a driver in software unless it is named

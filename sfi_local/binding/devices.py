@@ -11,7 +11,8 @@ from sfi_local.binding.engine import device_operations, device_path
 from sfi_local.binding.library import open_library
 from sfi_local.params import POLICIES, SfiParams
 
-CPU = 0  # enum ggml_backend_dev_type
+CPU = 0             # enum ggml_backend_dev_type
+GPU_TYPES = (1, 2)  # GPU, IGPU there
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class Ggml:
         lib = open_library().llama_cpp.llama_cpp._lib
         for name, (result, arguments) in _SIGNATURES.items():
             setattr(self, name, ctypes.CFUNCTYPE(result, *arguments)((f"ggml_{name}", lib)))
+
+    def devices(self, *types: int) -> list[int]:
+        """Addresses of the devices of these types."""
+        return [one for one in map(self.backend_dev_get, range(self.backend_dev_count())) if self.backend_dev_type(one) in types]
 
     def __getattr__(self, name: str) -> Any:  # for type checkers: what __init__ did not set is not there
         raise AttributeError(name)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from ctypes import byref, c_size_t
 from dataclasses import dataclass
 
-from sfi_local.binding.devices import Ggml
+from sfi_local.binding.devices import GPU_TYPES, Ggml
 from sfi_local.binding.library import LIB_DIR
 from sfi_local.errors import ArgumentError, OutOfMemoryError, Remedy
 from sfi_local.machine import human_bytes
 
-_GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU
 MEMORY_SHARE = 0.95  # of the free memory, what weights and KV cache may take; the rest is for what kernels need
 
 
@@ -37,13 +36,12 @@ class Need:
 def gpus() -> list[Gpu]:
     """GPUs of the loaded library; none of a build without a GPU backend."""
     ggml, found = Ggml(), []
-    for device in map(ggml.backend_dev_get, range(ggml.backend_dev_count())):
-        if ggml.backend_dev_type(device) in _GPU_TYPES:
-            free, total = c_size_t(), c_size_t()
-            ggml.backend_dev_memory(device, byref(free), byref(total))
-            name, description = (text(device).decode(errors="replace").strip()
-                                 for text in (ggml.backend_dev_name, ggml.backend_dev_description))
-            found.append(Gpu(name, description, free.value, total.value))
+    for device in ggml.devices(*GPU_TYPES):
+        free, total = c_size_t(), c_size_t()
+        ggml.backend_dev_memory(device, byref(free), byref(total))
+        name, description = (text(device).decode(errors="replace").strip()
+                             for text in (ggml.backend_dev_name, ggml.backend_dev_description))
+        found.append(Gpu(name, description, free.value, total.value))
     return found
 
 

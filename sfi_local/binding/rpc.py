@@ -13,7 +13,7 @@ from ctypes import POINTER, c_char_p, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
-from sfi_local.binding.devices import CPU, Ggml
+from sfi_local.binding.devices import CPU, GPU_TYPES, Ggml
 from sfi_local.errors import ArgumentError, LibraryError, SfiError
 
 MOST = 16          # machines, as ggml-rpc.h has it
@@ -59,7 +59,7 @@ def attach(machines: Sequence[Address], on_lost: Callable[[str], None]) -> None:
     ggml = Ggml()
     for machine in machines:
         _ask(machine)
-    _tell_the_end(on_lost)
+    _tell_the_end(ggml, on_lost)
     add = _function(ggml, "ggml_backend_rpc_add_server", c_void_p, [c_char_p])
     for machine in machines:
         lent = add(str(machine).encode())
@@ -71,8 +71,7 @@ def attach(machines: Sequence[Address], on_lost: Callable[[str], None]) -> None:
 def lend(machine: Address, n_threads: int) -> None:
     """Compute for one machine after the other, until the process ends. Raises SfiError, LibraryError."""
     ggml = Ggml()
-    found = [ggml.backend_dev_get(i) for i in range(ggml.backend_dev_count())]
-    used = [one for one in found if ggml.backend_dev_type(one) != CPU] or found
+    used = ggml.devices(*GPU_TYPES) or ggml.devices(CPU)
     serve = _function(ggml, "ggml_backend_rpc_start_server", None, [c_char_p, c_char_p, c_size_t, c_size_t, POINTER(c_void_p)])
     serve(str(machine).encode(), None, n_threads, len(used), (c_void_p * len(used))(*used))
     raise SfiError(f"Nothing is lent at {machine} any more: is the address one of this machine's, and the port free?")
@@ -116,7 +115,7 @@ def _hello(one: socket.socket) -> bytes:
     return read
 
 
-def _tell_the_end(on_lost: Callable[[str], None]) -> None:
+def _tell_the_end(ggml: Ggml, on_lost: Callable[[str], None]) -> None:
     """What ggml says when a machine is lost is a stack of addresses: a sentence in its place."""
     global _abort
 
@@ -127,4 +126,4 @@ def _tell_the_end(on_lost: Callable[[str], None]) -> None:
             os._exit(1)
 
     _abort = ctypes.CFUNCTYPE(None, c_char_p)(ended)
-    Ggml().set_abort_callback(_abort)
+    ggml.set_abort_callback(_abort)

@@ -14,8 +14,7 @@ MISTRAL = "[TOOL_CALLS]"
 MOST_HELD = 16384  # characters of an object at the beginning that may still be a call
 MARKS = (OPEN, CLOSE, MISTRAL)  # the names of tokens without text that are part of an answer with calls
 
-FENCE = "```json"
-
+_LONGEST_FENCE = "```json"
 _FENCE = re.compile(r"```(?:json)?\s*")
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _TOLD = """You can call functions. Each is described by a line of JSON:
@@ -122,7 +121,7 @@ class Calls:
     def _start(self) -> Iterator[Text | Call]:
         """Nothing but blanks and calls so far; an object here may be a call without marks, or in a fence, as small models like to write it."""
         text = self._held.lstrip()
-        if FENCE.startswith(text):
+        if _LONGEST_FENCE.startswith(text):
             return
         fence = _FENCE.match(text)
         text = text[fence.end():] if fence else text

@@ -1,7 +1,7 @@
 """Servers with the tiny model: one in this process for the tests of a file, and the command for programs that need an address."""
 
 import pytest
-from support.serving import Served, client_of, make_server
+from support.serving import client_of, make_server, serving
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,5 @@ def client(server):
 @pytest.fixture(scope="session")
 def served(tiny, tmp_path_factory):
     """`sfi-local serve`, with the key k."""
-    one = Served(tmp_path_factory.mktemp("served"), tiny, "--ctx", 4096, "--threads", 1, "--api-key", "k", "--name", "tiny", "--quiet")
-    one.until_ready()
-    yield one
-    one.process.terminate()
-    one.process.communicate(timeout=60)
+    with serving(tmp_path_factory.mktemp("served"), tiny, "--ctx", 4096, "--threads", 1, "--api-key", "k", "--name", "tiny", "--quiet") as one:
+        yield one

@@ -27,16 +27,12 @@ class Lender:
         self.address = f"127.0.0.1:{self.port}"
         self.process = subprocess.Popen(cli_command("rpc-server", "--port", self.port, "--threads", 1), stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, env=cli_env())
-        self.line = self.process.stdout.readline().decode()
+        self.process.stdout.readline().decode()
         until = time.monotonic() + 30
         while time.monotonic() < until:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return
             time.sleep(0.05)
-
-    def resident(self):
-        with open(f"/proc/{self.process.pid}/statm") as file:
-            return int(file.read().split()[1]) * 4096
 
     def end(self):
         self.process.send_signal(signal.SIGINT)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.serving import Served
+from support.serving import serving
 
 MODEL = "smollm2-135m"
 
@@ -101,20 +101,14 @@ def only(keep):
 
 @pytest.fixture(scope="module")
 def served_smollm2(smollm2, tmp_path_factory):
-    one = Served(tmp_path_factory.mktemp("langchain"), smollm2, "--ctx", 2048, "--name", MODEL, "--quiet")
-    one.until_ready()
-    yield one
-    one.process.terminate()
-    one.process.communicate(timeout=60)
+    with serving(tmp_path_factory.mktemp("langchain"), smollm2, "--ctx", 2048, "--name", MODEL, "--quiet") as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
 def served_larger(tmp_path_factory):
-    one = Served(tmp_path_factory.mktemp("larger"), LARGER, "--ctx", 4096, "--name", "larger", "--quiet")
-    one.until_ready()
-    yield one
-    one.process.terminate()
-    one.process.communicate(timeout=60)
+    with serving(tmp_path_factory.mktemp("larger"), LARGER, "--ctx", 4096, "--name", "larger", "--quiet") as one:
+        yield one
 
 
 class Asked(Langchain):

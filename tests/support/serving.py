@@ -1,5 +1,6 @@
 """A server in this process, and a client that asks it without a network; and the command as a process of its own."""
 
+import contextlib
 import json
 import re
 import socket
@@ -29,6 +30,16 @@ def make_server(path, n_slots=2, key=None, **options):
 
 def client_of(server):
     return TestClient(server.app, base_url="http://127.0.0.1:8080", raise_server_exceptions=False)
+
+
+@contextlib.contextmanager
+def serving(folder, *args):
+    """A Served that is ready, ended afterwards."""
+    one = Served(folder, *args)
+    one.until_ready()
+    yield one
+    one.process.terminate()
+    one.process.communicate(timeout=60)
 
 
 class Served:
