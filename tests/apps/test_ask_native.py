@@ -1,9 +1,11 @@
 """native/examples/ask, built by what an embedder has and driven by keys: opens, reads, answers, stops, goes on, closes at any time."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from support.command_line import cli_command, cli_env
 from support.desktop import STALL_MS, closed_in_a_prefill, starter
 
 SOURCE = Path(__file__).resolve().parents[2] / "native" / "examples" / "ask"
+DRAG_SOURCE = Path(__file__).with_name("drag_source.c")
 
 pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.skipif(sys.platform != "linux", reason="Xvfb is for Linux")]
 
@@ -110,6 +113,66 @@ def test_a_text_that_is_too_long_is_told_with_both_numbers(start, smollm2, tmp_p
     app.focus()
     failed = app.wait("failed")["text"]
     assert "The text has 2," in failed and "can hold 1,000" in failed and "shorter text" in failed
+    app.quit()
+
+
+def test_what_a_model_takes_is_told_before_it_is_loaded(start, smollm2, short_text):
+    app = start(smollm2, short_text)
+    app.focus()
+    app.wait("opened")
+    assert [e["event"] for e in app.events[:2]] == ["needs", "loaded"]
+    needs = app.all("needs")[0]
+    assert abs(needs["weights"] / Path(smollm2).stat().st_size - 1) < 0.1 and 0 < needs["least"] < needs["most"]
+    assert f"{needs['weights'] / 1e6:.0f} MB" in needs["text"] and "8,192" in needs["text"] and "are free" in needs["text"]
+    app.quit()
+
+
+def test_a_model_larger_than_memory_is_loaded_when_one_insists(start, smollm2, text):
+    app = start("--memory", 150, smollm2, text)
+    app.focus()
+    app.wait("too_large")
+    app.key("alt+l")
+    app.wait("loaded")
+    failed = app.wait("failed")["text"]  # and there is no room for its text
+    assert re.search(r"takes \d+ MB, and 5\d MB are free: close other programs, or open a shorter text", failed), failed
+    assert [e["event"] for e in app.events] == ["needs", "too_large", "loaded", "failed"]
+    app.quit()
+
+
+def choose(app, key, title, path):
+    """In the dialog that a key opens."""
+    app.focus()
+    app.key(key)
+    app.focus(title)
+    time.sleep(0.5)  # it has the keys a moment after it is seen
+    app.type(str(path))
+    app.key("Return")
+
+
+def test_files_are_chosen_in_a_dialog(start, smollm2, short_text):
+    app = start()
+    choose(app, "ctrl+m", "Choose a model", smollm2)
+    app.wait("loaded")
+    choose(app, "ctrl+o", "Open a text", short_text)
+    assert app.wait("opened")["tokens"] > 1000
+    app.focus()
+    app.quit()
+
+
+def test_a_text_is_dropped_on_the_window(start, display, smollm2, short_text, tmp_path):
+    app = start(smollm2)
+    window = app.focus()
+    app.wait("loaded")
+    flags = subprocess.run(["pkg-config", "--cflags", "--libs", "gtk4"], capture_output=True, text=True).stdout.split()
+    subprocess.run(["cc", DRAG_SOURCE, *flags, "-o", tmp_path / "source"], check=True)
+    with starter(display, [str(tmp_path / "source")]) as start_source:
+        source = start_source(short_text)
+        display.do("windowsize", "--sync", window, "700", "720")
+        display.do("windowmove", "--sync", source.focus("Drag source"), "800", "0")
+        source.drag((880, 100), (400, 300))
+        assert app.wait("opened")["tokens"] > 1000
+        assert source.wait("dragged")["taken"]
+    app.focus()
     app.quit()
 
 

@@ -95,10 +95,10 @@ class App:
         assert len(found()) >= n, f"no {event} {fields or ''} came after {self.events[-8:]}; {''.join(self._errors)[-2000:]}"
         return found()[n - 1]
 
-    def focus(self) -> str:
-        """Its window, which takes the keys from now on."""
+    def focus(self, title: str = "Ask a document") -> str:
+        """Its window of this title, which takes the keys from now on."""
         end = time.monotonic() + TIMEOUT
-        while not (found := self.display.do("search", "--onlyvisible", "--name", "Ask a document").split()):
+        while not (found := self.display.do("search", "--onlyvisible", "--name", title).split()):
             assert time.monotonic() < end and self._process.poll() is None, f"no window: {''.join(self._errors)}"
             time.sleep(0.05)
         self.display.do("windowfocus", "--sync", found[-1])
@@ -109,6 +109,15 @@ class App:
 
     def type(self, text: str) -> None:
         self.display.do("type", "--delay", "4", text)
+
+    def drag(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+        """With the left button, from here to there, in steps as a hand does it."""
+        self.display.do("mousemove", *map(str, start), "mousedown", "1")
+        for i in range(1, 13):
+            self.display.do("mousemove", *(str(a + (b - a) * i // 12) for a, b in zip(start, end)))
+            time.sleep(0.03)
+        time.sleep(0.3)
+        self.display.do("mouseup", "1")
 
     def click(self, x: int, y: int) -> None:
         self.display.do("mousemove", str(x), str(y), "click", "1")

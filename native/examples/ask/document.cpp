@@ -11,7 +11,6 @@ namespace ask {
 
 static constexpr int ROOM     = 2048; // tokens for questions and answers, where the model has them
 static constexpr int MIN_ROOM = 256;
-static constexpr int N_BATCH  = 256;  // tokens between two reports of progress
 static constexpr int N_LOOKED = 24;   // heads, spread over the layers
 static constexpr int64_t LOOK_US = 50000; // between two looks
 
@@ -46,14 +45,32 @@ static void check_is_model(const std::string & path) {
     }
 }
 
+Document::Model Document::model_from(const std::string & path, const llama_model_params & params, const std::atomic<bool> & stop) {
+    sfi_log_set(keep_errors, nullptr);
+    check_is_model(path);
+    Model model(llama_model_load_from_file(path.c_str(), params));
+    if (stop) {
+        throw Stopped();
+    }
+    if (!model) {
+        throw Failure(path + " cannot be loaded: " + why_from_log());
+    }
+    return model;
+}
+
+Need Document::need(const std::string & path, int n_ctx) {
+    llama_model_params params = llama_model_default_params();
+    params.no_alloc  = true; // the head of the file alone
+    params.load_mode = LLAMA_LOAD_MODE_NONE;
+    return need_of(model_from(path, params, false).get(), n_ctx);
+}
+
 struct Loading {
     const std::function<void(float)> & progress;
     const std::atomic<bool> & stop;
 };
 
 void Document::load(const std::string & path, const std::function<void(float)> & progress) {
-    sfi_log_set(keep_errors, nullptr);
-    check_is_model(path);
     detach();
     model.reset();
     Loading loading = {progress, stop};
@@ -64,13 +81,7 @@ void Document::load(const std::string & path, const std::function<void(float)> &
         loading->progress(share);
         return !loading->stop;
     };
-    model.reset(llama_model_load_from_file(path.c_str(), params));
-    if (stop) {
-        throw Stopped();
-    }
-    if (!model) {
-        throw Failure(path + " cannot be loaded: " + why_from_log());
-    }
+    model = model_from(path, params, stop);
     prompt = Prompt::of(model.get());
 }
 
@@ -113,7 +124,7 @@ static std::string read_file(const std::string & path) {
     return text;
 }
 
-void Document::open(const std::string & path, int n_ctx) {
+void Document::open(const std::string & path, int n_ctx, size_t memory) {
     if (!model) {
         throw Failure("There is no model yet: choose one first.");
     }
@@ -129,8 +140,10 @@ void Document::open(const std::string & path, int n_ctx) {
         throw Failure("The text has " + with_commas((long) body.size()) + " tokens, and this model can hold " + with_commas(limit) + ", " +
                       with_commas(MIN_ROOM + (long) n_head) + " of them for questions and answers: open a shorter text, or a model with a longer context.");
     }
+    const int n_cells = std::min(limit, n_text() + ROOM);
+    check_memory(n_cells, memory);
     split_text(n_head);
-    attach(std::min(limit, n_text() + ROOM));
+    attach(n_cells);
 }
 
 void Document::split_text(size_t n_head) {
@@ -144,20 +157,20 @@ void Document::split_text(size_t n_head) {
 
 // ---- the context -------------------------------------------------------------------------------------------------------
 
+void Document::check_memory(int n_ctx, size_t memory) {
+    const size_t weights = llama_model_size(model.get()), need = context_bytes(model.get(), n_ctx);
+    const size_t free = memory ? memory - std::min(memory, weights) : free_bytes();
+    if ((memory || free) && need > free) {
+        throw Failure("The text with room for questions takes " + as_size(need) + ", and " + as_size(free) + " are free: close other programs, or open a shorter text.");
+    }
+}
+
 void Document::attach(int n_ctx) {
-    llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx           = n_ctx;
-    cparams.n_batch         = N_BATCH;
-    cparams.n_ubatch        = N_BATCH;
-    cparams.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    lctx.reset(llama_init_from_model(model.get(), cparams));
+    lctx.reset(llama_init_from_model(model.get(), context_params(n_ctx)));
     if (!lctx) {
         throw Failure("There is no memory for a context of " + with_commas(n_ctx) + " tokens: close other programs, or open a shorter text.");
     }
-    struct sfi_params params = {};
-    params.struct_size = sizeof(params);
-    check(sfi_default_params(&params, SFI_POLICY_SKETCH));
-    params.auto_depth = -1; // short texts are read whole
+    const struct sfi_params params = attached_params();
     struct sfi * made = nullptr;
     check(sfi_attach(lctx.get(), &params, &made));
     std::lock_guard<std::mutex> guard(sfi_lock);

@@ -1,6 +1,7 @@
 // A model, a text that it reads once, and questions about it. Knows nothing of windows; one thread at a time, but for cancel().
 #pragma once
 
+#include "memory.h"
 #include "prompt.h"
 #include "sfi.h"
 
@@ -39,8 +40,10 @@ public:
     ~Document() { detach(); }
 
     // The functions below throw Failure, or Stopped after cancel().
+    static Need need(const std::string & path, int n_ctx); // of a model that is not loaded
     void load(const std::string & path, const std::function<void(float)> & progress);
-    void open(const std::string & path, int n_ctx); // n_ctx: cells at most; 0: as many as the model was trained with
+    // n_ctx: cells at most; 0: as many as the model was trained with. memory: bytes at most with the weights; 0: what is free
+    void open(const std::string & path, int n_ctx, size_t memory);
     int  read(const Progress & progress);           // the text, as far as it is not read; returns how many tokens that was
     Answer answer(const std::string & question, const Progress & progress, const std::function<void(const Step &)> & step);
     void forget();                                  // questions and answers, not the text
@@ -62,6 +65,8 @@ private:
     using Context = std::unique_ptr<llama_context, Free<llama_context, llama_free>>;
     using Sampler = std::unique_ptr<llama_sampler, Free<llama_sampler, llama_sampler_free>>;
 
+    static Model model_from(const std::string & path, const llama_model_params & params, const std::atomic<bool> & stop);
+    void check_memory(int n_ctx, size_t memory);
     void attach(int n_ctx);
     void detach();
     void prefill(const Tokens & tokens, int n_done, const Progress & progress);

@@ -5,10 +5,11 @@ static ask::Options options;
 
 int main(int argc, char ** argv) {
     gboolean light = false, dark = false, trace = false;
-    int n_ctx = 0, n_threads = 0;
+    int n_ctx = 0, n_threads = 0, memory_mb = 0;
     const GOptionEntry entries[] = {
         {"ctx",     'c', 0, G_OPTION_ARG_INT,  &n_ctx,     "Tokens that the model may hold at most; 0: as many as it was trained with", "N"},
         {"threads", 't', 0, G_OPTION_ARG_INT,  &n_threads, "Threads that compute; 0: as many as the library takes", "N"},
+        {"memory",  'm', 0, G_OPTION_ARG_INT,  &memory_mb, "Megabytes that model and text may take; 0: what is free", "N"},
         {"light",   0,   0, G_OPTION_ARG_NONE, &light,     "Light, whatever the desktop is", nullptr},
         {"dark",    0,   0, G_OPTION_ARG_NONE, &dark,      "Dark, likewise", nullptr},
         {"trace",   0,   0, G_OPTION_ARG_NONE, &trace,     "Say on stdout what happens, as lines of JSON", nullptr},
@@ -17,7 +18,7 @@ int main(int argc, char ** argv) {
     GError * error = nullptr;
     GOptionContext * context = g_option_context_new("[MODEL.gguf [TEXT]]");
     g_option_context_add_main_entries(context, entries, nullptr);
-    if (!g_option_context_parse(context, &argc, &argv, &error) || argc > 3 || n_ctx < 0 || n_threads < 0) {
+    if (!g_option_context_parse(context, &argc, &argv, &error) || argc > 3 || n_ctx < 0 || n_threads < 0 || memory_mb < 0) {
         g_printerr("sfi-ask: %s: try --help\n", error ? error->message : "these arguments do not fit together");
         return 2;
     }
@@ -25,6 +26,7 @@ int main(int argc, char ** argv) {
     options.model = argc > 1 ? argv[1] : "";
     options.text  = argc > 2 ? argv[2] : "";
     options.n_ctx = n_ctx;
+    options.memory = memory_mb*(size_t) 1000000;
     options.trace = trace;
 
     struct sfi_init_params params = {};

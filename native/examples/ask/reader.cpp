@@ -16,8 +16,8 @@ static void give_way() {
 #endif
 }
 
-Reader::Reader(std::function<void()> wake, int n_ctx)
-    : wake(std::move(wake)), n_ctx(n_ctx), thread([this] { run(); }) {}
+Reader::Reader(std::function<void()> wake, int n_ctx, size_t memory)
+    : wake(std::move(wake)), n_ctx(n_ctx), memory(memory), thread([this] { run(); }) {}
 
 Reader::~Reader() {
     {
@@ -88,18 +88,18 @@ void Reader::do_job(const std::function<void()> & job) {
     } catch (const Stopped &) {
         tell({Event::STOPPED});
     } catch (const std::bad_alloc &) {
-        fail("There is not enough memory: close other programs, or open a shorter text.");
+        fail({Event::FAILED, "There is not enough memory: close other programs, or open a shorter text."});
     } catch (const std::exception & error) {
-        fail(error.what());
+        fail({Event::FAILED, error.what()});
     }
 }
 
-void Reader::fail(const std::string & sentence) {
+void Reader::fail(Event event) {
     {
         std::lock_guard<std::mutex> guard(lock);
         jobs.clear(); // they build on what failed
     }
-    tell({Event::FAILED, sentence});
+    tell(std::move(event));
 }
 
 // ---- the work ----------------------------------------------------------------------------------------------------------
@@ -113,8 +113,26 @@ Document::Progress Reader::progress() {
     };
 }
 
-void Reader::load(const std::string & path) {
-    post([this, path] {
+// What the model takes is told before anything is loaded.
+bool Reader::fits(const std::string & path) {
+    Event event = {Event::NEEDS};
+    const size_t free = memory ? memory : free_bytes();
+    event.need = Document::need(path, n_ctx);
+    event.text = event.need.sentence(free);
+    tell(event);
+    if (!free || event.need.weights + event.need.least <= free) {
+        return true;
+    }
+    event.kind = Event::TOO_LARGE;
+    fail(std::move(event));
+    return false;
+}
+
+void Reader::load(const std::string & path, bool all_the_same) {
+    post([this, path, all_the_same] {
+        if (!all_the_same && !fits(path)) {
+            return;
+        }
         document.load(path, [this](float share) {
             Event event = {Event::LOADING};
             event.share = share;
@@ -126,7 +144,7 @@ void Reader::load(const std::string & path) {
 
 void Reader::open(const std::string & path) {
     post([this, path] {
-        document.open(path, n_ctx);
+        document.open(path, n_ctx, memory);
         Event event = {Event::OPENED, path};
         event.total = document.n_text();
         event.n_ctx = document.n_ctx();

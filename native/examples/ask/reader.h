@@ -11,6 +11,8 @@ namespace ask {
 
 struct Event {
     enum Kind {
+        NEEDS,    // text: a sentence; need
+        TOO_LARGE, // text: likewise; the model is not loaded
         LOADING,  // share of the model
         LOADED,   // text: its name
         OPENED,   // total: tokens of the text, n_ctx; passages
@@ -29,16 +31,18 @@ struct Event {
     std::vector<std::string> passages = {};
     Step step = {};
     Answer answer = {};
+    Need need = {};
 };
 
 class Reader {
 public:
     // wake: called on the reader's thread when there are events to take
-    Reader(std::function<void()> wake, int n_ctx);
+    // n_ctx, memory: as of Document::open()
+    Reader(std::function<void()> wake, int n_ctx, size_t memory);
     ~Reader(); // ends what is running and waits for it
 
     // Each returns at once, and is done after what was asked for before.
-    void load(const std::string & path);
+    void load(const std::string & path, bool all_the_same = false); // all_the_same: even if it needs more memory than is free
     void open(const std::string & path); // and read it
     void read();                         // on, after stop()
     void ask(const std::string & question);
@@ -52,12 +56,14 @@ private:
     void run();
     void do_job(const std::function<void()> & job);
     void tell(Event event);
-    void fail(const std::string & sentence);
+    void fail(Event event);
+    bool fits(const std::string & path);
     void do_read();
     Document::Progress progress();
 
     const std::function<void()> wake;
     const int n_ctx;
+    const size_t memory;
     Document document;
     std::mutex lock; // of the three below
     std::deque<std::function<void()>> jobs;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace ask {
 
@@ -113,7 +114,7 @@ static void turn_light_or_dark() {
 }
 
 static GtkWidget * push_button(const char * text, const char * style, Handler handler) {
-    GtkWidget * button = gtk_button_new_with_label(text);
+    GtkWidget * button = gtk_button_new_with_mnemonic(text);
     gtk_widget_add_css_class(button, style);
     when(button, "clicked", std::move(handler));
     return button;
@@ -155,7 +156,7 @@ Window::Window(GtkApplication * app, const Options & options)
             static_cast<Window *>(self)->take();
             return G_SOURCE_REMOVE;
         }, this, nullptr);
-    }, options.n_ctx);
+    }, options.n_ctx, options.memory);
     watch_main_loop();
     set_state(State::NOTHING);
     show_start("document-open-symbolic", "Ask a document", "Choose a model, a .gguf file; then open a text or drop it here.", false);
@@ -197,6 +198,8 @@ GtkWidget * Window::start_page() {
     gtk_widget_set_size_request(start_progress, 320, -1);
     start_buttons = box(GTK_ORIENTATION_HORIZONTAL, 12, {push_button("Choose a model …", "pill", [this] { choose(true); }),
                                                          push_button("Open a text …", "pill", [this] { choose(false); })});
+    load_button = push_button("_Load it all the same", "pill", [this] { open_model(std::string(large_path), true); });
+    gtk_box_append(GTK_BOX(start_buttons), load_button);
     GtkWidget * child = box(GTK_ORIENTATION_VERTICAL, 0, {start_progress, start_buttons});
     gtk_widget_set_halign(child, GTK_ALIGN_CENTER);
     adw_status_page_set_child(ADW_STATUS_PAGE(start), child);
@@ -364,12 +367,12 @@ void Window::open(GFile * file) {
     g_str_has_suffix(path.c_str(), ".gguf") ? open_model(path) : open_text(path);
 }
 
-void Window::open_model(const std::string & path) {
+void Window::open_model(const std::string & path, bool all_the_same) {
     reader->stop();
     model_path = path;
     set_state(State::LOADING);
     show_start("applications-science-symbolic", "Loading " + file_name(path), "", true);
-    reader->load(path);
+    reader->load(path, all_the_same);
     if (!text_path.empty()) {
         reader->open(text_path); // by the new model
     }
@@ -448,6 +451,8 @@ void Window::take() {
 void Window::on(const Event & event) {
     switch (event.kind) {
         case Event::LOADING:  gtk_progress_bar_set_fraction(GTK_PROGRESS_BAR(start_progress), event.share); break;
+        case Event::NEEDS:    on_needs(event); break;
+        case Event::TOO_LARGE: on_too_large(event.text); break;
         case Event::OPENED:   on_opened(event); break;
         case Event::READING:
         case Event::FITTING:  on_progress(event); break;
@@ -475,6 +480,20 @@ void Window::on(const Event & event) {
             set_state(State::IDLE);
             break;
     }
+}
+
+void Window::on_needs(const Event & event) {
+    show_start("applications-science-symbolic", "Loading " + file_name(model_path), event.text, true);
+    trace("needs", format("\"weights\":%zu,\"least\":%zu,\"most\":%zu,\"n_most\":%d,\"text\":%s", event.need.weights, event.need.least,
+                          event.need.most, event.need.n_most, quoted(event.text).c_str()));
+}
+
+void Window::on_too_large(const std::string & sentence) {
+    large_path = std::exchange(model_path, "");
+    set_state(State::NOTHING);
+    show_start("dialog-warning-symbolic", "There is not enough memory for this model", sentence + " Close other programs, or choose a smaller model.", false);
+    gtk_widget_set_visible(load_button, true);
+    trace("too_large");
 }
 
 void Window::on_opened(const Event & event) {
@@ -651,6 +670,7 @@ void Window::show_start(const char * icon, const std::string & title, const std:
     adw_status_page_set_description(ADW_STATUS_PAGE(start), text.c_str());
     gtk_widget_set_visible(start_progress, progress);
     gtk_widget_set_visible(start_buttons, !progress);
+    gtk_widget_set_visible(load_button, false);
     gtk_stack_set_visible_child_name(GTK_STACK(pages), "start");
 }
 

@@ -11,6 +11,7 @@ namespace ask {
 struct Options {
     std::string model, text;
     int  n_ctx = 0;
+    size_t memory = 0; // bytes that model and text may take; 0: what is free
     bool trace = false; // what happens, when it is on the screen, as lines of JSON on stdout
 };
 
@@ -37,7 +38,7 @@ private:
 
     // what people do
     void open_text(const std::string & path);
-    void open_model(const std::string & path);
+    void open_model(const std::string & path, bool all_the_same = false);
     void open(GFile * file); // dropped: a model by its name, else a text
     void choose(bool model);
     void ask();
@@ -50,6 +51,8 @@ private:
     // what happens
     void take();
     void on(const Event & event);
+    void on_needs(const Event & event);
+    void on_too_large(const std::string & sentence);
     void on_opened(const Event & event);
     void on_progress(const Event & event);
     void on_step(const Step & step);
@@ -68,7 +71,7 @@ private:
 
     const Options options;
     GtkApplication * app;
-    GtkWidget * window, * title, * pages, * start, * start_progress, * start_buttons, * talk_pages, * view, * scrolled, * works, * reading_label,
+    GtkWidget * window, * title, * pages, * start, * start_progress, * start_buttons, * load_button, * talk_pages, * view, * scrolled, * works, * reading_label,
               * left_label, * read_on, * bar, * measures, * passage, * error, * error_label, * entry, * button, * renew_button;
     GtkTextBuffer * buffer;
     Strip strip;
@@ -76,6 +79,7 @@ private:
 
     State state = State::NOTHING;
     std::string model_path, text_path;
+    std::string large_path; // a model that was not loaded
     std::string waiting; // a question that is asked when the text was read
     std::vector<std::string> passages;
     int   pointed = -1;  // part of the strip under the pointer
