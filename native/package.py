@@ -38,6 +38,8 @@ def package(build: Path, portable: bool, out: Path) -> Path:
         configure(build, portable)
     elif portable and cached(build, "SFI_PORTABLE") != "ON":
         raise ValueError(f"{build} is configured for one machine: leave it out, or configure it with -DSFI_PORTABLE=ON.")
+    elif not Path(cached(build, "CMAKE_MAKE_PROGRAM")).exists():
+        give_ninja(build)
     subprocess.run(["cmake", "--build", str(build), "--parallel", "2", "--target", "sfi-embed-tree"], check=True, stdout=sys.stderr)
     return pack(build / "embed", out, platform_of(build))
 
@@ -46,6 +48,14 @@ def configure(build: Path, portable: bool) -> None:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     subprocess.run(["cmake", "-S", str(ROOT / "native"), "-B", str(build), *generator, f"-DPython_EXECUTABLE={sys.executable}",
                     "-DSFI_PYTHON=OFF", f"-DSFI_PORTABLE={'ON' if portable else 'OFF'}"], check=True, stdout=sys.stderr)
+
+
+def give_ninja(build: Path) -> None:
+    """To a folder in which pip built a wheel: its CMake and its Ninja were of an environment that is gone."""
+    ninja = shutil.which("ninja")
+    if not ninja:
+        raise ValueError(f"{build} was built by {cached(build, 'CMAKE_MAKE_PROGRAM')}, which is gone, and there is no ninja: pip install ninja.")
+    subprocess.run(["cmake", "-S", cached(build, "CMAKE_HOME_DIRECTORY"), "-B", str(build), f"-DCMAKE_MAKE_PROGRAM={ninja}"], check=True, stdout=sys.stderr)
 
 
 def cached(build: Path, name: str) -> str:
