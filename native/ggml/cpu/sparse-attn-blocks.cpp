@@ -128,7 +128,8 @@ int pack(const task & a, const block & b, scratch & w, int64_t c0, int64_t c1) {
 void fetch(const task & a, const block & b, int64_t c0, int64_t c1) {
     const int32_t * list = a.cells_of(b.s);
     const auto lines = [](const ggml_tensor * t, const char * row, int64_t n) {
-        for (size_t i = 0; i < ggml_row_size(t->type, n); i += 64) {
+        const size_t size = ggml_row_size(t->type, n);
+        for (size_t i = 0; i < size; i += 64) {
             sfi::prefetch(row + i);
         }
     };
