@@ -43,16 +43,6 @@ def add_rows(context: Any, tokens: Sequence[int], rows: Any, n_rows: int, seq: i
         _check(native.lib.sfi_add_rows(_context(context), seq, ids, len(tokens), data, n_rows, len(data)))
 
 
-def touch_cells(context: Any, n: int) -> None:
-    """Append n tokens whose rows are zeros to an empty sequence, so that the system gives their cells memory now. They are to be removed.
-
-    Raises ModelError, ContextError or ContextFullError.
-    """
-    rows = new_memory(rows_size(context, COPIED))
-    for first in range(0, n, COPIED):
-        add_rows(context, [0] * min(COPIED, n - first), rows, COPIED)
-
-
 def copy_rows(source: Any, target: Any, tokens: Sequence[int]) -> None:
     """Append all tokens of a context's first sequence to that of another; a thread reads what is written next.
 

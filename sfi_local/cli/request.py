@@ -20,8 +20,6 @@ from sfi_local.runtime.sampling import Sampling
 from sfi_local.runtime.settings import SAME, Settings
 from sfi_local.runtime.template import Message, fit_document, too_long
 
-LONG_TOKEN = 6  # characters: a text has at least as many tokens as this gives, mostly
-
 
 @dataclass
 class PromptRequest:
@@ -99,13 +97,6 @@ class PromptRequest:
 
     def prompt_tokens(self, model: Any, document: text_input.Source | None, question: str) -> list[int]:
         """Token ids of the prompt, the document cut as the request allows. Raises InputError if it does not fit."""
-        room = model.n_ctx_limit - (self.n if self.truncate and self.n > 0 else 1)
-        limit = min(room, self.max_prompt_tokens or room)
-        n_chars = len(document.head(LONG_TOKEN * limit)) if document else 0
-        with model.making_room(min(limit, n_chars // LONG_TOKEN)):
-            return self._prompt_tokens(model, document, question, limit, room)
-
-    def _prompt_tokens(self, model: Any, document: text_input.Source | None, question: str, limit: int, room: int) -> list[int]:
         def build(head: str) -> list[int]:
             text = head + ("\n\n" if document and question else "") + question
             if self.raw:
@@ -119,8 +110,12 @@ class PromptRequest:
         def text_of(tokens: Sequence[int]) -> str:
             return b"".join(model.vocabulary.spelled(t)[0] for t in tokens).decode("utf-8", errors="replace")
 
+        n_ctx = model.n_ctx_limit
+        room = n_ctx - (self.n if self.truncate and self.n > 0 else 1)
+        limit = min(room, self.max_prompt_tokens or room)
+
         def refuse(n: str) -> InputError:
-            return too_long(n, model.n_ctx_limit) if limit == room else InputError(
+            return too_long(n, n_ctx) if limit == room else InputError(
                 f"The prompt has {n} tokens, and --max-prompt-tokens allows {limit}: raise it, or ask a shorter question.")
 
         if document is None:

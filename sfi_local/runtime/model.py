@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -15,7 +13,7 @@ from sfi_local.binding import gpu
 from sfi_local.binding.context import N_BATCH, load_adapter, maker
 from sfi_local.binding.engine import StepInfo
 from sfi_local.binding.state import checksum
-from sfi_local.errors import ArgumentError, InputError, OutOfMemoryError, SfiError
+from sfi_local.errors import ArgumentError, InputError, OutOfMemoryError
 from sfi_local.params import SfiParams
 from sfi_local.runtime.access import Access
 from sfi_local.runtime.auto import FindDepth, find_depth
@@ -268,28 +266,6 @@ class Model:
                           len(slot.tokens), slot.n_prefilled, engine.stats().kv_read_share if engine else 1.0,
                           self._params.auto_depth, self.auto_found, slot.why_stock, slot.cached_from, slot.why_read)
 
-    @contextmanager
-    def making_room(self, n_tokens: int) -> Iterator[None]:
-        """While a prompt of some n_tokens is made, which is not Python's work, a thread makes the first context and has memory for them.
-
-        Only where cells take memory when they are used. What goes wrong goes wrong again when the room is needed, and is told then.
-        """
-        thread = threading.Thread(target=self._make_room_ahead, args=(min(n_tokens, self.n_ctx_limit),), name="room")
-        if self._roomy and not self.slot.n_ctx:
-            thread.start()
-        try:
-            yield
-        finally:
-            if thread.ident:
-                thread.join()
-
-    def _make_room_ahead(self, n_tokens: int) -> None:
-        try:
-            self._grow(self.slot, n_tokens)
-            self.slot.touch(n_tokens)
-        except SfiError:
-            pass
-
     def open_session(self, n_prompt: int, n: int | None) -> Slot:
         """The slot, with room for a prompt and n more tokens if the limit allows; its context grows if needed."""
         self.make_room(self.slot, n_prompt, n)
@@ -303,6 +279,7 @@ class Model:
         slot.n_limit = self.n_ctx_limit
         if slot.n_ctx < need:
             self._grow(slot, need)
+            self._note_slot(slot)
         self.tune_auto(n_prompt + (n or self.n_ctx_limit))
 
     def tune_auto(self, n_tokens: int) -> SfiParams:
@@ -364,11 +341,12 @@ class Model:
         """To need cells at least, and as many more as spare it to grow soon again."""
         least = self._n_ctx or min(self.n_ctx_limit, max(2 * slot.n_ctx, FIRST_CTX, _round_up(need)))
         roomy = min(self.n_ctx_limit, ROOMY_CTX)
-        try:
-            slot.grow(roomy if self._roomy and not self._n_ctx and least < roomy else least)
-        except OutOfMemoryError:  # a system that promises no more memory than it has
-            slot.grow(least)
-        self._note_slot(slot)
+        if self._roomy and not self._n_ctx and least < roomy:
+            try:
+                return slot.grow(roomy)
+            except OutOfMemoryError:
+                pass  # a system that promises no more memory than it has
+        slot.grow(least)
 
     def _with_room(self, slot: Slot, steps: Iterator[Step], n_prompt: int, n: int | None) -> Iterator[Step]:
         """The steps, once the context has room for them."""

@@ -134,18 +134,6 @@ class Slot:
         with self.access:
             self._grow(n_ctx)
 
-    def touch(self, n: int) -> None:
-        """Have memory for the first n cells now and not when they are used, where the cache is empty and a plain one."""
-        with self.access:
-            if self.tokens or not 0 < n <= self.n_ctx:
-                return
-            try:
-                kept.touch_cells(self._context, n)
-            except (ModelError, ContextError):
-                pass  # no rows can be put there either
-            finally:
-                self._llama.llama_memory_clear(self._memory, False)
-
     def set_mode(self, mode: Mode | str, params: SfiParams | None = None) -> None:
         """Attach anew, for another mode or params; what is in the cache stays."""
         with self.access:
