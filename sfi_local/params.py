@@ -10,6 +10,7 @@ from sfi_local.errors import ArgumentError, Remedy
 
 POLICIES = {"frozen": 0, "window": 1, "sketch": 2, "oracle": 3}
 SELECTORS = {"topk": 0, "paper": 1}
+PREFILLS = {"exact": 0, "sparse": 1}
 BUDGET = ("n_sink", "n_recent", "n_selected")  # the fields of a budget ...
 SKETCH_BITS = ("sketch_k4", "sketch_k2", "sketch_k1", "sketch_v4", "sketch_v2", "sketch_first")  # ... and of a sketch's format
 PORTABLE_POLICY = "frozen"  # needs no operations of ours, so that every device can have it
@@ -44,6 +45,9 @@ class SfiParams:
     sketch_first: a step reads so many 4 bytes of the sketch's K of every cell, and the rest of it only of cells that seem to
                 matter; 0: all of every cell
     second_look: ... which are those that have, by what is read of all, at least so many times the mean share of the attention
+    prefill:    how a prompt is read on a CPU: ``exact``, or ``sparse``, for long texts: from 2048 cells on, all but the last 512 tokens pass
+                over tiles of 64 cells in which none of some 60 neighbouring tokens seems to look for anything
+    prefill_least: ... which are those that get less than this share of the attention of each of them
     alpha ... nms_radius: constants of the ``paper`` selector, without unit but for nms_radius; cells
     """
 
@@ -67,6 +71,8 @@ class SfiParams:
     sketch_v2: int = 0
     sketch_first: int = 0
     second_look: float = 0.5
+    prefill: str = "exact"
+    prefill_least: float = 0.01
     alpha: float = 0.5
     gamma: float = 0.5
     beta: float = 0.568
@@ -102,6 +108,7 @@ class SfiParams:
         """Return self, or raise ArgumentError with a sentence about the first field out of range."""
         _one_of("policy", self.policy, POLICIES)
         _one_of("selector", self.selector, SELECTORS)
+        _one_of("prefill", self.prefill, PREFILLS)
         for name, least in _LEAST.items():
             _between(name, getattr(self, name), least, _MOST.get(name, MANY))
         if self.max_span == 0 and self.refreshes:
@@ -112,6 +119,8 @@ class SfiParams:
                 f"raise n_recent or lower n_queries.")
         if not 0 <= self.lambda_clip <= 1:
             raise ArgumentError(f"lambda_clip is {self.lambda_clip}, a share: give a value from 0 to 1.")
+        if not 0 <= self.prefill_least <= 1:
+            raise ArgumentError(f"prefill_least is {self.prefill_least}, a share: give a value from 0 to 1.")
         if any(getattr(self, f"sketch_{x}") % 4 for x in ("k4", "k2", "k1")) or (
                 4 * self.sketch_k4 + 2 * self.sketch_k2 + self.sketch_k1) % 32:
             raise ArgumentError(f"sketch_k4, sketch_k2 and sketch_k1 are {self.sketch_k4}, {self.sketch_k2}, {self.sketch_k1}: give "

@@ -38,6 +38,7 @@ static const number numbers[] = {
     INT      (n_sink,          0, many, 4, 4),
     INT      (auto_depth,     -1, INT32_MAX, 0, 0),
     INT      (max_span,        0, many, 0, 32),
+    INT      (prefill,         SFI_PREFILL_EXACT, SFI_PREFILL_SPARSE, SFI_PREFILL_EXACT, SFI_PREFILL_EXACT),
     MORE_INT (selector,        SFI_SELECTOR_TOPK, SFI_SELECTOR_PAPER, SFI_SELECTOR_TOPK),
     MORE_INT (min_span,        0, many, 16),
     MORE_INT (n_queries,       1, 64, 16),
@@ -61,6 +62,7 @@ static const number numbers[] = {
     MORE_REAL(a_cross,        -1e38, 1e38, 0.35),
     MORE_REAL(temperature,     1e-6, 1e6, 2.0),
     MORE_INT (nms_radius,      0, 4096, 16),
+    MORE_REAL(prefill_least,   0, 1, 0.01),
 };
 
 static char * place_of(const number & n, sfi_settings & s) {
@@ -246,5 +248,6 @@ llama_support_params support_params(const sfi_settings & settings) {
     sp.second_look = r.second_look;
     sp.format      = { r.sketch_k4, r.sketch_k2, r.sketch_k1, r.sketch_v4, r.sketch_v2, r.sketch_first };
     sp.selector    = support_selector(r);
+    sp.prefill_least = p.prefill == SFI_PREFILL_SPARSE ? r.prefill_least : 0.0f;
     return sp;
 }

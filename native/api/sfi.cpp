@@ -172,13 +172,13 @@ static int decode(sfi * s, llama_support & support, const batch & tokens, const 
 
 // Tokens at the end of a sequence; the logits of the last n_logits of them are kept.
 static int decode(sfi * s, llama_support & support, llama_seq_id seq, const llama_token * tokens, int32_t n,
-                  llama_support_kind kind, bool refresh, int32_t n_logits) {
+                  llama_support_kind kind, bool refresh, int32_t n_logits, int32_t n_after = 0) {
     batch b(n);
     const llama_pos pos = next_pos(s, seq);
     for (int32_t i = 0; i < n; ++i) {
         b.add(seq, pos + i, tokens[i], i >= n - n_logits);
     }
-    return decode(s, support, b, { { (uint32_t) seq, kind, n, refresh } });
+    return decode(s, support, b, { { (uint32_t) seq, kind, n, refresh, n_after } });
 }
 
 // more: this is not the end of the text, so nothing is chosen and no logits are kept
@@ -191,7 +191,7 @@ static int prefill(sfi * s, llama_support & support, llama_seq_id seq, const lla
         const int32_t m     = std::min(n_batch, n - i);
         const bool    last  = i + m == n;
         const int64_t start = ggml_time_us();
-        if (const int err = decode(s, support, seq, tokens + i, m, LLAMA_SUPPORT_PREFILL, refresh && last, !more && last)) {
+        if (const int err = decode(s, support, seq, tokens + i, m, LLAMA_SUPPORT_PREFILL, refresh && last, !more && last, more ? INT32_MAX/2 : n - i - m)) {
             return err;
         }
         count_prefill(s, m, ggml_time_us() - start);

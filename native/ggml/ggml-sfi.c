@@ -84,7 +84,7 @@ struct ggml_tensor * ggml_sparse_attn(
     const int64_t ne[4] = { v->ne[0], n_head, n_tokens, n_stream };
     struct ggml_tensor * result = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, ne);
 
-    const struct sfi_attn_params params = { GGML_SFI_OP_SPARSE_ATTN, scale, logit_softcap, 0 };
+    const struct sfi_attn_params params = { GGML_SFI_OP_SPARSE_ATTN, scale, logit_softcap, 0, 0.0f };
     ggml_set_op_params(result, &params, sizeof(params));
 
     result->op     = GGML_OP_SFI;
@@ -122,6 +122,13 @@ void ggml_sparse_attn_set_blocks(struct ggml_tensor * attn) {
 
 bool ggml_sparse_attn_in_blocks(const struct ggml_tensor * node) {
     return is_sparse_attn(node) && ggml_get_op_params_i32(node, offsetof(struct sfi_attn_params, in_blocks)/sizeof(int32_t)) != 0;
+}
+
+void ggml_sparse_attn_skip_tiles(struct ggml_tensor * attn, float least) {
+    GGML_ASSERT(ggml_sparse_attn_in_blocks(attn));
+    GGML_ASSERT(least >= 0.0f);
+
+    ggml_set_op_params_f32(attn, offsetof(struct sfi_attn_params, least)/sizeof(int32_t), least);
 }
 
 void ggml_sparse_attn_set_mass(struct ggml_tensor * result, struct ggml_tensor * mass) {

@@ -79,6 +79,12 @@ GGML_API void ggml_sparse_attn_set_visible(
 GGML_API void ggml_sparse_attn_set_blocks(struct ggml_tensor * attn);
 GGML_API bool ggml_sparse_attn_in_blocks (const struct ggml_tensor * node);
 
+// ... and leave out what hardly counts. `always` is cut into tiles of 64 entries. A query head passes over a tile for a run of
+// tokens if each of them gives it less than `least` of its attention, as estimated from 16 values of each key: those that tell most of
+// its logits with the operation's own queries of the group. It never passes over the first tile, those from 128 entries before what the
+// first of the tokens sees on, and any where the estimate is not a number. With a soft cap, or least = 0, nothing is left out.
+GGML_API void ggml_sparse_attn_skip_tiles(struct ggml_tensor * attn, float least);
+
 // Have the operation also say where the attention went, for one token:
 //
 //   mass      F32 [2, n_head]                           // written

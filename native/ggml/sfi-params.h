@@ -12,6 +12,7 @@ struct sfi_attn_params {
     int32_t op; // enum ggml_sfi_op, first in all
     float   scale, softcap;
     int32_t in_blocks; // ggml_sparse_attn_set_blocks()
+    float   least;     // ggml_sparse_attn_skip_tiles()
 };
 
 struct sfi_evidence_params {

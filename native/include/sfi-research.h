@@ -49,6 +49,9 @@ struct sfi_research {
     /* SFI_SELECTOR_PAPER, see method in arXiv 2603.12038 */
     float   alpha, gamma, beta, p, eta, lambda_clip, a_soft, a_cross, temperature;
     int32_t nms_radius;
+
+    /* SFI_PREFILL_SPARSE: cells are passed over where each query of a block gives them less than this share of its attention */
+    float   prefill_least;
 };
 
 /* struct_size must be set. */

@@ -103,6 +103,14 @@ enum sfi_policy {
     SFI_POLICY_SKETCH = 2, /* the cells are chosen at each step, by the sketch */
 };
 
+/* How a prompt is read on a CPU. */
+enum sfi_prefill {
+    SFI_PREFILL_EXACT  = 0,
+    SFI_PREFILL_SPARSE = 1, /* from 2048 cells on a query passes over 64 cells at a time that seem to matter to none of its neighbours,
+                               but for those just before it; the last 512 tokens of a prompt are read exactly. What is kept of the text
+                               differs a little, so this is for long texts, where it saves most of the time of attention */
+};
+
 struct sfi_params {
     size_t          struct_size; /* sizeof(struct sfi_params) */
     enum sfi_policy policy;
@@ -116,6 +124,7 @@ struct sfi_params {
     int32_t max_span;    /* frozen: fast steps after which a step is slow at the latest */
     bool    boundary;    /* frozen: a step is slow at the first content token after the end of a sentence */
     const struct sfi_research * research; /* NULL: its defaults */
+    enum sfi_prefill prefill;
 };
 
 /* The defaults of a policy. params->struct_size must be set. */

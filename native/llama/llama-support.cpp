@@ -15,6 +15,8 @@
 #include <set>
 
 static constexpr int32_t min_block = 8; // tokens from which packing K and V once for all of them pays
+static constexpr int32_t sparse_from = 2048; // cells from which prefill may be sparse
+static constexpr int32_t exact_end = 512; // tokens at the end of a text that are always read exactly: what is asked usually stands there
 static constexpr int64_t min_unpack = 32; // tokens from which unpacking weights once for all of them pays
 
 // The inputs that a ubatch's parts have; each graph over a cache with a support has one of these, and if the ubatch is not ours it is empty.
@@ -436,6 +438,8 @@ llama_support_part llama_support::part_of(const announced & w, int64_t first, in
     part.listed = w.kind == LLAMA_SUPPORT_PREFILL && std::any_of(core.layers.begin(), core.layers.end(),
             [](const auto & layer) { return layer.path == LLAMA_PATH_NATIVE && layer.on_host(); });
     part.blocks = part.listed && n >= min_block;
+    const bool sparse = part.blocks && w.n_left + w.n_after >= exact_end && core.streams[w.stream].mirror.size() - n >= sparse_from;
+    part.least = sparse ? core.params.prefill_least : 0.0f;
     if (w.kind == LLAMA_SUPPORT_PREFILL ? part.refresh || part.listed : w.kind != LLAMA_SUPPORT_FAST) {
         part.n_list = llama_list_size(core, w.stream);
     }

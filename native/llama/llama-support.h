@@ -40,6 +40,7 @@ struct llama_support_work {
     llama_support_kind kind;
     int32_t            n_tokens;
     bool               refresh; // the last ubatch chooses the support
+    int32_t            n_after = 0; // tokens of the same text that will come after these, as far as it is known
 };
 
 // What run() returns if llama_decode() did well and something of ours failed afterwards, or before.

@@ -40,6 +40,9 @@ ggml_tensor * llama_attend_densely(const llama_layer_graph & a) {
     if (part.blocks) {
         ggml_sparse_attn_set_blocks(cur);
     }
+    if (part.least > 0.0f) {
+        ggml_sparse_attn_skip_tiles(cur, part.least);
+    }
     return a.done(cur, "sparse_attn");
 }
 

@@ -67,6 +67,7 @@ struct llama_support_params {
                                             // error of their logit is larger; 0: to n_selected cells
     float                 second_look = 0.0f; // sketch: see ggml_sketch_scan()
     ggml_sketch_format    format   = {}; // all 0: by the head size of each layer
+    float                 prefill_least = 0.0f; // sparse prefill: see ggml_sparse_attn_skip_tiles(); 0: exact
 
     bool selects()   const { return policy != LLAMA_SUPPORT_WINDOW && n_selected > 0; }
     bool refreshes() const { return policy == LLAMA_SUPPORT_FROZEN && n_selected > 0; } // a refresh takes evidence
@@ -134,6 +135,7 @@ struct llama_support_part {
     bool     refresh  = false; // with evidence
     bool     listed   = false; // prefill by our kernel
     bool     blocks   = false; // ... which packs K and V for all tokens
+    float    least    = 0.0f;  // ... and passes over tiles that have less of the attention, see ggml_sparse_attn_skip_tiles()
     uint32_t stream   = 0;
     int64_t  first    = 0;     // its tokens in the ubatch
     int64_t  n_tokens = 0;
@@ -146,7 +148,7 @@ struct llama_support_part {
     int64_t  n_append = 0;     // portable: rows of compact caches that are written
 
     bool operator==(const llama_support_part & o) const {
-        return kind == o.kind && refresh == o.refresh && listed == o.listed && blocks == o.blocks && stream == o.stream && first == o.first
+        return kind == o.kind && refresh == o.refresh && listed == o.listed && blocks == o.blocks && least == o.least && stream == o.stream && first == o.first
             && n_tokens == o.n_tokens && index == o.index && n_behind == o.n_behind
             && n_list == o.n_list && n_stored == o.n_stored && n_skip == o.n_skip && n_scan == o.n_scan && n_append == o.n_append;
     }

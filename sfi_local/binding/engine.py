@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 from sfi_local.binding.library import open_library
 from sfi_local.errors import SfiError, from_status
-from sfi_local.params import POLICIES, SELECTORS, SfiParams
+from sfi_local.params import POLICIES, PREFILLS, SELECTORS, SfiParams
 
 PREFILL = 0  # enum sfi_phase
 KINDS = {"auto": 0, "slow": 1, "fast": 2, "dense": 3}
@@ -345,13 +345,14 @@ def _struct_of(name: str, params: Any, research: Any) -> Any:
     return params if name in dir(params) else research
 
 
-_NUMBERS = [f.name for f in fields(SfiParams) if f.name not in ("policy", "selector")]
+_NUMBERS = [f.name for f in fields(SfiParams) if f.name not in ("policy", "selector", "prefill")]
 
 
 def _to_native(params: SfiParams) -> tuple[Any, Any]:
     """A ``struct sfi_params *`` with the values of params, and the ``struct sfi_research *`` that it points to."""
     out, research = _default_structs(params.policy)
     research.selector = SELECTORS[params.selector]
+    out.prefill = PREFILLS[params.prefill]
     for name in _NUMBERS:
         setattr(_struct_of(name, out, research), name, getattr(params, name))
     out.research = research
@@ -361,7 +362,8 @@ def _to_native(params: SfiParams) -> tuple[Any, Any]:
 def _from_native(params: Any, research: Any) -> SfiParams:
     numbers = {name: getattr(_struct_of(name, params, research), name) for name in _NUMBERS}
     numbers = {n: round(v, 6) if isinstance(v, float) else v for n, v in numbers.items()}  # float is 32 bits in C
-    return SfiParams(policy=_name_of(POLICIES, params.policy), selector=_name_of(SELECTORS, research.selector), **numbers)
+    return SfiParams(policy=_name_of(POLICIES, params.policy), selector=_name_of(SELECTORS, research.selector),
+                     prefill=_name_of(PREFILLS, params.prefill), **numbers)
 
 
 def _name_of(names: dict[str, int], number: int) -> str:

@@ -88,6 +88,7 @@ SFI_SIGNATURES = {  # ggml-sfi.h
     "ggml_sparse_attn_evidence": (T, [c_void_p, T, T, T, T, T, T, F, F]),
     "ggml_sparse_attn_set_visible": (None, [T, T]),
     "ggml_sparse_attn_set_blocks": (None, [T]),
+    "ggml_sparse_attn_skip_tiles": (None, [T, ctypes.c_float]),
     "ggml_block_mul_mat": (T, [c_void_p, T, T]),
     "ggml_few_mul_mat": (T, [c_void_p, T, T]),
     "ggml_support_evidence": (T, [c_void_p, T, T, T, T, F, F, F, I]),
@@ -236,12 +237,14 @@ class Graph:
     # -- operations: a method per function of ggml-sfi.h, without the context --
 
     def sparse_attn(self, q, k, v, always=None, selected=None, tail=None, sinks=None, scale=1.0, logit_softcap=0.0,
-                    visible=None, blocks=False):
+                    visible=None, blocks=False, least=0.0):
         out = self.lib.ggml_sparse_attn(self.ctx, q, k, v, always, selected, tail, sinks, scale, logit_softcap)
         if visible is not None:
             self.lib.ggml_sparse_attn_set_visible(out, visible)
         if blocks:
             self.lib.ggml_sparse_attn_set_blocks(out)
+        if least:
+            self.lib.ggml_sparse_attn_skip_tiles(out, least)
         return out
 
     def sparse_attn_evidence(self, q, k, v, cells, sinks, plan, scale=1.0, logit_softcap=0.0):

@@ -143,9 +143,78 @@ static float weigh(float * x, int n, float * max, float * sum) {
     return keep;
 }
 
+// So many rows at a time that beside their sums of products those of weights fit into registers.
+template <class S> constexpr int mass_rows = shape<S>::N > 4 ? shape<S>::N*2/3 : shape<S>::N;
+
+template <class S, int N>
+static inline void rough_mass(const float * q, int n_embd, const float * k, int n, const float * shift, float * out, int64_t ld) {
+    constexpr int M = shape<S>::M;
+    typename S::V total[N];
+    SFI_UNROLL
+    for (int r = 0; r < N; ++r) {
+        total[r] = S::zero();
+    }
+    for (int c = 0; c < n; c += panel_of<S>) {
+        typename S::V acc[N][M];
+        SFI_UNROLL
+        for (int r = 0; r < N; ++r) {
+            SFI_UNROLL
+            for (int m = 0; m < M; ++m) {
+                acc[r][m] = S::set1(-shift[r]);
+            }
+        }
+        for (int i = 0; i < n_embd; ++i) {
+            typename S::V x[M];
+            SFI_UNROLL
+            for (int m = 0; m < M; ++m) {
+                x[m] = S::load(k + (c*n_embd + i*panel_of<S>) + m*S::W);
+                SFI_PIN(x[m]);
+            }
+            SFI_UNROLL
+            for (int r = 0; r < N; ++r) {
+                const typename S::V y = S::set1(q[r*n_embd + i]);
+                SFI_UNROLL
+                for (int m = 0; m < M; ++m) {
+                    acc[r][m] = S::fma(y, x[m], acc[r][m]);
+                }
+            }
+        }
+        SFI_UNROLL
+        for (int r = 0; r < N; ++r) {
+            SFI_UNROLL
+            for (int m = 0; m < M; ++m) {
+                total[r] = S::add(total[r], S::rough_exp2(acc[r][m]));
+            }
+        }
+    }
+    for (int r = 0; r < N; ++r) {
+        float sum[4];
+        S::sum4(total[r], S::zero(), S::zero(), S::zero(), sum);
+        out[r*ld] = sum[0];
+    }
+}
+
+template <class S, int N>
+static inline void rough_mass_rows(const float * q, int n_q, int n_embd, const float * k, int n, const float * shift, float * out, int64_t ld) {
+    int r = 0;
+    for (; r + N <= n_q; r += N) {
+        rough_mass<S, N>(q + r*n_embd, n_embd, k, n, shift + r, out + r*ld, ld);
+    }
+    if constexpr (N > 1) {
+        if (r < n_q) {
+            rough_mass_rows<S, N/2>(q + r*n_embd, n_q - r, n_embd, k, n, shift + r, out + r*ld, ld);
+        }
+    }
+}
+
+template <class S>
+static void mass(const float * q, int n_q, int n_embd, const float * k, int n, const float * shift, float * out, int64_t ld) {
+    rough_mass_rows<S, mass_rows<S>>(q, n_q, n_embd, k, n, shift, out, ld);
+}
+
 template <class S>
 static block_ops ops_of(ggml_type type_k, ggml_type type_v) {
-    block_ops ops = { panel_of<S>, nullptr, nullptr, block_dot<S>, block_mad<S>, weigh<S> };
+    block_ops ops = { panel_of<S>, nullptr, nullptr, block_dot<S>, block_mad<S>, weigh<S>, mass<S> };
     switch (type_k) {
         case GGML_TYPE_F32:  ops.pack_k = pack_k<S, GGML_TYPE_F32>;  break;
         case GGML_TYPE_F16:  ops.pack_k = pack_k<S, GGML_TYPE_F16>;  break;

@@ -34,6 +34,10 @@ using block_mad_fn = void (*)(const float * p, int64_t ld, int n_q, int n, const
 // If all is -INFINITY the weights are 0 and the result is 1.
 using weigh_fn = float (*)(float * x, int n, float * max, float * sum);
 
+// A rough sum of weights: out[r*ld] = sum over c < n of 2^(q_r . k_c - shift[r]), off by 4 % at most, for r < n_q rows of q [n_q, n_embd]
+// and n cells of k, which is packed and has whole panels
+using mass_fn = void (*)(const float * q, int n_q, int n_embd, const float * k, int n, const float * shift, float * out, int64_t ld);
+
 struct block_ops {
     int          panel;
     pack_k_fn    pack_k;
@@ -41,6 +45,7 @@ struct block_ops {
     block_dot_fn dot;
     block_mad_fn mad;
     weigh_fn     weigh;
+    mass_fn      mass;
 };
 
 // the widest panel of any path, in floats: pad rows of outputs to a multiple of it

@@ -11,6 +11,7 @@
 //   exp(x)                   for x <= 0, relative error below 3e-7, 0 below -87
 //   hmax(x)                  the largest lane
 //   exp2(t)                  for t < 126, relative error below 4e-6; below -126 what it is there: nothing, beside a 1
+//   rough_exp2(t)            off by 4 % at most, for t of -100 to 100 and as there beyond; of what is not a number anything
 //   ge(a, b)                 a bit per lane: a >= b
 //   keep(p, x, lanes)        p[0], p[1] ... = those lanes of x; W values may be written
 
@@ -95,6 +96,11 @@ namespace exp2_constants {
     constexpr float c[5]  = { 1.00000262f, 0.693003833f, 0.241442755f, 0.0520114638f, 0.0135341678f };
 }
 
+// 2^t = the float whose bits are t*2^23 + bias: its exponent is right, and 2^f taken to be 1 + f, less 3 % so that the error is centred
+namespace rough_exp2_constants {
+    constexpr float most = 100.0f, unit = 1 << 23, bias = 1064992512.0f;
+}
+
 // For every set of lanes, the numbers of those that are in it, one a byte: what moves them to the front.
 template <int W> struct front_lanes {
     uint8_t of[1 << W][W];
@@ -139,6 +145,14 @@ struct scalar {
     static V    exp(V x)                { return x < exp_constants::min_x ? 0.0f : std::exp(x); }
     static float hmax(V x)              { return x; }
     static V    exp2(V t)               { return std::exp2(max(t, exp2_constants::min_t)); }
+    static V    rough_exp2(V t) {
+        using namespace rough_exp2_constants;
+        t = t > -most ? t < most ? t : most : -most;
+        const int32_t bits = (int32_t) (t*unit + bias);
+        float x;
+        memcpy(&x, &bits, sizeof(x));
+        return x;
+    }
     static uint32_t ge(V a, V b)        { return a >= b; }
     static void keep(float * p, V x, uint32_t lanes) { if (lanes & 1) { *p = x; } }
 };
@@ -218,6 +232,11 @@ struct avx2 {
         V y = set1(c[4]);
         for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
         return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+    }
+    static V    rough_exp2(V t) {
+        using namespace rough_exp2_constants;
+        const V in = _mm256_min_ps(set1(most), _mm256_max_ps(set1(-most), t));
+        return _mm256_castsi256_ps(_mm256_cvtps_epi32(fma(in, set1(unit), set1(bias))));
     }
     static uint32_t ge(V a, V b)        { return (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
     static __m256i front(uint32_t lanes) {
@@ -310,6 +329,11 @@ struct avx512 {
         for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
         return _mm512_scalef_ps(y, t); // y * 2^floor(t)
     }
+    static V    rough_exp2(V t) {
+        using namespace rough_exp2_constants;
+        const V in = _mm512_min_ps(set1(most), _mm512_max_ps(set1(-most), t));
+        return _mm512_castsi512_ps(_mm512_cvtps_epi32(fma(in, set1(unit), set1(bias))));
+    }
     static uint32_t ge(V a, V b)        { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
     static void keep(float * p, V x, uint32_t lanes) { // a compressing or masked store is slow: on some CPUs, or to untouched pages
         store(p, _mm512_maskz_compress_ps((__mmask16) lanes, x));
@@ -378,6 +402,11 @@ struct neon {
         V y = set1(c[4]);
         for (int i = 3; i >= 0; --i) { y = fma(y, f, set1(c[i])); }
         return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(y), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
+    }
+    static V    rough_exp2(V t) {
+        using namespace rough_exp2_constants;
+        const V in = vminq_f32(vdupq_n_f32(most), vmaxq_f32(vdupq_n_f32(-most), t));
+        return vreinterpretq_f32_s32(vcvtq_s32_f32(fma(in, set1(unit), set1(bias))));
     }
     static uint32_t ge(V a, V b) {
         const uint32_t bit[4] = { 1, 2, 4, 8 };

@@ -11,6 +11,9 @@
 //   pass 4  accumulate V
 //   pass 5  divide by the sum, learned sink included
 //
+// Where tiles may be skipped (ggml_sparse_attn_skip_tiles()) each query head wants others. So it is a unit of its own, with more tokens:
+// it first chooses its tiles (tile-choice.h). Before that the threads share the copies of keys that choices look at.
+//
 // Logits are kept in base 2. Which thread takes which block changes nothing in the result.
 
 #include "sfi-ops.h"
@@ -18,15 +21,17 @@
 #include "attn-block.h"
 #include "ggml-cpu-impl.h"
 #include "sfi-params.h"
+#include "tile-choice.h"
 
 #include <algorithm>
 #include <cmath>
 
 namespace {
 
-constexpr int   tile_cells = 128;
+constexpr int   most_cells = 128; // of a tile
 constexpr int   strip_rows = 48;
 constexpr int   block_rows = 192;
+constexpr int   choice_tokens = 60; // that choose together
 constexpr int   line_floats = 16;
 constexpr float log2e = 1.44269504f;
 
@@ -37,25 +42,39 @@ int64_t padded(int64_t n) {
 struct task {
     const ggml_tensor * dst, * q, * k, * v, * cells, * visible, * sinks;
     sfi::block_ops ops;
-    float   scale, softcap;
+    float   scale, softcap, least;
     int64_t d_k, d_v, n_tokens, n_head, n_head_kv, group, n_stream, n_list;
+    bool    chooses;
+    int     tile_cells;
+    int64_t heads;         // query heads of a block
     int64_t block_tokens, n_blocks;
 
     explicit task(const ggml_tensor * dst, bool reference = false) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), cells(dst->src[3]), visible(dst->src[7]), sinks(dst->src[6]),
         ops(sfi::block_ops_for(k->type, v->type, reference)),
         scale(sfi::params_of<sfi_attn_params>(dst).scale), softcap(sfi::params_of<sfi_attn_params>(dst).softcap),
+        least(sfi::params_of<sfi_attn_params>(dst).least),
         d_k(q->ne[0]), d_v(v->ne[0]), n_tokens(q->ne[1]), n_head(q->ne[2]), n_head_kv(k->ne[2]), group(n_head/n_head_kv),
         n_stream(q->ne[3]), n_list(cells->ne[0]),
-        block_tokens(std::clamp<int64_t>(block_rows/group, 1, n_tokens)),
+        chooses(least > 0.0f && softcap == 0.0f), tile_cells(chooses ? sfi::choice_tile : most_cells), heads(chooses ? 1 : group),
+        block_tokens(std::clamp<int64_t>(chooses ? choice_tokens : block_rows/group, 1, n_tokens)),
         n_blocks((n_tokens + block_tokens - 1)/block_tokens) {}
 
-    int64_t rows() const { return block_tokens*group; }
+    int64_t rows()    const { return block_tokens*heads; }
+    int64_t n_tiles() const { return (n_list + tile_cells - 1)/tile_cells; }
+
+    // floats of the copy of the keys of one KV head
+    int64_t copy_floats() const {
+        return !chooses ? 0 : padded(1) + padded(sfi::key_copy::encode_floats(d_k)) + padded(sfi::key_copy::decode_floats(d_k))
+            + n_tiles()*sfi::key_copy::tile_floats() + padded(n_tiles());
+    }
+    int64_t copies_floats() const { return n_stream*n_head_kv*copy_floats(); }
 
     // floats of one thread, see scratch
     int64_t scratch_floats() const {
-        return rows()*(d_k + padded(d_v) + 2) + strip_rows*(tile_cells + 1) + tile_cells*(d_k + padded(d_v)) + sfi::max_vector*d_k
-            + 8*line_floats;
+        const int64_t attend = rows()*(d_k + padded(d_v) + 2) + strip_rows*(tile_cells + 1) + tile_cells*(d_k + padded(d_v))
+            + sfi::max_vector*d_k + 8*line_floats;
+        return attend + (chooses ? std::max(sfi::fit_room::floats(d_k), sfi::choice_room::floats(rows(), n_tiles())) : 0);
     }
 
     const int32_t * cells_of(int64_t s) const { return (const int32_t *) ((const char *) cells->data + s*cells->nb[3]); }
@@ -69,8 +88,9 @@ struct scratch {
     float * q, * o, * max, * sum;     // of the rows of a block
     float * k, * v, * transposed;     // of a tile
     float * x, * keep;                // of a strip
-    const char * k_rows[tile_cells], * v_rows[tile_cells];
-    int     place[tile_cells];        // in the list
+    float * choice;                   // of a fit, then of choices
+    const char * k_rows[most_cells], * v_rows[most_cells];
+    int     place[most_cells];        // in the list
 
     scratch(const task & a, float * p) {
         const auto take = [&](int64_t n) { float * at = p; p += GGML_PAD(n, line_floats); return at; };
@@ -78,26 +98,30 @@ struct scratch {
         o = take(a.rows()*padded(a.d_v));
         max = take(a.rows());
         sum = take(a.rows());
-        k = take(tile_cells*a.d_k);
-        v = take(tile_cells*padded(a.d_v));
+        k = take(a.tile_cells*a.d_k);
+        v = take(a.tile_cells*padded(a.d_v));
         transposed = take(sfi::max_vector*a.d_k);
-        x = take(strip_rows*tile_cells);
+        x = take(strip_rows*a.tile_cells);
         keep = take(strip_rows);
+        choice = p;
     }
 };
 
-// The rows of one KV head for tokens [t0, t1): row r is query head h*group + r%group of token t0 + r/group.
+// The rows of some heads of one KV head for tokens [t0, t1): row r is query head h0 + r%heads of token t0 + r/heads.
 struct block {
-    int64_t s, h, t0, t1;
+    int64_t s, h, h0, t0, t1;
 };
+
+const float * query(const task & a, int64_t s, int64_t h, int64_t t) {
+    return (const float *) ((const char *) a.q->data + t*a.q->nb[1] + h*a.q->nb[2] + s*a.q->nb[3]);
+}
 
 void begin(const task & a, const block & b, const scratch & w) {
     const float scale = a.softcap > 0.0f ? a.scale/a.softcap : a.scale*log2e;
-    const int64_t n = (b.t1 - b.t0)*a.group;
+    const int64_t n = (b.t1 - b.t0)*a.heads;
     float * to = w.q;
     for (int64_t r = 0; r < n; ++r) {
-        const float * from = (const float *) ((const char *) a.q->data + (b.t0 + r/a.group)*a.q->nb[1]
-                + (b.h*a.group + r % a.group)*a.q->nb[2] + b.s*a.q->nb[3]);
+        const float * from = query(a, b.s, b.h0 + r % a.heads, b.t0 + r/a.heads);
         for (int64_t i = 0; i < a.d_k; ++i) {
             *to++ = scale*from[i];
         }
@@ -156,24 +180,24 @@ void attend(const task & a, const scratch & w, int64_t r0, int n_rows, int n_til
     if (n == 0) {
         return;
     }
-    a.ops.dot(w.q + r0*a.d_k, n_rows, (int) a.d_k, w.k, n, w.x, tile_cells);
+    a.ops.dot(w.q + r0*a.d_k, n_rows, (int) a.d_k, w.k, n, w.x, a.tile_cells);
     for (int r = 0; r < n_rows; ++r) {
-        weigh(a, w, w.x + r*tile_cells, n, r0 + r, w.keep + r);
+        weigh(a, w, w.x + r*a.tile_cells, n, r0 + r, w.keep + r);
     }
-    a.ops.mad(w.x, tile_cells, n_rows, n, w.v, n_tile, (int) a.d_v, w.keep, w.o + r0*padded(a.d_v), padded(a.d_v));
+    a.ops.mad(w.x, a.tile_cells, n_rows, n, w.v, n_tile, (int) a.d_v, w.keep, w.o + r0*padded(a.d_v), padded(a.d_v));
 }
 
 void attend_tile(const task & a, const block & b, const scratch & w, int64_t c0, int n_tile) {
     const auto strips = [&](int64_t t0, int64_t t1, int n) {
-        const int64_t r1 = (t1 - b.t0)*a.group;
-        for (int64_t r = (t0 - b.t0)*a.group; r < r1; r += strip_rows) {
+        const int64_t r1 = (t1 - b.t0)*a.heads;
+        for (int64_t r = (t0 - b.t0)*a.heads; r < r1; r += strip_rows) {
             attend(a, w, r, (int) std::min<int64_t>(strip_rows, r1 - r), n_tile, n);
         }
     };
     int64_t whole = b.t0; // the tokens [whole, t) see all of the tile
     for (int64_t t = b.t0; t < b.t1; ++t) {
         const int64_t seen = a.seen(b.s, t);
-        if (seen < std::min(c0 + tile_cells, a.n_list)) { // what a token does not see must not touch it, not even times 0
+        if (seen < std::min(c0 + a.tile_cells, a.n_list)) { // what a token does not see must not touch it, not even times 0
             strips(whole, t, n_tile);
             strips(t, t + 1, (int) (std::lower_bound(w.place, w.place + n_tile, seen - c0) - w.place));
             whole = t + 1;
@@ -184,8 +208,8 @@ void attend_tile(const task & a, const block & b, const scratch & w, int64_t c0,
 
 // pass 5
 void finish(const task & a, const block & b, const scratch & w) {
-    for (int64_t r = 0; r < (b.t1 - b.t0)*a.group; ++r) {
-        const int64_t t = b.t0 + r/a.group, h = b.h*a.group + r % a.group;
+    for (int64_t r = 0; r < (b.t1 - b.t0)*a.heads; ++r) {
+        const int64_t t = b.t0 + r/a.heads, h = b.h0 + r % a.heads;
         float * out = (float *) a.dst->data + ((b.s*a.n_tokens + t)*a.n_head + h)*a.d_v;
         float max = w.max[r], sum = w.sum[r], keep = 1.0f;
         if (a.sinks) {
@@ -201,17 +225,130 @@ void finish(const task & a, const block & b, const scratch & w) {
     }
 }
 
-void attend_block(const task & a, const block & b, scratch & w) {
+// ---- skipped tiles -------------------------------------------------------------------------------------------------------
+
+sfi::key_copy copy_of(const task & a, float * copies, int64_t s, int64_t h) {
+    float * p = copies + (s*a.n_head_kv + h)*a.copy_floats();
+    const auto take = [&](int64_t n) { float * at = p; p += padded(n); return at; };
+    sfi::key_copy copy;
+    copy.usable  = (bool *) take(1);
+    copy.encode  = take(sfi::key_copy::encode_floats(a.d_k));
+    copy.decode  = take(sfi::key_copy::decode_floats(a.d_k));
+    copy.codes   = take(a.n_tiles()*sfi::key_copy::tile_floats());
+    copy.unknown = (bool *) take(a.n_tiles());
+    return copy;
+}
+
+// What the last of all tokens sees.
+int64_t last_seen(const task & a, int64_t s) {
+    int64_t last = 0;
+    for (int64_t t = 0; t < a.n_tokens; ++t) {
+        last = std::max(last, a.seen(s, t));
+    }
+    return last;
+}
+
+// Keys evenly spread over what is seen, queries over tokens and heads.
+void fit(const task & a, int64_t s, int64_t h, const scratch & w, const sfi::key_copy & copy) {
+    const sfi::fit_room room(w.choice, a.d_k);
+    const auto to_float = ggml_get_type_traits(a.k->type)->to_float;
+    const int32_t * list = a.cells_of(s);
+    const int64_t n_seen = last_seen(a, s), n_queries = a.n_tokens*a.group;
+    const auto every = [](int64_t n) { return std::max<int64_t>(1, (n + sfi::choice_rows - 1)/sfi::choice_rows); };
+    int n = 0;
+    for (int64_t i = 0; i < n_seen; i += every(n_seen)) {
+        if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) {
+            const char * row = (const char *) a.k->data + s*a.k->nb[3] + h*a.k->nb[2] + list[i]*a.k->nb[1];
+            float * to = room.rows + a.d_k*n++;
+            if (to_float) {
+                to_float(row, to, a.d_k);
+            } else {
+                std::copy_n((const float *) row, a.d_k, to);
+            }
+        }
+    }
+    sfi::moments(room, n, (int) a.d_k, true, room.keys);
+    n = 0;
+    for (int64_t i = 0; i < n_queries; i += every(n_queries)) {
+        std::copy_n(query(a, s, h*a.group + i % a.group, i/a.group), a.d_k, room.rows + a.d_k*n++);
+    }
+    sfi::moments(room, n, (int) a.d_k, false, room.queries);
+    sfi::fit_copy(room, (int) a.d_k, copy);
+}
+
+// A pad stands for its neighbour: it counts in no result, and in the estimate for less than its tile.
+void encode(const task & a, int64_t s, int64_t h, int64_t tile, scratch & w, const sfi::key_copy & copy) {
+    const int32_t * list = a.cells_of(s) + tile*a.tile_cells;
+    const int n = (int) std::min<int64_t>(a.tile_cells, a.n_list - tile*a.tile_cells);
+    const char * k0 = (const char *) a.k->data + s*a.k->nb[3];
+    const char * some = nullptr;
+    const auto is_cell = [&](int i) { return (uint64_t) list[i] < (uint64_t) a.k->ne[1]; };
+    for (int i = 0; i < n && !some; ++i) {
+        some = is_cell(i) ? k0 + list[i]*a.k->nb[1] : nullptr;
+    }
+    for (int i = 0; i < n && some; ++i) {
+        w.k_rows[i] = some = is_cell(i) ? k0 + list[i]*a.k->nb[1] : some;
+    }
+    a.ops.pack_k((int) a.d_k, { w.k_rows, h*a.k->nb[2], some ? n : 0, nullptr, 0, 0, 0 }, w.k, w.transposed);
+    sfi::encode_tile(a.ops, w.k, (int) a.d_k, copy, tile);
+}
+
+// All threads together.
+void make_copies(const ggml_compute_params * params, const task & a, float * copies, scratch & w) {
+    for (int64_t i = params->ith; i < a.n_stream*a.n_head_kv; i += params->nth) {
+        fit(a, i/a.n_head_kv, i % a.n_head_kv, w, copy_of(a, copies, i/a.n_head_kv, i % a.n_head_kv));
+    }
+    ggml_barrier(params->threadpool);
+    for (int64_t i = 0; i < a.n_stream*a.n_head_kv; ++i) {
+        const int64_t s = i/a.n_head_kv, h = i % a.n_head_kv, n = (last_seen(a, s) + a.tile_cells - 1)/a.tile_cells;
+        const auto copy = copy_of(a, copies, s, h);
+        for (int64_t tile = params->ith; tile < n && *copy.usable; tile += params->nth) {
+            encode(a, s, h, tile, w, copy);
+        }
+    }
+}
+
+// ---- a block -------------------------------------------------------------------------------------------------------------
+
+// The next tile from `tile` on that is wanted, or n.
+int64_t next_wanted(const uint8_t * wanted, int64_t tile, int64_t n) {
+    while (tile < n && wanted && !wanted[tile]) {
+        ++tile;
+    }
+    return tile;
+}
+
+// wanted: a flag for each tile; null: all are
+const uint8_t * choose(const task & a, const block & b, const scratch & w, float * copies, int64_t n_tiles) {
+    if (!a.chooses) {
+        return nullptr;
+    }
+    int64_t seen[choice_tokens];
+    for (int64_t t = b.t0; t < b.t1; ++t) {
+        seen[t - b.t0] = a.seen(b.s, t);
+    }
+    const sfi::choice_room room(w.choice, a.rows(), a.n_tiles());
+    sfi::choose_tiles(a.ops, copy_of(a, copies, b.s, b.h), w.q, seen, (int) (b.t1 - b.t0), (int) a.d_k, n_tiles, a.least, room);
+    return room.wanted;
+}
+
+void attend_block(const task & a, const block & b, scratch & w, float * copies) {
     int64_t last = 0;
     for (int64_t t = b.t0; t < b.t1; ++t) {
         last = std::max(last, a.seen(b.s, t));
     }
+    const int64_t n_tiles = (last + a.tile_cells - 1)/a.tile_cells;
+    const auto end_of = [&](int64_t tile) { return std::min<int64_t>((tile + 1)*a.tile_cells, last); };
     begin(a, b, w);
-    for (int64_t c0 = 0; c0 < last; c0 += tile_cells) {
-        const int64_t c1 = std::min<int64_t>(c0 + tile_cells, last);
-        const int n = pack(a, b, w, c0, c1);
-        fetch(a, b, c1, std::min<int64_t>(c1 + tile_cells, last));
+    const uint8_t * wanted = n_tiles > 0 ? choose(a, b, w, copies, n_tiles) : nullptr;
+    for (int64_t tile = next_wanted(wanted, 0, n_tiles); tile < n_tiles; ) {
+        const int64_t c0 = tile*a.tile_cells, next = next_wanted(wanted, tile + 1, n_tiles);
+        const int n = pack(a, b, w, c0, end_of(tile));
+        if (next < n_tiles) {
+            fetch(a, b, next*a.tile_cells, end_of(next));
+        }
         attend_tile(a, b, w, c0, n);
+        tile = next;
     }
     finish(a, b, w);
 }
@@ -221,19 +358,23 @@ void attend_block(const task & a, const block & b, scratch & w) {
 // Blocks of late tokens see most: they go first, so that the threads end together.
 void sfi::sparse_attn_blocks(const ggml_compute_params * params, ggml_tensor * dst) {
     const task a(dst, params->use_ref);
-    float * base = (float *) GGML_PAD((uintptr_t) params->wdata, line_floats*sizeof(float));
-    scratch w(a, base + params->ith*a.scratch_floats());
+    float * copies = (float *) GGML_PAD((uintptr_t) params->wdata, line_floats*sizeof(float));
+    scratch w(a, copies + a.copies_floats() + params->ith*a.scratch_floats());
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
+    if (a.chooses) {
+        make_copies(params, a, copies, w);
+    }
     ggml_barrier(params->threadpool);
-    const int64_t n = a.n_stream*a.n_head_kv*a.n_blocks;
+    const int64_t n_units = a.n_head/a.heads, n = a.n_stream*n_units*a.n_blocks;
     for (int64_t i = params->ith; i < n; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t number = a.n_blocks - 1 - i/(a.n_head_kv*a.n_stream), t0 = number*a.block_tokens;
-        attend_block(a, { i/a.n_head_kv % a.n_stream, i % a.n_head_kv, t0, std::min(t0 + a.block_tokens, a.n_tokens) }, w);
+        const int64_t t0 = (a.n_blocks - 1 - i/(n_units*a.n_stream))*a.block_tokens, h0 = i % n_units*a.heads;
+        attend_block(a, { i/n_units % a.n_stream, h0/a.group, h0, t0, std::min(t0 + a.block_tokens, a.n_tokens) }, w, copies);
     }
 }
 
 size_t sfi::sparse_attn_blocks_work_size(const ggml_tensor * dst, int n_threads) {
-    return (n_threads*task(dst).scratch_floats() + line_floats)*sizeof(float);
+    const task a(dst);
+    return (a.copies_floats() + n_threads*a.scratch_floats() + line_floats)*sizeof(float);
 }
