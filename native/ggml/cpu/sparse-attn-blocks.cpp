@@ -151,16 +151,16 @@ int pack(const task & a, const block & b, scratch & w, int64_t c0, int64_t c1) {
 // the rows of a tile that will be needed next
 void fetch(const task & a, const block & b, int64_t c0, int64_t c1) {
     const int32_t * list = a.cells_of(b.s);
-    const auto lines = [](const ggml_tensor * t, const char * row, int64_t n) {
-        const size_t size = ggml_row_size(t->type, n);
-        for (size_t i = 0; i < size; i += 64) {
+    const size_t k_bytes = ggml_row_size(a.k->type, a.d_k), v_bytes = ggml_row_size(a.v->type, a.d_v);
+    const auto lines = [](const char * row, size_t n_bytes) {
+        for (size_t i = 0; i < n_bytes; i += 64) {
             sfi::prefetch(row + i);
         }
     };
     for (int64_t i = c0; i < c1; ++i) {
         if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) {
-            lines(a.k, (const char *) a.k->data + b.s*a.k->nb[3] + b.h*a.k->nb[2] + list[i]*a.k->nb[1], a.d_k);
-            lines(a.v, (const char *) a.v->data + b.s*a.v->nb[3] + b.h*a.v->nb[2] + list[i]*a.v->nb[1], a.d_v);
+            lines((const char *) a.k->data + b.s*a.k->nb[3] + b.h*a.k->nb[2] + list[i]*a.k->nb[1], k_bytes);
+            lines((const char *) a.v->data + b.s*a.v->nb[3] + b.h*a.v->nb[2] + list[i]*a.v->nb[1], v_bytes);
         }
     }
 }

@@ -137,7 +137,7 @@ static void orthonormalise(float * z, float * y, int n) {
             }
         }
         const double length = dot(z + r*n, y + r*n, n);
-        const float  factor = length > 1e-6*before && length > 1e-30 ? (float) (1.0/std::sqrt(length)) : 0.0f;
+        const float  factor = length > 1e-11*before && length > 1e-30 ? (float) (1.0/std::sqrt(length)) : 0.0f;
         for (int i = 0; i < n; ++i) {
             z[r*n + i] *= factor;
             y[r*n + i] *= factor;
