@@ -13,13 +13,13 @@ from sfi_local.runtime.slot import Progress, Slot
 class SwitchSession(Slot):
     """A session whose mode can be changed; what is in the cache stays.
 
-    The trunk is the text that every mode begins with. It is prefilled once, in mode ``stock``; its last tokens are
-    computed again in each mode, because the end of a prefill is what gives sfi its first support.
+    The trunk is the text that every mode begins with. It is prefilled once, in mode ``dense``, as ``prefill`` of the parameters says;
+    its last tokens are computed again in each mode, because the end of a prefill is what gives sfi its first support.
     """
 
     def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str):
         super().__init__(maker(model.weights, model.n_threads, kv_type, kv_type, n_ubatch=model.n_ubatch), n_ctx, "stock", params)
-        self.kv_type, self.trunk = kv_type, []
+        self.kv_type, self.trunk, self.read_by = kv_type, [], params.fit_context(n_ctx)
 
     def __enter__(self) -> "SwitchSession":
         return self
@@ -40,7 +40,7 @@ class SwitchSession(Slot):
 
     def set_trunk(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
         """Prefill a trunk; what it has in common with the last one is not computed again."""
-        self.use("stock")
+        self.use("dense", self.read_by)
         n = 0
         while n < min(len(self.trunk) - self.n_tail, len(tokens)) and self.trunk[n] == tokens[n]:
             n += 1
@@ -68,11 +68,11 @@ class SwitchSession(Slot):
 
 
 class Sessions:
-    """A SwitchSession per KV type, made when first asked for and freed together. kv_type: where none is named."""
+    """A SwitchSession per KV type and way of reading, made when first asked for and freed together. kv_type: where none is named."""
 
     def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str):
         self._model, self._n_ctx, self._params, self._kv_type = model, n_ctx, params, kv_type
-        self._sessions: dict[str, SwitchSession] = {}
+        self._sessions: dict[tuple[str, str, float], SwitchSession] = {}
 
     def __enter__(self) -> "Sessions":
         return self
@@ -81,11 +81,12 @@ class Sessions:
         for session in self._sessions.values():
             session.close()
 
-    def at(self, kv_type: str | None, trunk: Sequence[int], progress: Progress | None = None) -> SwitchSession:
-        """The session of a KV type with a trunk in its cache, prefilled if it was another."""
-        kind = kv_type or self._kv_type
+    def at(self, kv_type: str | None, params: SfiParams, trunk: Sequence[int], progress: Progress | None = None) -> SwitchSession:
+        """The session of a KV type with a trunk in its cache, prefilled as these parameters say if it was another."""
+        kind = kv_type or self._kv_type, params.prefill, params.prefill_least
         if kind not in self._sessions:
-            self._sessions[kind] = SwitchSession(self._model, self._n_ctx, self._params, kind)
+            read_by = self._params.replace(prefill=params.prefill, prefill_least=params.prefill_least)
+            self._sessions[kind] = SwitchSession(self._model, self._n_ctx, read_by, kind[0])
         session = self._sessions[kind]
         if session.trunk != list(trunk):
             session.set_trunk(trunk, progress)

@@ -136,7 +136,7 @@ def replayed(model):
     """An answer of mode exact, and the session that gave it, with 4 drafts per span."""
     prompt, row = excerpts(model, *measured_text(None), 300, 3, 100)[1], Row("exact", "exact", draft=4)
     with Sessions(model, 400, SMALL, "f16") as sessions:
-        session, planned = sessions.at(None, prompt.tokens), plan(row, SMALL, 100, 400, {})
+        session, planned = sessions.at(None, SMALL, prompt.tokens), plan(row, SMALL, 100, 400, {})
         answered = lambda: answer(model, session, prompt, row, planned, DRAWN.chain())
         yield session, planned.params, answered
 

@@ -42,8 +42,8 @@ def answer_all(model: Any, prompts: Sequence[Prompt], rows: Sequence[Row], param
             spent: dict[str, Spent] = {}
             for score in scores:
                 bar.say(f"{label}: {i} of {len(fitting)}, {score.row.name}")
-                session = sessions.at(score.row.kv_type, prompt.tokens, bar.filling)
                 planned = plan(score.row, params, prompt.n, n_ctx, spent)
+                session = sessions.at(score.row.kv_type, planned.params, prompt.tokens, bar.filling)
                 draw = sampling(i - 1)
                 tally = answer(model, session, prompt, score.row, planned, draw.chain())
                 spent[score.row.name] = add(score, tally, session, prompt, planned.params, layers, kv_type)

@@ -87,5 +87,6 @@ class EvalPlan:
             rows = eval_rows.mode_rows(("dense", "exact"), self.fit_budget)
             return eval_rows.unique(rows + [eval_rows.parse_row(text) for text in self.own_rows])
         rows = eval_rows.mode_rows(tuple(dict.fromkeys(("dense", *self.modes))), self.fit_budget)
+        rows += eval_rows.read_rows(self.params)
         rows += eval_rows.reference_rows(self.modes, self.kv_type, self.params) if self.reference else []
         return eval_rows.unique(rows + [eval_rows.parse_row(text) for text in self.own_rows])

@@ -49,7 +49,7 @@ class Row:
     @property
     def is_yardstick(self) -> bool:
         """Dense in the run's own KV type: what every other row is compared with."""
-        return self.mode == "dense" and self.kv_type is None
+        return self.mode == "dense" and self.kv_type is None and self.changes.get("prefill", "exact") == "exact"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ DENSE = Row("dense", "dense")
 def mode_rows(modes: tuple[str, ...], fit: bool) -> list[Row]:
     """A row per mode, named for it."""
     return [Row(mode, mode, fit=fit) for mode in modes]
+
+
+def read_rows(params: SfiParams) -> list[Row]:
+    """Where the run reads its text otherwise: what that alone loses, in dense decoding."""
+    return [] if params.prefill == "exact" else [Row(f"dense, {params.prefill} prefill", "dense", {"prefill": params.prefill})]
 
 
 def reference_rows(modes: tuple[str, ...], kv_type: str, params: SfiParams) -> list[Row]:
@@ -135,7 +140,10 @@ def spread(n: int, n_slow: int) -> Schedule:
 
 
 def settings(row: Row, base: SfiParams) -> SfiParams:
-    """The parameters of a row that is like no other. Mode ``exact`` takes the depth of the rule, as in a run, not a measured one."""
+    """The parameters of a row that is like no other. Mode ``exact`` takes the depth of the rule, as in a run, not a measured one; the
+    yardstick, and llama.cpp's own decoding, read the text exactly."""
+    if row.is_yardstick and "prefill" not in row.changes or not row.decodes.attaches:
+        base = base.replace(prefill="exact")
     if row.decodes.verifies:
         base = base.replace(auto_depth=0)
     if "policy" not in row.changes:

@@ -63,13 +63,15 @@ def measure(model: Any, depths: Sequence[int], n: int, rows: Sequence[Row], para
     with Sessions(model, n_ctx, params, kv_type) as sessions:
         for depth in depths:
             bar.say(f"{kv_type} @ {depth}: dense")
-            session = sessions.at(kv_type, tokens[:depth], bar.filling)
-            dense = _Dense(model, session, params.fit_context(n_ctx), tokens[depth:depth + n + 1], n, n_greedy)
+            exact = params.replace(prefill="exact").fit_context(n_ctx)
+            session = sessions.at(kv_type, exact, tokens[:depth], bar.filling)
+            dense = _Dense(model, session, exact, tokens[depth:depth + n + 1], n, n_greedy)
             spent: dict[str, Spent] = {}
             for row in rows:
                 bar.say(f"{kv_type} @ {depth}: {row.name}")
-                session = sessions.at(row.kv_type, tokens[:depth], bar.filling)
-                one = dense.compare(session, row, plan(row, params, n, n_ctx, spent))
+                planned = plan(row, params, n, n_ctx, spent)
+                session = sessions.at(row.kv_type, planned.params, tokens[:depth], bar.filling)
+                one = dense.compare(session, row, planned)
                 check(one)
                 spent[row.name] = one.spent
                 found.append(one)
