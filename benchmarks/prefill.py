@@ -1,4 +1,5 @@
-"""How fast a whole prompt is read, by llama.cpp alone (stock) and by sfi's kernels (dense), in turns, and how far their logits are apart.
+"""How fast a whole prompt is read, by llama.cpp alone (stock) and by sfi's kernels, exactly (dense) and passing over what hardly counts
+(sparse), in turns, and how far their logits are apart.
 
 usage: prefill.py MODEL.gguf TEXT --tokens 6500 > DATE-MACHINE-MODEL-prefill.json
 """
@@ -23,25 +24,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model"), parser.add_argument("text")
     parser.add_argument("--tokens", type=int, default=6500), parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("-t", type=int, default=2)
+    parser.add_argument("-t", type=int, default=2), parser.add_argument("--by", default="stock,dense", help="of stock, dense, sparse")
     args = parser.parse_args()
     text = Path(args.text).read_text(encoding="utf-8", errors="replace")
-    seconds, last = {"stock": [], "dense": []}, {}
+    seconds, last = {mode: [] for mode in args.by.split(",")}, {}
     for _ in range(args.rounds):
         for mode in seconds:
             took, last[mode] = read(args, mode, text)
             seconds[mode].append(took)
             print(f"{mode} {args.tokens / took:.1f} tokens/s", file=sys.stderr)
+    first = next(iter(seconds))
     tps = {mode: args.tokens / statistics.median(all_of) for mode, all_of in seconds.items()}
     print(json.dumps({
         "command": ["prefill.py", *(Path(word).name for word in sys.argv[1:])], "date": time.strftime("%Y-%m-%d"), "machine": cpu_name(),
         "threads": args.t, "tokens": args.tokens, "seconds": seconds, "prefill_tps": {mode: round(x, 1) for mode, x in tps.items()},
-        "ratio": round(tps["dense"] / tps["stock"], 2), "kl_of_the_last_logits": round(divergence(last["stock"], last["dense"]), 5)}, indent=1))
+        "ratio": {mode: round(x / tps[first], 2) for mode, x in tps.items()},
+        "kl_of_the_last_logits": {mode: round(divergence(last[first], x), 5) for mode, x in last.items()}}, indent=1))
 
 
 def read(args: argparse.Namespace, mode: str, text: str) -> tuple[float, np.ndarray]:
     """Seconds of the prefill of a fresh context, and the logits after it."""
-    with sfi_local.load(args.model, mode=mode, n_ctx=args.tokens + 256, n_threads=args.t, cache=False) as model:
+    how = {"mode": "dense", "params": {"prefill": "sparse"}} if mode == "sparse" else {"mode": mode}
+    with sfi_local.load(args.model, **how, n_ctx=args.tokens + 256, n_threads=args.t, cache=False) as model:
         tokens = model.tokenize(text, add_bos=True)[:args.tokens]
         if len(tokens) < args.tokens:
             sys.exit(f"The text has {len(tokens)} tokens only: give a longer one, or --tokens {len(tokens)}.")

@@ -255,17 +255,20 @@ struct test_sparse_attn : public test_sfi {
 
 // SPARSE_ATTN of many tokens at once
 struct test_sparse_attn_blocks : public test_sparse_attn {
+    const float least; // so small that every tile has it: which are wanted, an estimate decides, and what it is may differ by path
+
     std::string vars() override {
-        return test_sparse_attn::vars() + ",blocks=1";
+        return test_sparse_attn::vars() + ",blocks=1,least=" + std::to_string(least);
     }
 
     test_sparse_attn_blocks(int64_t n_cells, int64_t nb, int64_t hsk = 64, int64_t hsv = 64, int64_t nr = 3, ggml_type type_K = GGML_TYPE_F16,
-            ggml_type type_V = GGML_TYPE_F16, int64_t ns = 1, bool sinks = false, float logit_softcap = 0.0f)
-        : test_sparse_attn(n_cells, -1, hsk, hsv, 2, nr, type_K, type_V, nb, ns, false, false, sinks, logit_softcap, true, true) {}
+            ggml_type type_V = GGML_TYPE_F16, int64_t ns = 1, bool sinks = false, float logit_softcap = 0.0f, float least = 0.0f)
+        : test_sparse_attn(n_cells, -1, hsk, hsv, 2, nr, type_K, type_V, nb, ns, false, false, sinks, logit_softcap, true, true), least(least) {}
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         ggml_tensor * attn = test_sparse_attn::build_graph(ctx);
         ggml_sparse_attn_set_blocks(attn);
+        ggml_sparse_attn_skip_tiles(attn, least);
         return attn;
     }
 };
@@ -1286,6 +1289,14 @@ static void make_sfi_test_cases_eval(std::vector<std::unique_ptr<test_case>> & t
         test_cases.emplace_back(new test_sparse_attn_blocks(300, 131, 64, 64, nr, F16, Q8_0, 2, nr % 2 == 0, nr > 4 ? 10.0f : 0.0f));
     }
     test_cases.emplace_back(new test_sparse_attn_blocks(300, 19, 192, 128));
+    for (int64_t n : { 0, 1, 127, 700, 1025 }) {
+        for (int64_t nb : { 1, 19, 61, 130 }) {
+            test_cases.emplace_back(new test_sparse_attn_blocks(n, nb, 64, 64, 3, F16, F16, 2, nb == 19, 0.0f, 1e-12f));
+        }
+    }
+    for (ggml_type type : { F32, F16, BF16, Q8_0, Q4_0 }) {
+        test_cases.emplace_back(new test_sparse_attn_blocks(900, 70, 128, 96, 4, type, type, 1, false, 0.0f, 1e-12f));
+    }
 
     // sparse_attn with evidence
     for (int64_t n_list : { 1, 63, 64, 65, 300, 1025, 2308 }) {

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from support import reference as ref
 from support.ggml_ops import Graph, encode
 from support.op_cases import SEED, TYPES, Case, logit_error, pass_on_path, simd_paths
-from support import reference as ref
 
 TILE, TOKENS, LOCAL, RANK = 64, 60, 128, 16
 RUN = 23  # tokens that look for the same
