@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -13,8 +12,6 @@ from sfi_local.binding.library import source_id
 from sfi_local.cli import streams
 from sfi_local.cli.spelling import spelled
 from sfi_local.errors import EXIT_INTERRUPTED, EXIT_OK, SfiError, exit_code
-
-COLLECT_AFTER = 50_000  # objects: what imports make is no garbage, and looking through it every 700 of them is a part of each start
 
 # name: (module, function, short help); the short help is here so that --help imports nothing
 COMMANDS = {
@@ -96,7 +93,6 @@ def cli() -> None:
 
 def main() -> int:
     """Entry point; returns the exit code."""
-    gc.set_threshold(COLLECT_AFTER)
     streams.prepare()
     try:
         code = cli.main(prog_name="sfi-local", standalone_mode=False)

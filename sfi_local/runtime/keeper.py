@@ -75,9 +75,9 @@ class Keeper:
         return f"it was read with {head.settings}, and this is {self._settings}" if head.settings != self._settings else (
             f"it was read by another file of {head.model}, or another build of llama.cpp")
 
-    def fetch(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, Any]:
+    def fetch(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
         """See Prefixes.fetch."""
-        return self._store.fetch(found, add_rows, row_size) if self._store else (0, b"")
+        return self._store.fetch(found, add_rows, row_size) if self._store else (0, bytearray())
 
     def save(self, tokens: Sequence[int], blocks: Sequence[str], rows: Iterator[Any], state: bytes | bytearray, n_bytes: int) -> "Saving | None":
         """Keep a text; returns when its rows were taken, and they are written after that. Arguments: see Prefixes.save."""

