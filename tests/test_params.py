@@ -25,7 +25,8 @@ def test_defaults_of_a_policy_are_those_of_the_library(native, policy):
     ({"n_queries": 0}, "n_queries"), ({"n_queries": 65}, "n_queries"), ({"n_recent": 15}, "queries"), ({"selector": ""}, "topk"),
     ({"sketch_k4": 8, "sketch_k1": 4}, "multiple of 32"), ({"sketch_k4": 6, "sketch_k2": 4}, "multiples of 4"), ({"sketch_v2": 8}, "16"),
     ({"sketch_k4": 8, "sketch_first": 1}, "sketch_first"), ({"sketch_first": 1}, "sketch_first"), ({"second_look": -1.0}, "second_look"),
-    ({"selector": "best"}, "topk"), ({"lambda_clip": 1.5}, "lambda_clip"), ({"temperature": 0.0}, "temperature"),
+    ({"selector": "best"}, "topk"), ({"prefill": "fast"}, "exact, sparse"), ({"prefill_least": 1.5}, "prefill_least"),
+    ({"lambda_clip": 1.5}, "lambda_clip"), ({"temperature": 0.0}, "temperature"),
 ])
 def test_out_of_range_is_refused(change, word):
     with pytest.raises(ArgumentError, match=word):
