@@ -116,19 +116,14 @@ def fingerprint_of(file: GgufFile, asked: Settings, stretched: Mapping[str, Any]
     adapters = _adapters(asked.lora)
     files = [*parts_of(file.path), *(Path(path) for path, _ in adapters)]
     return partial(fingerprint, files, folder(), types=[asked.type_k, asked.type_v], scales=[scale for _, scale in adapters],
-                   metadata=dict(stretched or {}), llama=source_id().partition("+")[0], **_read_otherwise(asked.asked_params))
-
-
-def _read_otherwise(params: SfiParams) -> dict[str, Any]:
-    """What of the parameters K and V depend on: how the text is read, if not exactly."""
-    return {} if params.prefill == "exact" else {"prefill": params.prefill, "prefill_least": params.prefill_least}
+                   metadata=dict(stretched or {}), llama=source_id().partition("+")[0], **asked.asked_params.reading)
 
 
 def told_settings(asked: Settings) -> str:
     """What K and V depend on beside the model, for people."""
     adapters = [f"adapter {Path(path).name}" for path, _ in _adapters(asked.lora)]
     return ", ".join([f"K as {asked.type_k} and V as {asked.type_v}", *adapters, *(["YaRN"] if asked.yarn is not None else []),
-                      *(["sparse prefill"] if asked.asked_params.prefill != "exact" else [])])
+                      *(["sparse prefill"] if asked.asked_params.reading else [])])
 
 
 def _prepare(file: GgufFile) -> threading.Thread:

@@ -100,6 +100,11 @@ class SfiParams:
         """Cells of a support at a refresh, all three parts together; of policy sketch the most that they can be."""
         return self.n_sink + self.n_recent + self.n_selected
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The fields that K and V depend on: none where a prompt is read exactly."""
+        return {} if self.prefill == "exact" else {"prefill": self.prefill, "prefill_least": self.prefill_least}
+
     def replace(self, **changes) -> "SfiParams":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -117,10 +122,9 @@ class SfiParams:
             raise ArgumentError(
                 f"n_recent is {self.n_recent}, less than the {self.n_queries} queries of the evidence: "
                 f"raise n_recent or lower n_queries.")
-        if not 0 <= self.lambda_clip <= 1:
-            raise ArgumentError(f"lambda_clip is {self.lambda_clip}, a share: give a value from 0 to 1.")
-        if not 0 <= self.prefill_least <= 1:
-            raise ArgumentError(f"prefill_least is {self.prefill_least}, a share: give a value from 0 to 1.")
+        for name in ("lambda_clip", "prefill_least"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, a share: give a value from 0 to 1.")
         if any(getattr(self, f"sketch_{x}") % 4 for x in ("k4", "k2", "k1")) or (
                 4 * self.sketch_k4 + 2 * self.sketch_k2 + self.sketch_k1) % 32:
             raise ArgumentError(f"sketch_k4, sketch_k2 and sketch_k1 are {self.sketch_k4}, {self.sketch_k2}, {self.sketch_k1}: give "

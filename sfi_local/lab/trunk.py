@@ -72,7 +72,7 @@ class Sessions:
 
     def __init__(self, model: Any, n_ctx: int, params: SfiParams, kv_type: str):
         self._model, self._n_ctx, self._params, self._kv_type = model, n_ctx, params, kv_type
-        self._sessions: dict[tuple[str, str, float], SwitchSession] = {}
+        self._sessions: dict[tuple[Any, ...], SwitchSession] = {}
 
     def __enter__(self) -> "Sessions":
         return self
@@ -83,9 +83,9 @@ class Sessions:
 
     def at(self, kv_type: str | None, params: SfiParams, trunk: Sequence[int], progress: Progress | None = None) -> SwitchSession:
         """The session of a KV type with a trunk in its cache, prefilled as these parameters say if it was another."""
-        kind = kv_type or self._kv_type, params.prefill, params.prefill_least
+        kind = (kv_type or self._kv_type, *params.reading.values())
         if kind not in self._sessions:
-            read_by = self._params.replace(prefill=params.prefill, prefill_least=params.prefill_least)
+            read_by = self._params.replace(**{"prefill": "exact", **params.reading})
             self._sessions[kind] = SwitchSession(self._model, self._n_ctx, read_by, kind[0])
         session = self._sessions[kind]
         if session.trunk != list(trunk):

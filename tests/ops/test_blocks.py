@@ -8,32 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from support import reference as ref
-from support.ggml_ops import POISON, Graph, encode
-from support.op_cases import SEED, TYPES, Case, logit_error, pass_on_path, simd_paths
+from support.ggml_ops import POISON, encode
+from support.op_cases import TYPES, ManyTokens, ManyTokensOp, pass_on_path, simd_paths
 
 TILE = 128  # cells that are packed at once
 
 
 @dataclass(frozen=True)
-class BlockCase(Case):
-    seed: int = SEED
-    n_tokens: int = 19
-    n_list: int = 300
-    n_head: int = 6
-    n_head_kv: int = 2
-    n_embd_k: int = 64
-    n_embd_v: int = 64
-    type_k: str = "f16"
-    type_v: str = "f16"
-    n_stream: int = 1
-    pads: bool = False
-    sinks: bool = False
-    logit_softcap: float = 0.0
+class BlockCase(ManyTokens):
     largest: float = 8.0  # roughly: size of the largest logits
     visible: tuple = None  # of each token; None: the last n_tokens cells of the list are its own
 
 
-class Blocks:
+class Blocks(ManyTokensOp):
     """The inputs of one operation. Cells that nobody sees are NaN."""
 
     def __init__(self, case):
@@ -54,28 +41,13 @@ class Blocks:
             unseen = np.setdiff1d(np.arange(n_cells), self.cells[s, :self.visible.max()])
             self.k[s, :, unseen] = self.v[s, :, unseen] = POISON
 
-    def run(self, n_threads=2, blocks=True, tokens=slice(None)):
-        with Graph() as g:
-            out = g.sparse_attn(g.permuted(self.q[:, :, tokens]), g.cache(self.k, self.case.type_k), g.cache(self.v, self.case.type_v),
-                                g.tensor(self.cells[:, None, None]), sinks=g.tensor(self.sinks), scale=self.scale,
-                                logit_softcap=self.case.logit_softcap,
-                                visible=g.tensor(np.ascontiguousarray(self.visible[:, tokens])), blocks=blocks)
-            assert g.supported(out)
-            return g.compute(out, n_threads)
+    def run(self, n_threads=2, blocks=True):
+        return self.compute(n_threads, blocks=blocks)
 
     def expected(self):
         lists = np.stack([[np.where(np.arange(self.case.n_list) < n, self.cells[s], -1) for n in self.visible[s]]
                           for s in range(self.case.n_stream)])
         return ref.sparse_attn(self.q, *self.rows(), lists, None, self.scale, self.case.logit_softcap, sinks=self.sinks)
-
-    def rows(self):
-        return ref.dequantise(self.case.type_k, self.k), ref.dequantise(self.case.type_v, self.v)
-
-    def tolerance(self):
-        """As in test_ops: a logit off by d changes a weight by a factor exp(d), so the output by at most 2 d max|v|."""
-        k, v = self.rows()
-        largest_v = np.max(np.abs(v), initial=0.0, where=~np.isnan(v))
-        return 2 * logit_error(self.q, k, self.scale, self.case.logit_softcap) * largest_v + 1e-12
 
     def check(self):
         np.testing.assert_allclose(self.run(), self.expected(), rtol=0, atol=self.tolerance())

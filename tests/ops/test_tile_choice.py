@@ -8,33 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from support import reference as ref
-from support.ggml_ops import Graph, encode
-from support.op_cases import SEED, TYPES, Case, logit_error, pass_on_path, simd_paths
+from support.ggml_ops import encode
+from support.op_cases import TYPES, ManyTokens, ManyTokensOp, pass_on_path, simd_paths
 
 TILE, TOKENS, LOCAL, RANK = 64, 60, 128, 16
 RUN = 23  # tokens that look for the same
 
 
 @dataclass(frozen=True)
-class ChoiceCase(Case):
-    seed: int = SEED
+class ChoiceCase(ManyTokens):
     n_tokens: int = 130
     n_list: int = 1700
-    n_head: int = 6
-    n_head_kv: int = 2
-    n_embd_k: int = 64
-    n_embd_v: int = 64
-    type_k: str = "f16"
-    type_v: str = "f16"
-    n_stream: int = 1
-    pads: bool = False
-    sinks: bool = False
-    logit_softcap: float = 0.0
     n_hot: int = 3      # cells that a query of a head looks for, beside what is near
     least: float = 0.0  # 0: some hundredth, so that it is clear of every tile which it tells
 
 
-class Choice:
+class Choice(ManyTokensOp):
     """Each head of a run of tokens looks for some cells, whose logits are far above all others."""
 
     def __init__(self, case):
@@ -77,13 +66,7 @@ class Choice:
             yield s, h, tokens, local, logits, share[:, 1:local].max(axis=0)
 
     def run(self, n_threads=2, least=None):
-        with Graph() as g:
-            out = g.sparse_attn(g.permuted(self.q), g.cache(self.k, self.case.type_k), g.cache(self.v, self.case.type_v),
-                                g.tensor(self.cells[:, None, None]), sinks=g.tensor(self.sinks), scale=self.scale,
-                                logit_softcap=self.case.logit_softcap, visible=g.tensor(self.visible), blocks=True,
-                                least=self.least if least is None else least)
-            assert g.supported(out)
-            return g.compute(out, n_threads)
+        return self.compute(n_threads, blocks=True, least=self.least if least is None else least)
 
     def shares(self, s, h, tokens):
         """Of the attention of each token, [n_tokens, n_tiles]; and the logits [n_tokens, n_list]."""
@@ -111,10 +94,6 @@ class Choice:
             v = values[s, h // (c.n_head // c.n_head_kv)][self.cells[s]]
             out[s, tokens, h] = weights @ v / (weights.sum(axis=1, keepdims=True) + np.exp(sink - top))
         return out, np.mean(kept)
-
-    def tolerance(self):
-        k, v = ref.dequantise(self.case.type_k, self.k), ref.dequantise(self.case.type_v, self.v)
-        return 2 * logit_error(self.q, k, self.scale, self.case.logit_softcap) * np.abs(v).max() + 1e-12
 
 
 def cases():

@@ -4,10 +4,13 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+from support import reference as ref
+from support.ggml_ops import Graph
 
 SEED = int(os.environ.get("SFI_TEST_SEED", 2603))
 EPS32 = float(np.finfo(np.float32).eps)
@@ -23,6 +26,47 @@ class Case:
 
     def new_rng(self):
         return np.random.default_rng([self.seed, *str(self).encode()])
+
+
+@dataclass(frozen=True)
+class ManyTokens(Case):
+    """Attention of many tokens of one text to one list."""
+
+    seed: int = SEED
+    n_tokens: int = 19
+    n_list: int = 300
+    n_head: int = 6
+    n_head_kv: int = 2
+    n_embd_k: int = 64
+    n_embd_v: int = 64
+    type_k: str = "f16"
+    type_v: str = "f16"
+    n_stream: int = 1
+    pads: bool = False
+    sinks: bool = False
+    logit_softcap: float = 0.0
+
+
+class ManyTokensOp:
+    """What an operation on such a case is made of: case, scale, q, k, v, cells, visible, sinks."""
+
+    def compute(self, n_threads, **how):
+        c = self.case
+        with Graph() as g:
+            out = g.sparse_attn(g.permuted(self.q), g.cache(self.k, c.type_k), g.cache(self.v, c.type_v),
+                                g.tensor(self.cells[:, None, None]), sinks=g.tensor(self.sinks), scale=self.scale,
+                                logit_softcap=c.logit_softcap, visible=g.tensor(self.visible), **how)
+            assert g.supported(out)
+            return g.compute(out, n_threads)
+
+    def rows(self):
+        return ref.dequantise(self.case.type_k, self.k), ref.dequantise(self.case.type_v, self.v)
+
+    def tolerance(self):
+        """As in test_ops: a logit off by d changes a weight by a factor exp(d), so the output by at most 2 d max|v|."""
+        k, v = self.rows()
+        largest_v = np.max(np.abs(v), initial=0.0, where=~np.isnan(v))
+        return 2 * logit_error(self.q, k, self.scale, self.case.logit_softcap) * largest_v + 1e-12
 
 
 def logit_error(q, k, scale, logit_softcap):

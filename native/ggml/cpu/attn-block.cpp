@@ -1,5 +1,7 @@
 #include "attn-block.h"
 
+#include <type_traits>
+
 namespace sfi {
 
 // The shape of a product: N rows times M vectors are held in registers, and with them M vectors of a line and one value.
@@ -16,19 +18,10 @@ template <> struct shape<neon>        { static constexpr int N = 6,  M = 4; }; /
 
 template <class S> constexpr int panel_of = shape<S>::M*S::W;
 
-// out[r, panel] = (keep ? out[r, panel]*keep[r] : 0) + sum over i < n of a[r*ld_a + i]*b[i, panel]
+// acc[r, panel] += sum over i < n of a[r*ld_a + i]*b[i, panel]
 template <class S, int N>
-static inline void product(const float * a, int64_t ld_a, const float * b, int n, const float * keep, float * out, int64_t ld) {
+static SFI_INLINE void add_products(const float * a, int64_t ld_a, const float * b, int n, typename S::V (&acc)[N][shape<S>::M]) {
     constexpr int M = shape<S>::M;
-    typename S::V acc[N][M];
-    SFI_UNROLL
-    for (int r = 0; r < N; ++r) {
-        const typename S::V k = S::set1(keep ? keep[r] : 0.0f);
-        SFI_UNROLL
-        for (int m = 0; m < M; ++m) {
-            acc[r][m] = keep ? S::mul(k, S::load(out + r*ld + m*S::W)) : S::zero();
-        }
-    }
     for (int i = 0; i < n; ++i) {
         typename S::V x[M];
         SFI_UNROLL
@@ -45,6 +38,35 @@ static inline void product(const float * a, int64_t ld_a, const float * b, int n
             }
         }
     }
+}
+
+// Calls run(r, number) for rows r .. r + number of all n, N at a time; what is left over goes in halves of N. The number is a type.
+template <int N, class F>
+static inline void by_rows(int r, int n, F run) {
+    for (; r + N <= n; r += N) {
+        run(r, std::integral_constant<int, N>());
+    }
+    if constexpr (N > 1) {
+        if (r < n) {
+            by_rows<N/2>(r, n, run);
+        }
+    }
+}
+
+// out[r, panel] = (keep ? out[r, panel]*keep[r] : 0) + sum over i < n of a[r*ld_a + i]*b[i, panel]
+template <class S, int N>
+static inline void product(const float * a, int64_t ld_a, const float * b, int n, const float * keep, float * out, int64_t ld) {
+    constexpr int M = shape<S>::M;
+    typename S::V acc[N][M];
+    SFI_UNROLL
+    for (int r = 0; r < N; ++r) {
+        const typename S::V k = S::set1(keep ? keep[r] : 0.0f);
+        SFI_UNROLL
+        for (int m = 0; m < M; ++m) {
+            acc[r][m] = keep ? S::mul(k, S::load(out + r*ld + m*S::W)) : S::zero();
+        }
+    }
+    add_products<S, N>(a, ld_a, b, n, acc);
     SFI_UNROLL
     for (int r = 0; r < N; ++r) {
         SFI_UNROLL
@@ -54,25 +76,19 @@ static inline void product(const float * a, int64_t ld_a, const float * b, int n
     }
 }
 
-// The same for any number of rows; what is left over goes in halves of N.
-template <class S, int N>
+// The same for any number of rows.
+template <class S>
 static inline void product_rows(const float * a, int64_t ld_a, const float * b, int n, const float * keep, float * out, int64_t ld, int n_rows) {
-    int r = 0;
-    for (; r + N <= n_rows; r += N) {
-        product<S, N>(a + r*ld_a, ld_a, b, n, keep ? keep + r : nullptr, out + r*ld, ld);
-    }
-    if constexpr (N > 1) {
-        if (r < n_rows) {
-            product_rows<S, N/2>(a + r*ld_a, ld_a, b, n, keep ? keep + r : nullptr, out + r*ld, ld, n_rows - r);
-        }
-    }
+    by_rows<shape<S>::N>(0, n_rows, [&](int r, auto number) {
+        product<S, number>(a + r*ld_a, ld_a, b, n, keep ? keep + r : nullptr, out + r*ld, ld);
+    });
 }
 
 template <class S>
 static void block_dot(const float * q, int n_q, int n_embd, const float * k, int n, float * out, int64_t ld) {
     constexpr int P = panel_of<S>;
     for (int c = 0; c < n; c += P) {
-        product_rows<S, shape<S>::N>(q, n_embd, k + c*n_embd, n_embd, nullptr, out + c, ld, n_q);
+        product_rows<S>(q, n_embd, k + c*n_embd, n_embd, nullptr, out + c, ld, n_q);
     }
 }
 
@@ -81,7 +97,7 @@ static void block_mad(const float * p, int64_t ld, int n_q, int n, const float *
                       float * o, int64_t ld_o) {
     constexpr int P = panel_of<S>;
     for (int d = 0; d < n_embd; d += P) {
-        product_rows<S, shape<S>::N>(p, ld, v + (int64_t) d*n_v, n, keep, o + d, ld_o, n_q);
+        product_rows<S>(p, ld, v + (int64_t) d*n_v, n, keep, o + d, ld_o, n_q);
     }
 }
 
@@ -163,22 +179,7 @@ static inline void rough_mass(const float * q, int n_embd, const float * k, int 
                 acc[r][m] = S::set1(-shift[r]);
             }
         }
-        for (int i = 0; i < n_embd; ++i) {
-            typename S::V x[M];
-            SFI_UNROLL
-            for (int m = 0; m < M; ++m) {
-                x[m] = S::load(k + (c*n_embd + i*panel_of<S>) + m*S::W);
-                SFI_PIN(x[m]);
-            }
-            SFI_UNROLL
-            for (int r = 0; r < N; ++r) {
-                const typename S::V y = S::set1(q[r*n_embd + i]);
-                SFI_UNROLL
-                for (int m = 0; m < M; ++m) {
-                    acc[r][m] = S::fma(y, x[m], acc[r][m]);
-                }
-            }
-        }
+        add_products<S, N>(q, n_embd, k + c*n_embd, n_embd, acc);
         SFI_UNROLL
         for (int r = 0; r < N; ++r) {
             SFI_UNROLL
@@ -194,22 +195,11 @@ static inline void rough_mass(const float * q, int n_embd, const float * k, int 
     }
 }
 
-template <class S, int N>
-static inline void rough_mass_rows(const float * q, int n_q, int n_embd, const float * k, int n, const float * shift, float * out, int64_t ld) {
-    int r = 0;
-    for (; r + N <= n_q; r += N) {
-        rough_mass<S, N>(q + r*n_embd, n_embd, k, n, shift + r, out + r*ld, ld);
-    }
-    if constexpr (N > 1) {
-        if (r < n_q) {
-            rough_mass_rows<S, N/2>(q + r*n_embd, n_q - r, n_embd, k, n, shift + r, out + r*ld, ld);
-        }
-    }
-}
-
 template <class S>
 static void mass(const float * q, int n_q, int n_embd, const float * k, int n, const float * shift, float * out, int64_t ld) {
-    rough_mass_rows<S, mass_rows<S>>(q, n_q, n_embd, k, n, shift, out, ld);
+    by_rows<mass_rows<S>>(0, n_q, [&](int r, auto number) {
+        rough_mass<S, number>(q + r*n_embd, n_embd, k, n, shift + r, out + r*ld, ld);
+    });
 }
 
 template <class S>

@@ -18,6 +18,7 @@
 
 #include "sfi-ops.h"
 
+#include "arena.h"
 #include "attn-block.h"
 #include "ggml-cpu-impl.h"
 #include "sfi-params.h"
@@ -32,7 +33,6 @@ constexpr int   most_cells = 128; // of a tile
 constexpr int   strip_rows = 48;
 constexpr int   block_rows = 192;
 constexpr int   choice_tokens = 60; // that choose together
-constexpr int   line_floats = 16;
 constexpr float log2e = 1.44269504f;
 
 int64_t padded(int64_t n) {
@@ -41,7 +41,7 @@ int64_t padded(int64_t n) {
 
 struct task {
     const ggml_tensor * dst, * q, * k, * v, * cells, * visible, * sinks;
-    sfi::block_ops ops;
+    sfi::block_ops ops, f32; // of rows of K and V, and of F32
     float   scale, softcap, least;
     int64_t d_k, d_v, n_tokens, n_head, n_head_kv, group, n_stream, n_list;
     bool    chooses;
@@ -51,7 +51,7 @@ struct task {
 
     explicit task(const ggml_tensor * dst, bool reference = false) :
         dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), cells(dst->src[3]), visible(dst->src[7]), sinks(dst->src[6]),
-        ops(sfi::block_ops_for(k->type, v->type, reference)),
+        ops(sfi::block_ops_for(k->type, v->type, reference)), f32(sfi::block_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, reference)),
         scale(sfi::params_of<sfi_attn_params>(dst).scale), softcap(sfi::params_of<sfi_attn_params>(dst).softcap),
         least(sfi::params_of<sfi_attn_params>(dst).least),
         d_k(q->ne[0]), d_v(v->ne[0]), n_tokens(q->ne[1]), n_head(q->ne[2]), n_head_kv(k->ne[2]), group(n_head/n_head_kv),
@@ -63,19 +63,10 @@ struct task {
     int64_t rows()    const { return block_tokens*heads; }
     int64_t n_tiles() const { return (n_list + tile_cells - 1)/tile_cells; }
 
-    // floats of the copy of the keys of one KV head
-    int64_t copy_floats() const {
-        return !chooses ? 0 : padded(1) + padded(sfi::key_copy::encode_floats(d_k)) + padded(sfi::key_copy::decode_floats(d_k))
-            + n_tiles()*sfi::key_copy::tile_floats() + padded(n_tiles());
-    }
-    int64_t copies_floats() const { return n_stream*n_head_kv*copy_floats(); }
+    bool is_cell(int32_t cell) const { return (uint64_t) cell < (uint64_t) k->ne[1]; } // else a pad: negative ones are huge
 
-    // floats of one thread, see scratch
-    int64_t scratch_floats() const {
-        const int64_t attend = rows()*(d_k + padded(d_v) + 2) + strip_rows*(tile_cells + 1) + tile_cells*(d_k + padded(d_v))
-            + sfi::max_vector*d_k + 8*line_floats;
-        return attend + (chooses ? std::max(sfi::fit_room::floats(d_k), sfi::choice_room::floats(rows(), n_tiles())) : 0);
-    }
+    // of K or V, where the row of its first head begins
+    static const char * row(const ggml_tensor * t, int64_t s, int32_t cell) { return (const char *) t->data + s*t->nb[3] + cell*t->nb[1]; }
 
     const int32_t * cells_of(int64_t s) const { return (const int32_t *) ((const char *) cells->data + s*cells->nb[3]); }
 
@@ -88,24 +79,38 @@ struct scratch {
     float * q, * o, * max, * sum;     // of the rows of a block
     float * k, * v, * transposed;     // of a tile
     float * x, * keep;                // of a strip
-    float * choice;                   // of a fit, then of choices
+    sfi::arena choice;                // of a fit, then of choices
     const char * k_rows[most_cells], * v_rows[most_cells];
     int     place[most_cells];        // in the list
 
-    scratch(const task & a, float * p) {
-        const auto take = [&](int64_t n) { float * at = p; p += GGML_PAD(n, line_floats); return at; };
-        q = take(a.rows()*a.d_k);
-        o = take(a.rows()*padded(a.d_v));
-        max = take(a.rows());
-        sum = take(a.rows());
-        k = take(a.tile_cells*a.d_k);
-        v = take(a.tile_cells*padded(a.d_v));
-        transposed = take(sfi::max_vector*a.d_k);
-        x = take(strip_rows*a.tile_cells);
-        keep = take(strip_rows);
-        choice = p;
+    scratch(const task & a, sfi::arena & from) {
+        from.take(q, a.rows()*a.d_k);
+        from.take(o, a.rows()*padded(a.d_v));
+        from.take(max, a.rows());
+        from.take(sum, a.rows());
+        from.take(k, a.tile_cells*a.d_k);
+        from.take(v, a.tile_cells*padded(a.d_v));
+        from.take(transposed, sfi::max_vector*a.d_k);
+        from.take(x, strip_rows*a.tile_cells);
+        from.take(keep, strip_rows);
+        choice = from.behind(0);
     }
 };
+
+// Bytes of one thread.
+size_t scratch_size(const task & a) {
+    return sfi::size_of<scratch>(a) + (!a.chooses ? 0
+        : std::max(sfi::size_of<sfi::fit_room>(a.d_k), sfi::size_of<sfi::choice_room>(a.rows(), a.n_tiles())));
+}
+
+// Bytes of the copy of one KV head's keys.
+size_t copy_size(const task & a) {
+    return a.chooses ? sfi::size_of<sfi::key_copy>(a.d_k, a.n_tiles()) : 0;
+}
+
+size_t copies_size(const task & a) {
+    return a.n_stream*a.n_head_kv*copy_size(a);
+}
 
 // The rows of some heads of one KV head for tokens [t0, t1): row r is query head h0 + r%heads of token t0 + r/heads.
 struct block {
@@ -134,12 +139,11 @@ void begin(const task & a, const block & b, const scratch & w) {
 // pass 1: the cells of list [c0, c1), pads dropped; returns their number
 int pack(const task & a, const block & b, scratch & w, int64_t c0, int64_t c1) {
     const int32_t * list = a.cells_of(b.s);
-    const char * k0 = (const char *) a.k->data + b.s*a.k->nb[3], * v0 = (const char *) a.v->data + b.s*a.v->nb[3];
     int n = 0;
     for (int64_t i = c0; i < c1; ++i) {
-        if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) { // negative cells are huge
-            w.k_rows[n] = k0 + list[i]*a.k->nb[1];
-            w.v_rows[n] = v0 + list[i]*a.v->nb[1];
+        if (a.is_cell(list[i])) {
+            w.k_rows[n] = a.row(a.k, b.s, list[i]);
+            w.v_rows[n] = a.row(a.v, b.s, list[i]);
             w.place[n++] = (int) (i - c0);
         }
     }
@@ -158,9 +162,9 @@ void fetch(const task & a, const block & b, int64_t c0, int64_t c1) {
         }
     };
     for (int64_t i = c0; i < c1; ++i) {
-        if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) {
-            lines((const char *) a.k->data + b.s*a.k->nb[3] + b.h*a.k->nb[2] + list[i]*a.k->nb[1], k_bytes);
-            lines((const char *) a.v->data + b.s*a.v->nb[3] + b.h*a.v->nb[2] + list[i]*a.v->nb[1], v_bytes);
+        if (a.is_cell(list[i])) {
+            lines(a.row(a.k, b.s, list[i]) + b.h*a.k->nb[2], k_bytes);
+            lines(a.row(a.v, b.s, list[i]) + b.h*a.v->nb[2], v_bytes);
         }
     }
 }
@@ -227,22 +231,15 @@ void finish(const task & a, const block & b, const scratch & w) {
 
 // ---- skipped tiles -------------------------------------------------------------------------------------------------------
 
-sfi::key_copy copy_of(const task & a, float * copies, int64_t s, int64_t h) {
-    float * p = copies + (s*a.n_head_kv + h)*a.copy_floats();
-    const auto take = [&](int64_t n) { float * at = p; p += padded(n); return at; };
-    sfi::key_copy copy;
-    copy.usable  = (bool *) take(1);
-    copy.encode  = take(sfi::key_copy::encode_floats(a.d_k));
-    copy.decode  = take(sfi::key_copy::decode_floats(a.d_k));
-    copy.codes   = take(a.n_tiles()*sfi::key_copy::tile_floats());
-    copy.unknown = (bool *) take(a.n_tiles());
-    return copy;
+sfi::key_copy copy_of(const task & a, const sfi::arena & copies, int64_t s, int64_t h) {
+    sfi::arena mine = copies.behind((s*a.n_head_kv + h)*copy_size(a));
+    return { a.d_k, a.n_tiles(), mine };
 }
 
-// What the last of all tokens sees.
-int64_t last_seen(const task & a, int64_t s) {
+// What the last of tokens [t0, t1) sees.
+int64_t last_seen(const task & a, int64_t s, int64_t t0, int64_t t1) {
     int64_t last = 0;
-    for (int64_t t = 0; t < a.n_tokens; ++t) {
+    for (int64_t t = t0; t < t1; ++t) {
         last = std::max(last, a.seen(s, t));
     }
     return last;
@@ -250,15 +247,16 @@ int64_t last_seen(const task & a, int64_t s) {
 
 // Keys evenly spread over what is seen, queries over tokens and heads.
 void fit(const task & a, int64_t s, int64_t h, const scratch & w, const sfi::key_copy & copy) {
-    const sfi::fit_room room(w.choice, a.d_k);
+    sfi::arena from = w.choice;
+    const sfi::fit_room room(a.d_k, from);
     const auto to_float = ggml_get_type_traits(a.k->type)->to_float;
     const int32_t * list = a.cells_of(s);
-    const int64_t n_seen = last_seen(a, s), n_queries = a.n_tokens*a.group;
+    const int64_t n_seen = last_seen(a, s, 0, a.n_tokens), n_queries = a.n_tokens*a.group;
     const auto every = [](int64_t n) { return std::max<int64_t>(1, (n + sfi::choice_rows - 1)/sfi::choice_rows); };
     int n = 0;
     for (int64_t i = 0; i < n_seen; i += every(n_seen)) {
-        if ((uint64_t) list[i] < (uint64_t) a.k->ne[1]) {
-            const char * row = (const char *) a.k->data + s*a.k->nb[3] + h*a.k->nb[2] + list[i]*a.k->nb[1];
+        if (a.is_cell(list[i])) {
+            const char * row = a.row(a.k, s, list[i]) + h*a.k->nb[2];
             float * to = room.rows + a.d_k*n++;
             if (to_float) {
                 to_float(row, to, a.d_k);
@@ -267,40 +265,38 @@ void fit(const task & a, int64_t s, int64_t h, const scratch & w, const sfi::key
             }
         }
     }
-    sfi::moments(room, n, (int) a.d_k, true, room.keys);
+    sfi::moments(a.f32, room, n, (int) a.d_k, true, room.keys);
     n = 0;
     for (int64_t i = 0; i < n_queries; i += every(n_queries)) {
         std::copy_n(query(a, s, h*a.group + i % a.group, i/a.group), a.d_k, room.rows + a.d_k*n++);
     }
-    sfi::moments(room, n, (int) a.d_k, false, room.queries);
-    sfi::fit_copy(room, (int) a.d_k, copy);
+    sfi::moments(a.f32, room, n, (int) a.d_k, false, room.queries);
+    sfi::fit_copy(a.f32, room, (int) a.d_k, copy);
 }
 
 // A pad stands for its neighbour: it counts in no result, and in the estimate for less than its tile.
 void encode(const task & a, int64_t s, int64_t h, int64_t tile, scratch & w, const sfi::key_copy & copy) {
     const int32_t * list = a.cells_of(s) + tile*a.tile_cells;
     const int n = (int) std::min<int64_t>(a.tile_cells, a.n_list - tile*a.tile_cells);
-    const char * k0 = (const char *) a.k->data + s*a.k->nb[3];
     const char * some = nullptr;
-    const auto is_cell = [&](int i) { return (uint64_t) list[i] < (uint64_t) a.k->ne[1]; };
     for (int i = 0; i < n && !some; ++i) {
-        some = is_cell(i) ? k0 + list[i]*a.k->nb[1] : nullptr;
+        some = a.is_cell(list[i]) ? a.row(a.k, s, list[i]) : nullptr;
     }
     for (int i = 0; i < n && some; ++i) {
-        w.k_rows[i] = some = is_cell(i) ? k0 + list[i]*a.k->nb[1] : some;
+        w.k_rows[i] = some = a.is_cell(list[i]) ? a.row(a.k, s, list[i]) : some;
     }
     a.ops.pack_k((int) a.d_k, { w.k_rows, h*a.k->nb[2], some ? n : 0, nullptr, 0, 0, 0 }, w.k, w.transposed);
     sfi::encode_tile(a.ops, w.k, (int) a.d_k, copy, tile);
 }
 
 // All threads together.
-void make_copies(const ggml_compute_params * params, const task & a, float * copies, scratch & w) {
+void make_copies(const ggml_compute_params * params, const task & a, const sfi::arena & copies, scratch & w) {
     for (int64_t i = params->ith; i < a.n_stream*a.n_head_kv; i += params->nth) {
         fit(a, i/a.n_head_kv, i % a.n_head_kv, w, copy_of(a, copies, i/a.n_head_kv, i % a.n_head_kv));
     }
     ggml_barrier(params->threadpool);
     for (int64_t i = 0; i < a.n_stream*a.n_head_kv; ++i) {
-        const int64_t s = i/a.n_head_kv, h = i % a.n_head_kv, n = (last_seen(a, s) + a.tile_cells - 1)/a.tile_cells;
+        const int64_t s = i/a.n_head_kv, h = i % a.n_head_kv, n = (last_seen(a, s, 0, a.n_tokens) + a.tile_cells - 1)/a.tile_cells;
         const auto copy = copy_of(a, copies, s, h);
         for (int64_t tile = params->ith; tile < n && *copy.usable; tile += params->nth) {
             encode(a, s, h, tile, w, copy);
@@ -319,7 +315,7 @@ int64_t next_wanted(const uint8_t * wanted, int64_t tile, int64_t n) {
 }
 
 // wanted: a flag for each tile; null: all are
-const uint8_t * choose(const task & a, const block & b, const scratch & w, float * copies, int64_t n_tiles) {
+const uint8_t * choose(const task & a, const block & b, const scratch & w, const sfi::arena & copies, int64_t n_tiles) {
     if (!a.chooses) {
         return nullptr;
     }
@@ -327,16 +323,14 @@ const uint8_t * choose(const task & a, const block & b, const scratch & w, float
     for (int64_t t = b.t0; t < b.t1; ++t) {
         seen[t - b.t0] = a.seen(b.s, t);
     }
-    const sfi::choice_room room(w.choice, a.rows(), a.n_tiles());
+    sfi::arena from = w.choice;
+    const sfi::choice_room room(a.rows(), a.n_tiles(), from);
     sfi::choose_tiles(a.ops, copy_of(a, copies, b.s, b.h), w.q, seen, (int) (b.t1 - b.t0), (int) a.d_k, n_tiles, a.least, room);
     return room.wanted;
 }
 
-void attend_block(const task & a, const block & b, scratch & w, float * copies) {
-    int64_t last = 0;
-    for (int64_t t = b.t0; t < b.t1; ++t) {
-        last = std::max(last, a.seen(b.s, t));
-    }
+void attend_block(const task & a, const block & b, scratch & w, const sfi::arena & copies) {
+    const int64_t last = last_seen(a, b.s, b.t0, b.t1);
     const int64_t n_tiles = (last + a.tile_cells - 1)/a.tile_cells;
     const auto end_of = [&](int64_t tile) { return std::min<int64_t>((tile + 1)*a.tile_cells, last); };
     begin(a, b, w);
@@ -358,8 +352,9 @@ void attend_block(const task & a, const block & b, scratch & w, float * copies) 
 // Blocks of late tokens see most: they go first, so that the threads end together.
 void sfi::sparse_attn_blocks(const ggml_compute_params * params, ggml_tensor * dst) {
     const task a(dst, params->use_ref);
-    float * copies = (float *) GGML_PAD((uintptr_t) params->wdata, line_floats*sizeof(float));
-    scratch w(a, copies + a.copies_floats() + params->ith*a.scratch_floats());
+    const arena copies(params->wdata);
+    arena mine = copies.behind(copies_size(a) + params->ith*scratch_size(a));
+    scratch w(a, mine);
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
@@ -376,5 +371,5 @@ void sfi::sparse_attn_blocks(const ggml_compute_params * params, ggml_tensor * d
 
 size_t sfi::sparse_attn_blocks_work_size(const ggml_tensor * dst, int n_threads) {
     const task a(dst);
-    return (a.copies_floats() + n_threads*a.scratch_floats() + line_floats)*sizeof(float);
+    return copies_size(a) + n_threads*scratch_size(a) + arena::line;
 }

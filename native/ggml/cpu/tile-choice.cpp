@@ -11,59 +11,33 @@ static int64_t padded(int64_t n) {
     return GGML_PAD(n, max_panel);
 }
 
-// Takes arrays from a memory one after the other, or only counts them.
-struct floats_from {
-    float * at;
-    int64_t used = 0;
-
-    float * take(int64_t n) {
-        float * p = at ? at + used : nullptr;
-        used += padded(n);
-        return p;
-    }
-};
-
-static floats_from lay(fit_room & room, float * p, int64_t n_embd) {
-    floats_from from{p};
-    room.rows     = from.take(choice_rows*n_embd);
-    room.keys     = from.take(n_embd*padded(n_embd));
-    room.queries  = from.take(n_embd*padded(n_embd));
-    room.z        = from.take(choice_rank*n_embd);
-    room.y        = from.take(choice_rank*n_embd);
-    room.packed_k = from.take(max_panel*n_embd);
-    room.packed_v = from.take(max_panel*padded(n_embd));
-    room.ones     = from.take(n_embd);
-    room.scratch  = from.take(max_vector*n_embd);
-    return from;
+key_copy::key_copy(int64_t n_embd, int64_t n_tiles, arena & from) {
+    from.take(usable, 1);
+    from.take(encode, choice_rank*n_embd);
+    from.take(decode, max_panel*n_embd);
+    from.take(codes, n_tiles*choice_rank*choice_tile);
+    from.take(unknown, n_tiles);
 }
 
-int64_t fit_room::floats(int64_t n_embd) {
-    fit_room none(nullptr, n_embd);
-    return lay(none, nullptr, n_embd).used;
+fit_room::fit_room(int64_t n_embd, arena & from) {
+    from.take(rows, choice_rows*n_embd);
+    from.take(keys, n_embd*padded(n_embd));
+    from.take(queries, n_embd*padded(n_embd));
+    from.take(z, choice_rank*n_embd);
+    from.take(y, choice_rank*n_embd);
+    from.take(packed_k, max_panel*n_embd);
+    from.take(packed_v, max_panel*padded(n_embd));
+    from.take(ones, n_embd);
+    from.take(scratch, max_vector*n_embd);
 }
 
-fit_room::fit_room(float * p, int64_t n_embd) {
-    lay(*this, p, n_embd);
-}
-
-static floats_from lay(choice_room & room, float * p, int64_t n_rows, int64_t n_tiles) {
-    floats_from from{p};
-    room.w      = from.take(n_rows*max_panel);
-    room.x      = from.take(n_rows*choice_tile);
-    room.max    = from.take(n_rows);
-    room.sum    = from.take(n_rows);
-    room.mass   = from.take(n_rows*n_tiles);
-    room.wanted = (uint8_t *) from.take(n_tiles);
-    return from;
-}
-
-int64_t choice_room::floats(int64_t n_rows, int64_t n_tiles) {
-    choice_room none(nullptr, n_rows, n_tiles);
-    return lay(none, nullptr, n_rows, n_tiles).used;
-}
-
-choice_room::choice_room(float * p, int64_t n_rows, int64_t n_tiles) {
-    lay(*this, p, n_rows, n_tiles);
+choice_room::choice_room(int64_t n_rows, int64_t n_tiles, arena & from) {
+    from.take(w, n_rows*max_panel);
+    from.take(x, n_rows*choice_tile);
+    from.take(max, n_rows);
+    from.take(sum, n_rows);
+    from.take(mass, n_rows*n_tiles);
+    from.take(wanted, n_tiles);
 }
 
 // ---- the fit -------------------------------------------------------------------------------------------------------
@@ -81,23 +55,22 @@ static void subtract_mean(float * rows, int n, int n_embd) {
 }
 
 // A panel of rows x at a time: the sum of x x' is a product of rows packed as K, whose values lie together, with those packed as V.
-void moments(const fit_room & room, int n, int n_embd, bool about_mean, float * out) {
-    const block_ops ops = block_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, false);
+void moments(const block_ops & f32, const fit_room & room, int n, int n_embd, bool about_mean, float * out) {
     if (about_mean) {
         subtract_mean(room.rows, n, n_embd);
     }
     std::fill(room.ones, room.ones + n_embd, 1.0f);
     std::fill(out, out + n_embd*padded(n_embd), 0.0f);
     const char * start[max_panel];
-    for (int r = 0; r < n; r += ops.panel) {
-        const int m = std::min(ops.panel, n - r);
+    for (int r = 0; r < n; r += f32.panel) {
+        const int m = std::min(f32.panel, n - r);
         for (int i = 0; i < m; ++i) {
             start[i] = (const char *) (room.rows + (int64_t) (r + i)*n_embd);
         }
         const row_set rows = { start, 0, m, nullptr, 0, 0, 0 };
-        ops.pack_k(n_embd, rows, room.packed_k, room.scratch);
-        ops.pack_v(n_embd, rows, room.packed_v);
-        ops.mad(room.packed_k, ops.panel, n_embd, m, room.packed_v, m, n_embd, room.ones, out, padded(n_embd));
+        f32.pack_k(n_embd, rows, room.packed_k, room.scratch);
+        f32.pack_v(n_embd, rows, room.packed_v);
+        f32.mad(room.packed_k, f32.panel, n_embd, m, room.packed_v, m, n_embd, room.ones, out, padded(n_embd));
     }
 }
 
@@ -153,8 +126,7 @@ static bool all_finite(const float * x, int64_t n) {
     return sum == 0.0f;
 }
 
-void fit_copy(const fit_room & room, int n_embd, const key_copy & copy) {
-    const block_ops ops = block_ops_for(GGML_TYPE_F32, GGML_TYPE_F32, false);
+void fit_copy(const block_ops & f32, const fit_room & room, int n_embd, const key_copy & copy) {
     *copy.usable = all_finite(room.keys, n_embd*padded(n_embd)) && all_finite(room.queries, n_embd*padded(n_embd));
     if (!*copy.usable) {
         return;
@@ -178,15 +150,15 @@ void fit_copy(const fit_room & room, int n_embd, const key_copy & copy) {
     for (int r = 0; r < choice_rank; ++r) {
         start[r] = (const char *) (room.y + r*n_embd);
     }
-    ops.pack_k(n_embd, { start, 0, choice_rank, nullptr, 0, 0, 0 }, copy.decode, room.scratch);
+    f32.pack_k(n_embd, { start, 0, choice_rank, nullptr, 0, 0, 0 }, copy.decode, room.scratch);
 }
 
 void encode_tile(const block_ops & ops, const float * packed_k, int n_embd, const key_copy & copy, int64_t tile) {
-    float * codes = copy.codes + tile*key_copy::tile_floats();
+    float * codes = copy.codes_of(tile);
     for (int c = 0; c < choice_tile; c += ops.panel) {
         ops.dot(copy.encode, choice_rank, n_embd, packed_k + c*n_embd, ops.panel, codes + c*choice_rank, ops.panel);
     }
-    copy.unknown[tile] = !all_finite(codes, key_copy::tile_floats());
+    copy.unknown[tile] = !all_finite(codes, choice_rank*choice_tile);
 }
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -201,7 +173,7 @@ static void project(const block_ops & ops, const key_copy & copy, const float * 
 
 // Sum of the weights of a tile that rows see in part or as a whole, with a running maximum.
 static void look_closely(const block_ops & ops, const key_copy & copy, const int64_t * seen, int n_rows, int64_t tile, const choice_room & room) {
-    ops.dot(room.w, n_rows, choice_rank, copy.codes + tile*key_copy::tile_floats(), choice_tile, room.x, choice_tile);
+    ops.dot(room.w, n_rows, choice_rank, copy.codes_of(tile), choice_tile, room.x, choice_tile);
     for (int r = 0; r < n_rows; ++r) {
         float * x = room.x + r*choice_tile;
         const int64_t n = std::clamp<int64_t>(seen[r] - tile*choice_tile, 0, choice_tile);
@@ -229,7 +201,7 @@ void choose_tiles(const block_ops & ops, const key_copy & copy, const float * q,
     }
     for (int64_t i = 1; i < local; ++i) {
         room.wanted[i] = copy.unknown[i];
-        ops.mass(room.w, n_rows, choice_rank, copy.codes + i*key_copy::tile_floats(), choice_tile, room.max, room.mass + i, n_tiles);
+        ops.mass(room.w, n_rows, choice_rank, copy.codes_of(i), choice_tile, room.max, room.mass + i, n_tiles);
     }
     for (int r = 0; r < n_rows; ++r) {
         const float * mass = room.mass + r*n_tiles;

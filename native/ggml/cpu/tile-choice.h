@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include "arena.h"
 #include "attn-block.h"
 
 namespace sfi {
@@ -18,7 +19,7 @@ constexpr int     choice_rank  = 16;   // values of a key
 constexpr int     choice_rows  = 1024; // keys, and queries, that a fit looks at
 constexpr int64_t choice_local = 128;  // cells before the first query that it always has
 
-// Of one KV head. What it points to is the caller's.
+// Of one KV head.
 struct key_copy {
     bool  * usable;  // false: something is not a number, and nothing can be told
     float * encode;  // Z, [choice_rank, n_embd]
@@ -26,9 +27,8 @@ struct key_copy {
     float * codes;   // [n_tiles, choice_rank*choice_tile], each packed as K
     bool  * unknown; // [n_tiles]: of tiles that have what is not a number
 
-    static int64_t encode_floats(int64_t n_embd) { return choice_rank*n_embd; }
-    static int64_t decode_floats(int64_t n_embd) { return max_panel*n_embd; }
-    static int64_t tile_floats() { return choice_rank*choice_tile; }
+    key_copy(int64_t n_embd, int64_t n_tiles, arena & from);
+    float * codes_of(int64_t tile) const { return codes + tile*choice_rank*choice_tile; }
 };
 
 // The memory of a fit.
@@ -38,15 +38,14 @@ struct fit_room {
     float * z, * y;                      // [choice_rank, n_embd]
     float * packed_k, * packed_v, * ones, * scratch;
 
-    static int64_t floats(int64_t n_embd);
-    fit_room(float * p, int64_t n_embd);
+    fit_room(int64_t n_embd, arena & from);
 };
 
-// Second moments of the n rows in room.rows, about their mean or about zero, which go to room.keys or room.queries.
-void moments (const fit_room & room, int n, int n_embd, bool about_mean, float * out);
+// f32: of F32 rows. Second moments of the n rows in room.rows, about their mean or about zero, which go to room.keys or room.queries.
+void moments (const block_ops & f32, const fit_room & room, int n, int n_embd, bool about_mean, float * out);
 
 // Z and Y from the moments of keys and queries.
-void fit_copy(const fit_room & room, int n_embd, const key_copy & copy);
+void fit_copy(const block_ops & f32, const fit_room & room, int n_embd, const key_copy & copy);
 
 // Writes the codes of a tile of keys, which are packed: packed_k [choice_tile, n_embd].
 void encode_tile(const block_ops & ops, const float * packed_k, int n_embd, const key_copy & copy, int64_t tile);
@@ -59,8 +58,7 @@ struct choice_room {
     float * mass;        // [n_rows, n_tiles]
     uint8_t * wanted;    // [n_tiles]
 
-    static int64_t floats(int64_t n_rows, int64_t n_tiles);
-    choice_room(float * p, int64_t n_rows, int64_t n_tiles);
+    choice_room(int64_t n_rows, int64_t n_tiles, arena & from);
 };
 
 // Sets wanted[i] of each of the n_tiles tiles that rows of q [n_rows, n_embd] see, scaled so that logits are of base 2. Row r sees the

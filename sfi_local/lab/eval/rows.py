@@ -72,7 +72,7 @@ def mode_rows(modes: tuple[str, ...], fit: bool) -> list[Row]:
 
 def read_rows(params: SfiParams) -> list[Row]:
     """Where the run reads its text otherwise: what that alone loses, in dense decoding."""
-    return [] if params.prefill == "exact" else [Row(f"dense, {params.prefill} prefill", "dense", {"prefill": params.prefill})]
+    return [] if not params.reading else [Row(f"dense, {params.prefill} prefill", "dense", {"prefill": params.prefill})]
 
 
 def reference_rows(modes: tuple[str, ...], kv_type: str, params: SfiParams) -> list[Row]:
@@ -142,7 +142,7 @@ def spread(n: int, n_slow: int) -> Schedule:
 def settings(row: Row, base: SfiParams) -> SfiParams:
     """The parameters of a row that is like no other. Mode ``exact`` takes the depth of the rule, as in a run, not a measured one; the
     yardstick, and llama.cpp's own decoding, read the text exactly."""
-    if row.is_yardstick and "prefill" not in row.changes or not row.decodes.attaches:
+    if row.is_yardstick or not row.decodes.attaches:
         base = base.replace(prefill="exact")
     if row.decodes.verifies:
         base = base.replace(auto_depth=0)

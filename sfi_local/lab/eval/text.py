@@ -13,7 +13,7 @@ from typing import Any, Iterator, Sequence
 from sfi_local.cli.progress import Quiet
 from sfi_local.lab import checks
 from sfi_local.lab.eval.greedy import Greedy, Output, compare_greedy, decode_greedy
-from sfi_local.lab.eval.rows import Plan, Row, Spent, plan
+from sfi_local.lab.eval.rows import DENSE, Plan, Row, Spent, plan
 from sfi_local.lab.trunk import Sessions, SwitchSession
 from sfi_local.params import SfiParams
 from sfi_local.runtime.slot import Schedule
@@ -63,7 +63,7 @@ def measure(model: Any, depths: Sequence[int], n: int, rows: Sequence[Row], para
     with Sessions(model, n_ctx, params, kv_type) as sessions:
         for depth in depths:
             bar.say(f"{kv_type} @ {depth}: dense")
-            exact = params.replace(prefill="exact").fit_context(n_ctx)
+            exact = plan(DENSE, params, n, n_ctx, {}).params
             session = sessions.at(kv_type, exact, tokens[:depth], bar.filling)
             dense = _Dense(model, session, exact, tokens[depth:depth + n + 1], n, n_greedy)
             spent: dict[str, Spent] = {}
